@@ -1,0 +1,212 @@
+// Package engine is the contract between est-enroll and the hardware security
+// module (HSM) that holds its keys: addresses, infos, secrets, errors and the
+// interfaces a driver offers. It never sees a private key, and it refuses to
+// guess: an address that matches two objects is an error.
+//
+// Drivers live in engine/<name> and are handed over explicitly in a [Drivers]
+// table; each of them passes the suite in engine/enginetest.
+package engine
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"fmt"
+	"sort"
+	"strings"
+)
+
+// An Address names a token, or one object in it, by the driver's own query
+// string ("pkcs11:token=dev;object=key;type=private", RFC 7512). It is a
+// comparable value, made by a driver's parser, once, at the edge.
+//
+// String MUST return the canonical form that parses back to the same address,
+// and MUST NOT contain a PIN.
+type Address interface {
+	fmt.Stringer
+	// Scheme is the key of the driver in the Drivers table.
+	Scheme() string
+}
+
+// Algorithm is a kind of key pair an engine can generate.
+type Algorithm string
+
+// The algorithms of this release.
+const (
+	ECP256 Algorithm = "EC P-256" // secp256r1, mandatory in RFC 9148 §3
+)
+
+// KeySpec says what key pair to generate.
+type KeySpec struct {
+	// Algorithm of the pair. Default: ECP256.
+	Algorithm Algorithm
+}
+
+// Engine is what every driver offers for one open token. Its methods are safe
+// for concurrent use. A call into an HSM cannot be interrupted: the context is
+// checked before and after each one, and while a lock is waited for.
+//
+// Every error is, or wraps, an *Error. After Close all methods return ErrClosed.
+type Engine interface {
+	// NewKeyAddress returns the address for a key pair that does not exist yet,
+	// with the label given and a fresh random identifier (CKA_ID). It writes
+	// nothing: the caller records the address before it generates the key.
+	NewKeyAddress(label string) (Address, error)
+
+	// GenerateKey generates a pair at the address, which MUST come from
+	// NewKeyAddress. The private key is private, sensitive, not extractable and
+	// for signing only; this is read back, and a pair that is not what was asked
+	// for is destroyed and reported. ErrExists if the identifier is taken.
+	// It is never repeated by the driver after a device error.
+	GenerateKey(ctx context.Context, at Address, spec KeySpec) (crypto.PublicKey, error)
+
+	// Signer opens the private key at the address. It stays valid until Close,
+	// and its Sign is safe for concurrent use. ErrNotFound, *AmbiguousError.
+	Signer(ctx context.Context, at Address) (crypto.Signer, error)
+
+	// RemoveKey destroys both halves of the pair at the address, and nothing
+	// else. ErrNotFound if neither half exists.
+	RemoveKey(ctx context.Context, at Address) error
+
+	// Close ends the session with the token. It is idempotent.
+	Close() error
+}
+
+// KeyRecoverer is implemented by engines that can judge what a crash left.
+type KeyRecoverer interface {
+	// RecoverKey keeps the pair at the address only if both halves are there and
+	// a test signature verifies, and returns its public key; otherwise
+	// everything with its identifier is destroyed and the error is ErrNotFound.
+	RecoverKey(ctx context.Context, at Address) (crypto.PublicKey, error)
+}
+
+// KeyInspector is implemented by engines that can report what the token says
+// of a private key.
+type KeyInspector interface {
+	KeyAttributes(ctx context.Context, at Address) (KeyAttributes, error)
+}
+
+// KeyAttributes is a private key's policy as the token reports it
+// (PKCS #11 v2.40 §4.9). An attribute that the token does not report is nil.
+type KeyAttributes struct {
+	Private          *bool `json:"private,omitempty"`
+	Sensitive        *bool `json:"sensitive,omitempty"`
+	Extractable      *bool `json:"extractable,omitempty"`
+	AlwaysSensitive  *bool `json:"always_sensitive,omitempty"`
+	NeverExtractable *bool `json:"never_extractable,omitempty"`
+	Local            *bool `json:"local,omitempty"` // generated on the token
+	Sign             *bool `json:"sign,omitempty"`
+	Decrypt          *bool `json:"decrypt,omitempty"`
+	Unwrap           *bool `json:"unwrap,omitempty"`
+	Derive           *bool `json:"derive,omitempty"`
+}
+
+// CertificateStore is implemented by engines that hold certificates.
+type CertificateStore interface {
+	// CertificateAddresses returns where StoreCertificates will put the chain
+	// (leaf first) of the key at the address. The leaf's address carries the
+	// key's identifier and the key's label plus a short fingerprint; a chain
+	// certificate's never carries the key's identifier, and is that of the same
+	// certificate where the token holds it already. It writes nothing, and the
+	// same input gives the same answer after a crash.
+	CertificateAddresses(ctx context.Context, key Address, chain []*x509.Certificate) ([]Address, error)
+
+	// StoreCertificates creates the certificates that the token does not hold
+	// yet at these addresses (of CertificateAddresses) and reads each back. It
+	// may be repeated; a half-written object at an address is replaced.
+	StoreCertificates(ctx context.Context, at []Address, chain []*x509.Certificate) error
+
+	// Certificate finds one certificate. ErrNotFound, *AmbiguousError.
+	Certificate(ctx context.Context, at Address) (*x509.Certificate, error)
+
+	// RemoveCertificates destroys the leaf at[0], then each chain certificate
+	// of at[1:] that this program stored and that no certificate left in the
+	// token was issued under. What is gone already is not an error.
+	RemoveCertificates(ctx context.Context, at []Address) error
+}
+
+// Class is the class of an object in a token (PKCS #11 v2.40 §2.3).
+type Class string
+
+// The classes a Lister reports.
+const (
+	ClassPrivateKey  Class = "private"
+	ClassPublicKey   Class = "public"
+	ClassCertificate Class = "cert"
+	ClassSecretKey   Class = "secret-key"
+	ClassData        Class = "data"
+)
+
+// Object is one object of a token's listing.
+type Object struct {
+	Class   Class
+	Label   string
+	ID      []byte
+	Address Address
+	// Err says why the object's attributes could not be read: half-written
+	// objects exist after a crash. Class, Label and ID are then what was readable.
+	Err error
+}
+
+// Lister is implemented by engines that can list their objects.
+type Lister interface {
+	// List returns the objects that match the address, all for the zero filter
+	// nil, in a stable order.
+	List(ctx context.Context, filter Address) ([]Object, error)
+}
+
+// Options is what an engine needs beside its address.
+type Options struct {
+	// LockDir holds the writer locks of tokens, shared by all users of a token.
+	// Default: /run/lock/est-enroll, created with mode 1777.
+	LockDir string
+	// AddressSource says where the engine's address was read: the source of a
+	// PIN that stands in the address itself.
+	AddressSource PINSource
+	// RefusedPIN is the source of the PIN that the token refused in an earlier
+	// run: while the source has not changed, the PIN is not tried again and
+	// Open fails with a *PINError. The zero value refuses nothing.
+	RefusedPIN PINSource
+}
+
+// Driver makes engines of one kind.
+type Driver struct {
+	// Parse parses an address strictly. Its errors never contain a PIN.
+	Parse func(address string) (Address, error)
+	// Open opens the token the address names and logs in to it, once. A PIN
+	// that the token refuses is a *PINError.
+	Open func(ctx context.Context, token Address, opts Options) (Engine, error)
+}
+
+// Drivers is the table of drivers that a program hands over, by scheme.
+type Drivers map[string]Driver
+
+// Parse parses an address with the driver of its scheme, which is matched
+// without regard to case (RFC 3986 §3.1). The address is not repeated in an
+// error, for it may hold a PIN.
+func (d Drivers) Parse(address string) (Address, error) {
+	scheme, _, found := strings.Cut(address, ":")
+	driver, known := d[strings.ToLower(scheme)]
+	if !found || !known {
+		return nil, fmt.Errorf("engine address: no driver for its scheme: known are %s", strings.Join(d.schemes(), ", "))
+	}
+	return driver.Parse(address)
+}
+
+// Open opens the token that an address of Parse names.
+func (d Drivers) Open(ctx context.Context, token Address, opts Options) (Engine, error) {
+	driver, known := d[token.Scheme()]
+	if !known {
+		return nil, fmt.Errorf("open engine: no driver for scheme %q: known are %s", token.Scheme(), strings.Join(d.schemes(), ", "))
+	}
+	return driver.Open(ctx, token, opts)
+}
+
+func (d Drivers) schemes() []string {
+	names := make([]string, 0, len(d))
+	for name := range d {
+		names = append(names, name+":")
+	}
+	sort.Strings(names)
+	return names
+}

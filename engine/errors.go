@@ -1,0 +1,85 @@
+package engine
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// Errors of engines, to be tested with errors.Is.
+var (
+	ErrNotFound      = errors.New("no such object")
+	ErrExists        = errors.New("an object with this identifier exists")
+	ErrUnsupported   = errors.New("not supported by this token")
+	ErrClosed        = errors.New("engine is closed")
+	ErrTokenNotFound = errors.New("no such token")
+	ErrTokenReadOnly = errors.New("token is write-protected")
+	ErrTokenFull     = errors.New("token is full")
+	ErrDeviceLost    = errors.New("the device is gone")
+	ErrPINIncorrect  = errors.New("the PIN is wrong")
+	ErrPINLocked     = errors.New("the PIN is locked")
+	ErrPINFinalTry   = errors.New("the token allows one more try of the PIN, which is left to a person")
+	ErrPINNotRetried = errors.New("the PIN was refused before and its source has not changed since")
+	ErrPINMissing    = errors.New("no PIN is given")
+	ErrLocked        = errors.New("another process writes to the token")
+	ErrModule        = errors.New("the module cannot be loaded")
+)
+
+// Error is a failure of an engine.
+type Error struct {
+	Op      string  // what was being done: "generate key"
+	Address Address // of what; nil where the engine as a whole failed
+	Module  string  // the driver's library, where it matters
+	Err     error
+}
+
+// Error returns "doing address: module: cause"; an address prints without PIN.
+func (e *Error) Error() string {
+	var b strings.Builder
+	b.WriteString(e.Op)
+	if e.Address != nil {
+		b.WriteString(" " + e.Address.String())
+	}
+	if e.Module != "" {
+		b.WriteString(": module " + e.Module)
+	}
+	b.WriteString(": " + e.Err.Error())
+	return b.String()
+}
+
+// Unwrap returns the cause.
+func (e *Error) Unwrap() error { return e.Err }
+
+// AmbiguousError says that an address names more than one object.
+type AmbiguousError struct {
+	Address Address
+	Matches []Object
+}
+
+// Error lists the matches.
+func (e *AmbiguousError) Error() string {
+	names := make([]string, len(e.Matches))
+	for i, object := range e.Matches {
+		names[i] = fmt.Sprintf("%s %q id %x", object.Class, object.Label, object.ID)
+	}
+	return fmt.Sprintf("%d objects match %s: %s", len(e.Matches), e.Address, strings.Join(names, "; "))
+}
+
+// PINError is a PIN that was not accepted, or not tried. The caller remembers
+// Source and passes it as Options.RefusedPIN in the next run.
+type PINError struct {
+	Source PINSource
+	// Err is ErrPINIncorrect, ErrPINLocked, ErrPINFinalTry or ErrPINNotRetried.
+	Err error
+}
+
+// Error names the source, never the PIN.
+func (e *PINError) Error() string {
+	if e.Source.IsZero() {
+		return e.Err.Error()
+	}
+	return fmt.Sprintf("PIN of %s: %s", e.Source.Path, e.Err)
+}
+
+// Unwrap returns the cause.
+func (e *PINError) Unwrap() error { return e.Err }

@@ -1,0 +1,86 @@
+// Package est is Enrolment over Secure Transport without the transport: the
+// operations, the wire constants, the payloads, the trust anchors and the
+// judgement of an answer (RFC 7030, RFC 9148). It opens no socket: a transport
+// in est/coaps or est/https offers a [Session].
+package est
+
+import (
+	"context"
+	"crypto/x509"
+)
+
+// Operation is an EST function by its RFC 7030 §3.2.2 name.
+type Operation string
+
+// The operations of this release.
+const (
+	CACerts        Operation = "cacerts"        // RFC 7030 §4.1
+	SimpleEnroll   Operation = "simpleenroll"   // RFC 7030 §4.2.1
+	SimpleReenroll Operation = "simplereenroll" // RFC 7030 §4.2.2
+)
+
+// DefaultRoot is the path every server supports (RFC 9148 §4.1).
+const DefaultRoot = "/.well-known/est"
+
+// ShortPath returns the operation's resource name over CoAP (RFC 9148 §4.1).
+func (o Operation) ShortPath() string {
+	switch o {
+	case CACerts:
+		return "crts"
+	case SimpleEnroll:
+		return "sen"
+	case SimpleReenroll:
+		return "sren"
+	}
+	return ""
+}
+
+// ContentFormat is a CoAP Content-Format number; HTTPS media types are mapped to it.
+type ContentFormat uint16
+
+// Content-Formats of EST (RFC 9148 §8.1, RFC 8710).
+const (
+	ContentFormatMultipartCore  ContentFormat = 62
+	ContentFormatPKCS7ServerKey ContentFormat = 280
+	ContentFormatPKCS7CertsOnly ContentFormat = 281
+	ContentFormatPKCS8          ContentFormat = 284
+	ContentFormatCSRAttrs       ContentFormat = 285
+	ContentFormatPKCS10         ContentFormat = 286
+	ContentFormatPKIXCert       ContentFormat = 287
+)
+
+// Request is one EST request. Body is DER, empty for cacerts.
+type Request struct {
+	Operation Operation
+	Body      []byte
+}
+
+// Response is a successful answer. Body is DER in the format that arrived.
+type Response struct {
+	ContentFormat ContentFormat
+	Body          []byte
+}
+
+// Session is one open, authenticated connection to an EST server.
+type Session interface {
+	// RoundTrip exchanges a request for a successful response. An answer that is
+	// not a success MUST be a *StatusError, "come back later" a *PendingError, no
+	// answer an error for which errors.Is(err, ErrUnreachable) holds. It MUST NOT
+	// send the request again on its own, other than as the transport's own
+	// retransmission of one message.
+	RoundTrip(ctx context.Context, req *Request) (*Response, error)
+	// PeerChain returns the chain the server sent in this session, leaf first.
+	PeerChain() []*x509.Certificate
+	// ChannelBinding returns what proof of possession binds a CSR to
+	// (RFC 7030 §3.5), or an error wrapping errors.ErrUnsupported.
+	ChannelBinding() ([]byte, error)
+	// Close ends the session.
+	Close() error
+}
+
+// ClientAuthenticator is implemented by sessions that know whether the server
+// asked for a certificate and ours was sent in a full handshake: without it, an
+// answer proves nothing about our certificate.
+type ClientAuthenticator interface {
+	ClientAuthenticated() bool
+}
