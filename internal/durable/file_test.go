@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/renameio/v2"
 
 	"estenroll/internal/durable"
 )
@@ -184,6 +185,29 @@ func TestRemove(t *testing.T) {
 	}
 	if got, want := names(t, dir), []string{"empty"}; !cmp.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// TestRemoveTemporaryOfRenameio holds the pattern to what the library really does.
+func TestRemoveTemporaryOfRenameio(t *testing.T) {
+	dir := t.TempDir()
+	for range 20 {
+		pending, err := renameio.NewPendingFile(filepath.Join(dir, "state.json"), renameio.WithTempDir(dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := pending.File.Close(); err != nil { // as a kill does: neither replaced nor cleaned up
+			t.Fatal(err)
+		}
+	}
+	if got := len(names(t, dir)); got != 20 {
+		t.Fatalf("%d temporary files, want 20", got)
+	}
+	if err := durable.RemoveTemporary(dir, "state.json"); err != nil {
+		t.Fatal(err)
+	}
+	if got := names(t, dir); len(got) != 0 {
+		t.Errorf("left behind: %q", got)
 	}
 }
 

@@ -43,7 +43,7 @@ type LockedError struct {
 
 // Error names the holder where it is known.
 func (e *LockedError) Error() string {
-	return fmt.Sprintf("lock %s: held by %s", e.Path, e.Holder)
+	return fmt.Sprintf("lock: %s: held by %s", e.Path, e.Holder)
 }
 
 // Unwrap returns the context's error.
