@@ -115,27 +115,27 @@ func persistInfo(i info) *persistedInfo {
 	return nil
 }
 
-// Load reads what Save wrote. A missing file is fs.ErrNotExist. See Parse.
+// LoadSecurity reads what Save wrote. A missing file is fs.ErrNotExist. See ParseSecurity.
 //
 // The file's mode is not judged: it holds no secret, and who may replace it is
 // decided by its directory's. The next Save makes it 0600.
-func Load(path string, parseAddress func(string) (engine.Address, error)) (*SecurityObject, error) {
+func LoadSecurity(path string, parseAddress func(string) (engine.Address, error)) (*SecurityObject, error) {
 	data, err := durable.ReadFile(path, maxPersisted)
 	if err != nil {
 		return nil, err
 	}
-	o, err := Parse(data, parseAddress)
+	o, err := ParseSecurity(data, parseAddress)
 	if err != nil {
 		return nil, fmt.Errorf("load %s: %w", path, err)
 	}
 	return o, nil
 }
 
-// Parse reads the persisted form strictly: an unknown version (ErrVersion) or
+// ParseSecurity reads the persisted form strictly: an unknown version (ErrVersion) or
 // field, a field given twice, null, trailing data, and an object that Validate
 // refuses are errors. No error repeats a value; an engine address is named by
 // its field, and the error of parseAddress, which MUST NOT show a PIN, follows.
-func Parse(data []byte, parseAddress func(string) (engine.Address, error)) (*SecurityObject, error) {
+func ParseSecurity(data []byte, parseAddress func(string) (engine.Address, error)) (*SecurityObject, error) {
 	if len(data) > maxPersisted {
 		return nil, fmt.Errorf("security object: %d bytes are more than %d", len(data), maxPersisted)
 	}
