@@ -250,7 +250,10 @@ func describe(err error) error {
 	var wrongType *json.UnmarshalTypeError
 	if errors.As(err, &wrongType) {
 		kind, _, _ := strings.Cut(wrongType.Value, " ") // "number 70000"
-		return fmt.Errorf("%s: a %s does not fit", wrongType.Field, kind)
+		if wrongType.Field == "" {
+			return fmt.Errorf("a value of type %s, not an object", kind)
+		}
+		return fmt.Errorf("%s: a value of type %s does not fit", wrongType.Field, kind)
 	}
 	return err
 }
@@ -263,7 +266,9 @@ func checkJSON(data []byte) error {
 	}
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.UseNumber()
-	if err := checkValue(decoder, 0); err != nil {
+	if err := checkValue(decoder, 0); errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	} else if err != nil {
 		return err
 	}
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
@@ -275,9 +280,6 @@ func checkJSON(data []byte) error {
 func checkValue(decoder *json.Decoder, depth int) error {
 	const deepest = 8 // object, instances, instance, list, link
 	token, err := decoder.Token()
-	if errors.Is(err, io.EOF) {
-		return io.ErrUnexpectedEOF
-	}
 	if err != nil {
 		return err
 	}
