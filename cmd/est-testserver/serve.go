@@ -1,0 +1,131 @@
+package main
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"estenroll/internal/durable"
+	"estenroll/testserver"
+)
+
+func serveCommand() *cobra.Command {
+	var (
+		cfg      testserver.Config
+		faults   []string
+		writeDir string
+		verbose  bool
+	)
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the server until SIGINT or SIGTERM",
+		Long: `Run the server until SIGINT or SIGTERM.
+
+` + warning + `
+
+When the server answers, one line is printed to standard output:
+
+  listening coaps://127.0.0.1:5684
+
+Files in --write-dir, all PEM, written before that line:
+
+  ca.pem          the EST CA's root: what a client trusts (Implicit TA)
+  issuing.pem     the intermediate CA; the root itself with --single-ca
+  server.pem      the server's certificate and the intermediate CA
+  factory-ca.pem  the CA of the IDevIDs
+
+Each line of --record is a JSON object: time, kind (issuance, replay, idevid),
+operation, client_sha256, client_subject, csr_sha256, public_key_sha256,
+serial, subject, certificate_sha256, faults.
+
+Faults (--fault, repeatable; "est-testserver fault" changes them while the server runs):
+
+` + testserver.FaultsHelp,
+		Example: "  est-testserver serve --listen 127.0.0.1:0 --write-dir ca --control ca/control --record ca/record.jsonl",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			fmt.Fprintln(cmd.ErrOrStderr(), "est-testserver: "+warning)
+			if cfg.Faults, err = testserver.ParseFaults(faults); err != nil {
+				return err
+			}
+			if verbose {
+				cfg.Logger = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+			}
+			// Before the sockets exist: a signal from here on ends the server cleanly.
+			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
+			defer stop()
+			if writeDir != "" { // the control socket may be in it
+				if err := os.MkdirAll(writeDir, 0o755); err != nil {
+					return fmt.Errorf("write certificates: %w", err)
+				}
+			}
+			server, err := testserver.New(cfg)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, server.Close()) }()
+			if err := writeCertificates(writeDir, server); err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), "listening "+server.URI())
+			select {
+			case <-ctx.Done():
+			case <-server.Failed():
+			}
+			return nil
+		},
+	}
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	flags.StringVar(&cfg.Listen, "listen", "127.0.0.1:5684", "UDP `HOST:PORT`; port 0 takes a free one")
+	flags.BoolVar(&cfg.AllowNonLoopback, "allow-non-loopback", false, "permit a --listen address that other machines can reach")
+	flags.StringSliceVar(&cfg.Names, "name", nil, "DNS `NAME` or IP address in the server's certificate, beside localhost, 127.0.0.1 and ::1")
+	flags.StringVar(&writeDir, "write-dir", "", "write the CA certificates to this `DIR`, created if missing")
+	flags.StringVar(&cfg.Control, "control", "", "`PATH` of a Unix socket to make for the commands idevid and fault")
+	flags.StringVar(&cfg.Record, "record", "", "append every issuance to this `FILE` of JSON lines")
+	flags.DurationVar(&cfg.Lifetime, "lifetime", 90*24*time.Hour, "`DURATION` an issued certificate lives from now on, in whole seconds")
+	flags.DurationVar(&cfg.Backdate, "backdate", time.Minute, "`DURATION` before now that an issued certificate begins")
+	flags.BoolVar(&cfg.SingleCA, "single-ca", false, "issue from the root, without an intermediate CA")
+	flags.BoolVar(&cfg.AnswerChain, "answer-chain", false, "answer sen and sren with the intermediate CA beside the certificate")
+	flags.DurationVar(&cfg.ReplayWindow, "replay-window", 24*time.Hour, "`DURATION` in which a repeated CSR gets the same certificate")
+	flags.BoolVar(&cfg.NoReplay, "no-replay", false, "issue anew for every request")
+	flags.StringArrayVar(&faults, "fault", nil, "`FAULT` to begin with, see above")
+	flags.IntVar(&cfg.BlockSize, "block-size", 1024, "largest block of an answer, `BYTES` 16 to 1024")
+	flags.DurationVar(&cfg.AckTimeout, "ack-timeout", 2*time.Second, "`DURATION` before the first retransmission of a separate response")
+	flags.BoolVarP(&verbose, "verbose", "v", false, "log the transport to standard error")
+	return cmd
+}
+
+func writeCertificates(dir string, server *testserver.Server) error {
+	if dir == "" {
+		return nil
+	}
+	for name, certs := range map[string][]*x509.Certificate{
+		"ca.pem":         {server.Root()},
+		"issuing.pem":    {server.Issuing()},
+		"server.pem":     server.ServerChain(),
+		"factory-ca.pem": {server.FactoryRoot()},
+	} {
+		var content []byte
+		for _, cert := range certs {
+			content = append(content, certificatePEM(cert)...)
+		}
+		if err := durable.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
+			return fmt.Errorf("write certificates: %w", err)
+		}
+	}
+	return nil
+}
+
+func certificatePEM(cert *x509.Certificate) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
+}

@@ -1,0 +1,202 @@
+package testserver
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+)
+
+var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17} // RFC 5280 §4.2.1.6
+
+// noExpiry is the date of a certificate without a well-defined end
+// (RFC 5280 §4.1.2.5): what IEEE 802.1AR gives an IDevID. The CAs and the
+// server's own certificate have it too, so that a test may turn its clock far.
+var noExpiry = time.Date(9999, time.December, 31, 23, 59, 59, 0, time.UTC)
+
+// caAge is how old the CAs, the server's certificate and the IDevIDs look: a
+// device whose clock is behind must still be able to judge them.
+const caAge = 365 * 24 * time.Hour
+
+// authority is a CA: its certificate and its key, which lives in memory only.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+// newAuthority makes a CA under parent, or a self-signed one if parent is nil.
+func newAuthority(name string, parent *authority, notBefore time.Time) (*authority, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("generate key: %s: %w", name, err)
+	}
+	template := &x509.Certificate{
+		Subject:               pkix.Name{CommonName: name},
+		NotBefore:             notBefore,
+		NotAfter:              noExpiry,
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+	self := &authority{cert: template, key: key}
+	if parent == nil {
+		parent = self
+	} else {
+		template.MaxPathLenZero = true
+	}
+	if self.cert, err = parent.sign(template, key.Public()); err != nil {
+		return nil, err
+	}
+	return self, nil
+}
+
+// sign makes a certificate. The serial number is random (RFC 5280 §4.1.2.2).
+func (a *authority) sign(template *x509.Certificate, pub crypto.PublicKey) (*x509.Certificate, error) {
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, pub, a.key)
+	if err != nil {
+		return nil, fmt.Errorf("sign certificate: %w", err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("read back certificate: %w", err)
+	}
+	return cert, nil
+}
+
+// issued reports whether the CA's key signed the certificate.
+func (a *authority) issued(cert *x509.Certificate) bool {
+	return cert.CheckSignatureFrom(a.cert) == nil
+}
+
+// authorities are all keys of one test server.
+type authorities struct {
+	root, issuing, factory *authority
+	// foreign carries the issuing CA's name and another key: the fault foreign-chain.
+	foreign *authority
+}
+
+func newAuthorities(now time.Time, single bool) (*authorities, error) {
+	notBefore := now.Add(-caAge)
+	root, err := newAuthority("TEST ONLY EST root CA", nil, notBefore)
+	if err != nil {
+		return nil, err
+	}
+	factory, err := newAuthority("TEST ONLY factory CA", nil, notBefore)
+	if err != nil {
+		return nil, err
+	}
+	issuing := root
+	if !single {
+		if issuing, err = newAuthority("TEST ONLY EST issuing CA", root, notBefore); err != nil {
+			return nil, err
+		}
+	}
+	foreign, err := newAuthority(issuing.cert.Subject.CommonName, nil, notBefore)
+	if err != nil {
+		return nil, err
+	}
+	return &authorities{root: root, issuing: issuing, factory: factory, foreign: foreign}, nil
+}
+
+// caCerts is what /crts answers: a client that got its leaf alone
+// (RFC 7030 §4.2.3) builds the chain from here.
+func (a *authorities) caCerts() []*x509.Certificate {
+	if a.issuing == a.root {
+		return []*x509.Certificate{a.root.cert}
+	}
+	return []*x509.Certificate{a.root.cert, a.issuing.cert}
+}
+
+// chain returns what is sent beside a leaf: the intermediate, never the root.
+func (a *authorities) chain() []*x509.Certificate { return a.caCerts()[1:] }
+
+// serverCertificate makes the server's own leaf.
+func (a *authorities) serverCertificate(names []string, now time.Time) (*x509.Certificate, *ecdsa.PrivateKey, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, fmt.Errorf("generate server key: %w", err)
+	}
+	template := &x509.Certificate{
+		Subject:     pkix.Name{CommonName: "TEST ONLY EST server"},
+		NotBefore:   now.Add(-caAge),
+		NotAfter:    noExpiry,
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	for _, name := range names {
+		if ip := net.ParseIP(name); ip != nil {
+			template.IPAddresses = append(template.IPAddresses, ip)
+		} else {
+			template.DNSNames = append(template.DNSNames, name)
+		}
+	}
+	cert, err := a.issuing.sign(template, key.Public())
+	if err != nil {
+		return nil, nil, fmt.Errorf("server certificate: %w", err)
+	}
+	return cert, key, nil
+}
+
+// parseCSR accepts what this CA signs: PKCS#10 whose signature proves
+// possession of a P-256 key (RFC 2986 §4.2, RFC 9148 §3).
+func parseCSR(der []byte) (*x509.CertificateRequest, error) {
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return nil, fmt.Errorf("not a PKCS#10 request: %w", err)
+	}
+	if err := checkP256(csr.PublicKey); err != nil {
+		return nil, err
+	}
+	if err := csr.CheckSignature(); err != nil {
+		return nil, errors.New("the request's signature does not verify")
+	}
+	return csr, nil
+}
+
+func checkP256(pub crypto.PublicKey) error {
+	if key, ok := pub.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
+		return errors.New("the public key is not EC P-256")
+	}
+	return nil
+}
+
+// subjectAltName returns the extension as it stands, nil if there is none.
+func subjectAltName(extensions []pkix.Extension) *pkix.Extension {
+	for i := range extensions {
+		if extensions[i].Id.Equal(oidSubjectAltName) {
+			return &extensions[i]
+		}
+	}
+	return nil
+}
+
+// checkNames obeys RFC 5280 §4.1.2.6: a certificate names its subject in one
+// place or the other.
+func checkNames(rawSubject []byte, san *pkix.Extension) error {
+	if emptySequence := []byte{0x30, 0}; bytes.Equal(rawSubject, emptySequence) && san == nil {
+		return errors.New("neither subject nor subjectAltName: the request names nobody")
+	}
+	return nil
+}
+
+// leafTemplate is a client certificate with this subject and SAN, as raw DER.
+func leafTemplate(rawSubject []byte, san *pkix.Extension, notBefore, notAfter time.Time) *x509.Certificate {
+	template := &x509.Certificate{
+		RawSubject: rawSubject,
+		NotBefore:  notBefore,
+		NotAfter:   notAfter,
+		KeyUsage:   x509.KeyUsageDigitalSignature,
+	}
+	if san != nil {
+		template.ExtraExtensions = []pkix.Extension{{Id: oidSubjectAltName, Critical: san.Critical, Value: san.Value}}
+	}
+	return template
+}

@@ -1,0 +1,151 @@
+package testserver
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"strings"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"estenroll/est"
+	"estenroll/internal/coap"
+)
+
+// listenCoAP opens the CoAPs front door (RFC 9148 §4.1).
+func (s *Server) listenCoAP(key crypto.Signer) (*coap.Server, error) {
+	cfg := coap.Config{
+		Key:             key,
+		Verify:          s.verifyClient,
+		BlockSize:       s.cfg.BlockSize,
+		ProcessingDelay: s.cfg.ProcessingDelay,
+		AckTimeout:      s.cfg.AckTimeout,
+		FlightInterval:  s.cfg.FlightInterval,
+		Logger:          s.cfg.Logger,
+	}
+	for _, cert := range s.ServerChain() {
+		cfg.Certificate = append(cfg.Certificate, cert.Raw)
+	}
+	return coap.Listen(s.cfg.Listen, cfg)
+}
+
+// operations are the resources below the EST root.
+var operations = map[string]est.Operation{
+	est.CACerts.ShortPath():        est.CACerts,
+	est.SimpleEnroll.ShortPath():   est.SimpleEnroll,
+	est.SimpleReenroll.ShortPath(): est.SimpleReenroll,
+}
+
+func (s *Server) serveCoAP(ctx context.Context, req *coap.Request) *coap.Response {
+	name, found := strings.CutPrefix(req.Path, est.DefaultRoot+"/")
+	operation, known := operations[name]
+	if !found || !known {
+		return diagnostic(codes.NotFound, "no such resource")
+	}
+	method := codes.POST
+	if operation == est.CACerts {
+		method = codes.GET
+	}
+	if req.Method != method {
+		return diagnostic(codes.MethodNotAllowed, string(operation)+" is "+method.String())
+	}
+	if len(req.Peer) == 0 {
+		return diagnostic(codes.Unauthorized, "a client certificate is needed")
+	}
+	client := req.Peer[0]
+	if faults := s.Faults(); faults.RefuseCode != "" && faults.refuses(client, s.ca.issuing) {
+		code := codes.Unauthorized
+		if faults.RefuseCode == "4.03" {
+			code = codes.Forbidden
+		}
+		return diagnostic(code, "the client certificate is refused")
+	}
+	if operation == est.CACerts {
+		return s.answer(codes.Content, req, s.ca.caCerts())
+	}
+	if req.ContentFormat == nil || *req.ContentFormat != uint16(est.ContentFormatPKCS10) {
+		return diagnostic(codes.UnsupportedMediaType, "the content-format is not 286")
+	}
+	// Before anything is issued: an answer that cannot be given must not cost a
+	// certificate.
+	if s.accepted(req, s.answered(nil)) == 0 {
+		return notAcceptable()
+	}
+	cert, err := s.enroll(ctx, operation, client, req.Body)
+	if err != nil {
+		return refused(err)
+	}
+	return s.answer(codes.Changed, req, s.answered(cert))
+}
+
+// answered is the answer of sen and sren.
+func (s *Server) answered(cert *x509.Certificate) []*x509.Certificate {
+	answer := []*x509.Certificate{cert}
+	if s.cfg.AnswerChain {
+		answer = append(answer, s.ca.chain()...)
+	}
+	return answer
+}
+
+// accepted picks the format of an answer, 0 for none. RFC 9148 §4.3: without
+// Accept "the server SHOULD choose format 281", and 287 carries "a single
+// certificate".
+func (s *Server) accepted(req *coap.Request, certs []*x509.Certificate) est.ContentFormat {
+	if req.Accept == nil {
+		return est.ContentFormatPKCS7CertsOnly
+	}
+	switch format := est.ContentFormat(*req.Accept); {
+	case format == est.ContentFormatPKCS7CertsOnly:
+		return format
+	case format == est.ContentFormatPKIXCert && len(certs) == 1:
+		return format
+	}
+	return 0
+}
+
+func (s *Server) answer(code codes.Code, req *coap.Request, certs []*x509.Certificate) *coap.Response {
+	format := s.accepted(req, certs)
+	body := certs[0].Raw
+	switch format {
+	case 0:
+		return notAcceptable()
+	case est.ContentFormatPKCS7CertsOnly:
+		var err error
+		if body, err = est.MarshalCertsOnly(certs); err != nil {
+			return diagnostic(codes.InternalServerError, err.Error())
+		}
+	}
+	number := uint16(format)
+	return &coap.Response{Code: code, ContentFormat: &number, Body: body}
+}
+
+func notAcceptable() *coap.Response {
+	return diagnostic(codes.NotAcceptable, "offered are 281, and 287 for a single certificate")
+}
+
+// refused maps a refusal as RFC 9148 §4.5 does.
+func refused(err error) *coap.Response {
+	var refusal *refusal
+	if !errors.As(err, &refusal) {
+		return diagnostic(codes.InternalServerError, err.Error())
+	}
+	switch refusal.kind {
+	case refusedClient:
+		return diagnostic(codes.Forbidden, refusal.detail)
+	case refusedForNow:
+		resp := diagnostic(codes.ServiceUnavailable, refusal.detail)
+		if refusal.retryAfter > 0 {
+			seconds := uint32(refusal.retryAfter / time.Second)
+			resp.MaxAge = &seconds
+		}
+		return resp
+	}
+	return diagnostic(codes.BadRequest, refusal.detail)
+}
+
+// diagnostic is an answer for a person to read (RFC 7252 §5.5.2).
+func diagnostic(code codes.Code, text string) *coap.Response {
+	return &coap.Response{Code: code, Body: []byte(text)}
+}

@@ -1,0 +1,210 @@
+package testserver
+
+import (
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Faults are the ways in which the server misbehaves on purpose. The zero
+// value is an honest server. Each has a textual form, given in its comment, for
+// [ParseFaults].
+type Faults struct {
+	// Delay is how long an enrolment (sen, sren) takes. The answer is then a
+	// separate response (RFC 9148 §4.7). "delay=2s"
+	Delay time.Duration
+
+	// Defer answers the first so many times that a CSR is sent with 5.03 and
+	// DeferMaxAge (RFC 9148 §4.7). "defer=2" or "defer=2,max-age=5s"
+	Defer int
+	// DeferMaxAge is the Max-Age of a deferral, in whole seconds; without it the
+	// option is left out, which means 60 s (RFC 7252 §5.10.5).
+	DeferMaxAge time.Duration
+
+	// WrongKey issues for a key that nobody asked for. "wrong-key"
+	WrongKey bool
+	// NotYetValid issues certificates that begin an hour from now. "not-yet-valid"
+	NotYetValid bool
+	// Expired issues certificates that ended an hour ago. "expired"
+	Expired bool
+	// ForeignChain issues under a CA that bears the issuing CA's name and has
+	// another key. "foreign-chain"
+	ForeignChain bool
+
+	// RefuseAll refuses every client certificate. "refuse-all"
+	RefuseAll bool
+	// RefuseIssued refuses the client certificates that this server's EST CA
+	// issued, and not the IDevIDs. "refuse-client=issued"
+	RefuseIssued bool
+	// RefuseClients refuses client certificates by serial number or by SHA-256
+	// fingerprint, both in hexadecimal, as a revocation would.
+	// "refuse-client=HEX", repeated for more than one
+	RefuseClients []string
+	// RefuseCode is the CoAP code of a refusal, "4.01" or "4.03". Without it the
+	// handshake is refused, with a fatal alert. "refuse-code=4.03"
+	RefuseCode string
+}
+
+// FaultsHelp is a line for each fault, for a program's help text.
+const FaultsHelp = `  delay=DURATION                 an enrolment takes this long: a separate response
+  defer=N[,max-age=DURATION]     the first N answers to a CSR are 5.03 (come back later);
+                                 without max-age there is no Max-Age, which means 60 s
+  wrong-key                      issue for a key that nobody asked for
+  not-yet-valid                  issue certificates that begin an hour from now
+  expired                        issue certificates that ended an hour ago
+  foreign-chain                  issue under a CA of the same name and another key
+  refuse-all                     refuse every client certificate
+  refuse-client=issued           refuse client certificates issued here (not the IDevIDs)
+  refuse-client=HEX              refuse the client certificate with this serial number or
+                                 SHA-256 fingerprint; may be repeated
+  refuse-code=4.01|4.03          refuse with this answer; otherwise in the handshake`
+
+// ParseFaults reads faults in their textual form, one per element. An unknown
+// fault, a malformed value or one fault given twice is an error.
+func ParseFaults(texts []string) (Faults, error) {
+	var f Faults
+	seen := make(map[string]bool)
+	for _, text := range texts {
+		name, value, hasValue := strings.Cut(text, "=")
+		if seen[name] && name != "refuse-client" {
+			return Faults{}, fmt.Errorf("fault %q: given twice", name)
+		}
+		seen[name] = true
+		if err := f.set(name, value, hasValue); err != nil {
+			return Faults{}, fmt.Errorf("fault %q: %w", text, err)
+		}
+	}
+	return f, f.validate()
+}
+
+func (f *Faults) set(name, value string, hasValue bool) error {
+	if flag, ok := f.flags()[name]; ok {
+		if hasValue {
+			return errors.New("takes no value")
+		}
+		*flag = true
+		return nil
+	}
+	var err error
+	switch name {
+	case "delay":
+		f.Delay, err = time.ParseDuration(value)
+	case "defer":
+		count, option, hasOption := strings.Cut(value, ",")
+		if f.Defer, err = strconv.Atoi(count); err == nil && f.Defer < 1 {
+			err = errors.New("the number is less than 1")
+		}
+		if err != nil || !hasOption {
+			return err
+		}
+		maxAge, ok := strings.CutPrefix(option, "max-age=")
+		if !ok {
+			return errors.New("the only option is max-age=DURATION")
+		}
+		f.DeferMaxAge, err = time.ParseDuration(maxAge)
+	case "refuse-client":
+		if value == "issued" {
+			f.RefuseIssued = true
+			return nil
+		}
+		f.RefuseClients = append(f.RefuseClients, strings.ToLower(value))
+	case "refuse-code":
+		f.RefuseCode = value
+	default:
+		return errors.New("no such fault")
+	}
+	return err
+}
+
+// flags are the faults without a value, by name.
+func (f *Faults) flags() map[string]*bool {
+	return map[string]*bool{
+		"wrong-key":     &f.WrongKey,
+		"not-yet-valid": &f.NotYetValid,
+		"expired":       &f.Expired,
+		"foreign-chain": &f.ForeignChain,
+		"refuse-all":    &f.RefuseAll,
+	}
+}
+
+func (f Faults) validate() error {
+	switch {
+	case f.Delay < 0:
+		return errors.New("fault delay: negative")
+	case f.Defer < 0:
+		return errors.New("fault defer: negative")
+	case f.DeferMaxAge < 0 || f.DeferMaxAge%time.Second != 0:
+		return errors.New("fault defer: max-age is not a number of whole seconds")
+	case f.NotYetValid && f.Expired:
+		return errors.New("faults not-yet-valid and expired: a certificate cannot be both")
+	case f.RefuseCode != "" && f.RefuseCode != "4.01" && f.RefuseCode != "4.03":
+		return fmt.Errorf("fault refuse-code: %q is neither 4.01 nor 4.03", f.RefuseCode)
+	}
+	for _, id := range f.RefuseClients {
+		if !isHex(id) {
+			return fmt.Errorf("fault refuse-client: %q is neither \"issued\" nor a hexadecimal serial number or fingerprint", id)
+		}
+	}
+	return nil
+}
+
+func isHex(s string) bool {
+	_, err := hex.DecodeString(strings.Repeat("0", len(s)%2) + s)
+	return s != "" && err == nil
+}
+
+// Strings returns the textual form, in a stable order; none for the zero value.
+func (f Faults) Strings() []string {
+	var texts []string
+	for name, flag := range f.flags() {
+		if *flag {
+			texts = append(texts, name)
+		}
+	}
+	if f.Delay != 0 {
+		texts = append(texts, "delay="+f.Delay.String())
+	}
+	if f.Defer != 0 {
+		text := "defer=" + strconv.Itoa(f.Defer)
+		if f.DeferMaxAge != 0 {
+			text += ",max-age=" + f.DeferMaxAge.String()
+		}
+		texts = append(texts, text)
+	}
+	if f.RefuseIssued {
+		texts = append(texts, "refuse-client=issued")
+	}
+	for _, id := range f.RefuseClients {
+		texts = append(texts, "refuse-client="+id)
+	}
+	if f.RefuseCode != "" {
+		texts = append(texts, "refuse-code="+f.RefuseCode)
+	}
+	slices.Sort(texts)
+	return texts
+}
+
+// issuing returns the names of the faults that shape a certificate: one made
+// under them is not given to the same CSR once they are gone.
+func (f Faults) issuing() []string {
+	return Faults{WrongKey: f.WrongKey, NotYetValid: f.NotYetValid, Expired: f.Expired, ForeignChain: f.ForeignChain}.Strings()
+}
+
+// refuses reports whether the client's certificate is to be refused.
+func (f Faults) refuses(client *x509.Certificate, issuing *authority) bool {
+	if f.RefuseAll || f.RefuseIssued && issuing.issued(client) {
+		return true
+	}
+	serial, digest := client.SerialNumber.Text(16), fingerprint(client.Raw)
+	for _, id := range f.RefuseClients {
+		if id = strings.ToLower(id); id == digest || strings.TrimLeft(id, "0") == serial {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,295 @@
+// Package testserver is an EST CA for tests, and an adversary for the device
+// under test: RFC 9148 (EST over CoAPs) with faults that can be switched on
+// while it runs.
+//
+// It is NOT a CA to trust: its keys are made when it starts, live in memory,
+// are protected by nothing, and end with the process; every CA's subject says
+// TEST ONLY. It binds loopback unless told otherwise.
+//
+// [New] returns a server that answers already:
+//
+//	server, err := testserver.New(testserver.Config{Lifetime: time.Minute})
+//	…
+//	defer server.Close()
+//	cert, err := server.IssueIDevID(testserver.IDevIDRequest{PublicKey: key, RawSubject: subject})
+//	// enrol at server.URI(), trusting server.Root()
+//	issued := server.Issuances()
+//
+// The program est-testserver is this package with flags.
+package testserver
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"estenroll/est"
+	"estenroll/internal/coap"
+)
+
+// Config says how a test server is. The zero value works.
+type Config struct {
+	// Listen is the UDP address, host:port; port 0 takes a free one.
+	// Default: 127.0.0.1:0.
+	Listen string
+	// AllowNonLoopback permits an address in Listen that others can reach.
+	AllowNonLoopback bool
+	// Names are DNS names or IP addresses of the server's certificate, beside
+	// localhost, 127.0.0.1, ::1 and the address in Listen.
+	Names []string
+	// Now is the clock of the CA, of the judgement of client certificates and of
+	// the record. Default: time.Now.
+	Now func() time.Time
+
+	// Lifetime of an issued certificate from now on, in whole seconds, at least
+	// one. Default: 90 days.
+	Lifetime time.Duration
+	// Backdate is how far in the past an issued certificate begins, in whole
+	// seconds, for devices whose clock is a little behind. Default: 1 minute.
+	Backdate time.Duration
+	// SingleCA leaves the intermediate CA out: the root issues.
+	SingleCA bool
+	// AnswerChain adds the intermediate CA to the answer of sen and sren.
+	// RFC 7030 §4.2.3 wants the issued certificate alone, and that is the default.
+	AnswerChain bool
+
+	// ReplayWindow is how long the same CSR for the same operation from the same
+	// client certificate gets the same certificate, as long as that has not
+	// expired. Default: 24 h.
+	ReplayWindow time.Duration
+	// NoReplay issues anew for every request.
+	NoReplay bool
+
+	// Record is the path of a file that every [Event] is appended to as a line of
+	// JSON, on disk before the certificate leaves. Default: memory only.
+	Record string
+	// Control is the path of a Unix socket for [Control]; whoever can open it
+	// rules the server. Default: none.
+	Control string
+	// Faults to begin with.
+	Faults Faults
+
+	// BlockSize is the largest block of an answer, 16 to 1024 bytes. Default: 1024.
+	BlockSize int
+	// ProcessingDelay is how long a request waits for its piggybacked answer
+	// before an empty ACK announces a separate one. Default: internal/coap's.
+	ProcessingDelay time.Duration
+	// AckTimeout is the first retransmission timeout (RFC 7252 §4.8). Default: 2 s.
+	AckTimeout time.Duration
+	// FlightInterval is the handshake's retransmission timeout. Default: 1 s.
+	FlightInterval time.Duration
+	// Logger of the transport. Default: none.
+	Logger *slog.Logger
+}
+
+// Server is a running test server. It is safe for concurrent use.
+type Server struct {
+	cfg     Config
+	ca      *authorities
+	leaf    *x509.Certificate
+	clients *est.TrustAnchors
+	record  *record
+	coap    *coap.Server
+	control net.Listener
+
+	mu       sync.Mutex // over what follows, and over each issuance as a whole
+	faults   Faults
+	deferred map[replayKey]int
+	issued   map[shapedKey]issued
+
+	serving  sync.WaitGroup
+	failed   chan struct{} // closed when a front door ended by itself
+	serveErr error         // before failed is closed
+	close    func() error
+}
+
+// New makes the keys of a test server and starts it. Close it.
+func New(cfg Config) (*Server, error) {
+	s, err := start(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("test server: %w", err)
+	}
+	return s, nil
+}
+
+func start(cfg Config) (_ *Server, err error) {
+	if err := cfg.complete(); err != nil {
+		return nil, err
+	}
+	host, err := checkListen(cfg.Listen, cfg.AllowNonLoopback)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		cfg:      cfg,
+		deferred: make(map[replayKey]int),
+		issued:   make(map[shapedKey]issued),
+		failed:   make(chan struct{}),
+	}
+	s.close = sync.OnceValue(s.stop)
+	if err := s.SetFaults(cfg.Faults); err != nil {
+		return nil, err
+	}
+	if s.ca, err = newAuthorities(s.now(), cfg.SingleCA); err != nil {
+		return nil, err
+	}
+	if s.clients, err = est.NewTrustAnchors(append(s.ca.caCerts(), s.ca.factory.cert)); err != nil {
+		return nil, err
+	}
+	names := append([]string{"localhost", "127.0.0.1", "::1"}, cfg.Names...)
+	if ip := net.ParseIP(host); ip != nil && !ip.IsUnspecified() && !slices.Contains(names, host) {
+		names = append(names, host)
+	}
+	leaf, key, err := s.ca.serverCertificate(names, s.now())
+	if err != nil {
+		return nil, err
+	}
+	s.leaf = leaf
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	if s.record, err = openRecord(cfg.Record); err != nil {
+		return nil, err
+	}
+	if s.control, err = listenControl(cfg.Control); err != nil {
+		return nil, err
+	}
+	if s.coap, err = s.listenCoAP(key); err != nil {
+		return nil, err
+	}
+	s.serving.Go(func() {
+		if err := s.coap.Serve(s.serveCoAP); err != nil {
+			s.serveErr = fmt.Errorf("test server: serve CoAPs: %w", err)
+		}
+		close(s.failed)
+	})
+	if s.control != nil {
+		s.serving.Go(s.serveControl)
+	}
+	return s, nil
+}
+
+// complete fills in the defaults and refuses what cannot be done as asked.
+func (c *Config) complete() error {
+	if c.Listen == "" {
+		c.Listen = "127.0.0.1:0"
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	for _, d := range []struct {
+		name      string
+		value     *time.Duration
+		byDefault time.Duration
+	}{
+		{"lifetime", &c.Lifetime, 90 * 24 * time.Hour},
+		{"backdate", &c.Backdate, time.Minute},
+		{"replay window", &c.ReplayWindow, 24 * time.Hour},
+	} {
+		if *d.value == 0 {
+			*d.value = d.byDefault
+		}
+		// A certificate's times are in seconds (RFC 5280 §4.1.2.5).
+		if *d.value < time.Second || *d.value%time.Second != 0 {
+			return fmt.Errorf("%s %s: not a positive number of whole seconds", d.name, *d.value)
+		}
+	}
+	return nil
+}
+
+// checkListen returns the host of an address that may be listened on.
+func checkListen(address string, allowNonLoopback bool) (string, error) {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return "", fmt.Errorf("listen: %w", err)
+	}
+	ip := net.ParseIP(host)
+	if loopback := host == "localhost" || ip != nil && ip.IsLoopback(); !loopback && !allowNonLoopback {
+		return "", fmt.Errorf("listen: %s is not a loopback address: a test CA that others can reach must be allowed explicitly", address)
+	}
+	return host, nil
+}
+
+// now is the configured clock.
+func (s *Server) now() time.Time { return s.cfg.Now() }
+
+// URI returns the server's EST root without its path: coaps://host:port.
+func (s *Server) URI() string { return "coaps://" + s.coap.Addr().String() }
+
+// Addr returns the UDP address.
+func (s *Server) Addr() net.Addr { return s.coap.Addr() }
+
+// Root returns the EST CA's root: the Implicit TA of a client.
+func (s *Server) Root() *x509.Certificate { return s.ca.root.cert }
+
+// Issuing returns the CA that signs what is enrolled: the root with SingleCA.
+func (s *Server) Issuing() *x509.Certificate { return s.ca.issuing.cert }
+
+// FactoryRoot returns the CA of the IDevIDs.
+func (s *Server) FactoryRoot() *x509.Certificate { return s.ca.factory.cert }
+
+// ServerChain returns what the server sends of itself: its leaf, then the
+// intermediate CA.
+func (s *Server) ServerChain() []*x509.Certificate {
+	return append([]*x509.Certificate{s.leaf}, s.ca.chain()...)
+}
+
+// Events returns the whole record.
+func (s *Server) Events() []Event { return s.record.all() }
+
+// Issuances returns the events of kind EventIssuance: what the EST CA has
+// signed, and nothing twice.
+func (s *Server) Issuances() []Event {
+	return slices.DeleteFunc(s.record.all(), func(e Event) bool { return e.Kind != EventIssuance })
+}
+
+// Faults returns the faults that are on.
+func (s *Server) Faults() Faults {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.faults
+}
+
+// SetFaults replaces all faults, from the next request on, and begins to count
+// deferrals anew.
+func (s *Server) SetFaults(f Faults) error {
+	if err := f.validate(); err != nil {
+		return err
+	}
+	f.RefuseClients = slices.Clone(f.RefuseClients)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.faults = f
+	clear(s.deferred)
+	return nil
+}
+
+// Failed is closed when the server has ended; if that was not through Close,
+// Close returns why.
+func (s *Server) Failed() <-chan struct{} { return s.failed }
+
+// Close ends every connection, waits for the requests under way and closes the
+// record. It is idempotent.
+func (s *Server) Close() error { return s.close() }
+
+func (s *Server) stop() error {
+	var errs []error
+	if s.coap != nil {
+		errs = append(errs, s.coap.Close())
+	}
+	if s.control != nil {
+		errs = append(errs, s.control.Close())
+	}
+	s.serving.Wait()
+	if s.record != nil {
+		errs = append(errs, s.record.close())
+	}
+	return errors.Join(append(errs, s.serveErr)...)
+}
