@@ -54,7 +54,8 @@ func listenControl(path string) (net.Listener, error) {
 	if errors.Is(err, syscall.EADDRINUSE) {
 		if conn, dialErr := net.Dial("unix", path); dialErr == nil {
 			return nil, errors.Join(fmt.Errorf("listen on control socket: %w", err), conn.Close())
-		} else if errors.Is(dialErr, syscall.ECONNREFUSED) && os.Remove(path) == nil {
+		} else if info, statErr := os.Lstat(path); errors.Is(dialErr, syscall.ECONNREFUSED) &&
+			statErr == nil && info.Mode().Type() == os.ModeSocket && os.Remove(path) == nil { // a plain file refuses too
 			listener, err = net.Listen("unix", path)
 		}
 	}
