@@ -1,0 +1,76 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"est-testserver": main})
+}
+
+func TestScripts(t *testing.T) {
+	for _, tool := range []string{"openssl", "pkcs11-tool", "softhsm2-util", "coap-client-openssl", "coap-client-gnutls"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Fatalf("%v: run \"make deps\"", err)
+		}
+	}
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"serve": serve,
+		},
+	})
+}
+
+// serve runs "est-testserver serve ARGS" until the script ends, sets URI when
+// it listens, and fails the script if it does not stop cleanly.
+//
+//	serve ARGS
+func serve(ts *testscript.TestScript, neg bool, args []string) {
+	if neg {
+		ts.Fatalf("serve cannot be negated: exec est-testserver serve")
+	}
+	cmd := exec.Command("est-testserver", append([]string{"serve", "--listen", "127.0.0.1:0"}, args...)...)
+	if path, err := exec.LookPath("est-testserver"); err == nil {
+		cmd.Path, cmd.Err = path, nil
+	}
+	cmd.Dir = ts.MkAbs(".")
+	cmd.Env = []string{"PATH=" + ts.Getenv("PATH"), "TMPDIR=" + ts.Getenv("TMPDIR")}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	ts.Check(err)
+	ts.Check(cmd.Start())
+	lines := bufio.NewReader(stdout)
+	ts.Defer(func() {
+		kill := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() })
+		defer kill.Stop()
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		rest, _ := io.ReadAll(lines)
+		if err := cmd.Wait(); err != nil || len(rest) > 0 {
+			ts.Fatalf("est-testserver serve: %v, more output %q\n%s", err, rest, stderr.String())
+		}
+		if got := stderr.String(); got != "est-testserver: "+warning+"\n" {
+			ts.Fatalf("est-testserver serve: standard error: %s", got)
+		}
+	})
+	line, err := lines.ReadString('\n')
+	uri, found := strings.CutPrefix(line, "listening ")
+	if err != nil || !found {
+		ts.Fatalf("est-testserver serve: %q, %v\n%s", line, err, stderr.String())
+	}
+	ts.Setenv("URI", strings.TrimSpace(uri))
+	fmt.Fprintf(ts.Stdout(), "%s", line)
+}
