@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -297,6 +298,9 @@ func TestLockRefusesWhatIsNoLockFile(t *testing.T) {
 		if _, err := durable.Acquire(t.Context(), at(name), 0o666); !errors.Is(err, durable.ErrNotLockFile) {
 			t.Errorf("%s: got %v, want ErrNotLockFile", name, err)
 		}
+	}
+	if _, err := durable.Acquire(t.Context(), at("absent/lock"), 0o666); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("missing directory: got %v, want fs.ErrNotExist", err)
 	}
 	if got := names(t, dir); !cmp.Equal(got, before) {
 		t.Errorf("got %q, before %q", got, before)
