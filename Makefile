@@ -1,0 +1,42 @@
+# make demo: a device's first boot and first renewal, on this machine.
+# make test: everything CI runs.
+
+GO ?= go
+FUZZTIME ?= 30s
+
+.PHONY: demo test build lint deps loss crash fuzz
+
+demo: deps build
+	@examples/demo
+
+test: deps lint
+	$(GO) test -race -timeout 15m ./...
+
+build: deps
+	$(GO) build -trimpath -o bin/ ./cmd/...
+
+lint:
+	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted" >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	$(GO) mod tidy -diff
+
+deps:
+	@packaging/deps
+
+# 200 enrolments through a link with 10 % loss, 10 % duplication and reordering.
+loss: deps
+	$(GO) test -timeout 30m -count 1 -run '^TestLoss$$' -v . -args -loss.n 200 $(LOSS)
+
+# The program killed before and after every PKCS#11 call of first boot and renewal.
+crash: deps
+	$(GO) test -timeout 60m -count 1 -run '^TestCrash$$' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
+
+# Each fuzz target for FUZZTIME.
+fuzz: deps
+	@set -e; for dir in $$($(GO) list -f '{{.Dir}}' ./...); do \
+		for target in $$(grep -hos '^func Fuzz[A-Za-z0-9]*' $$dir/*_test.go | cut -d' ' -f2); do \
+			echo "$$target in $${dir##*/}"; \
+			(cd $$dir && $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) .); \
+		done; \
+	done

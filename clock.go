@@ -1,0 +1,57 @@
+package estenroll
+
+import (
+	"fmt"
+	"runtime/debug"
+	"time"
+)
+
+// BuildTime returns the commit time of this build, or a constant where the
+// build does not say: no certificate that matters to a device is older than
+// the program it runs.
+func BuildTime() time.Time {
+	// The day this file was written.
+	constant := time.Date(2026, time.November, 24, 0, 0, 0, 0, time.UTC)
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return constant
+	}
+	for _, setting := range info.Settings {
+		if setting.Key == "vcs.time" {
+			if t, err := time.Parse(time.RFC3339, setting.Value); err == nil {
+				return t
+			}
+		}
+	}
+	return constant
+}
+
+// verificationTime is the latest of the system clock, the build's commit time
+// and the newest notBefore this device has verified: a device without a battery
+// boots in 1970. Only verified certificates move it forward, since one wrong
+// jump would poison the device for ever.
+func (d *Device) verificationTime() (time.Time, error) {
+	now, floor, source := d.cfg.Now(), d.cfg.BuildTime, "the build's commit time"
+	if d.journal.VerifiedNotBefore.After(floor) {
+		floor, source = d.journal.VerifiedNotBefore, "the newest certificate this device has verified"
+	}
+	if !now.Before(floor) {
+		return now, nil
+	}
+	if d.cfg.RequireClock {
+		return time.Time{}, fmt.Errorf("system clock says %s, %s is %s: %w",
+			now.UTC().Format(time.RFC3339), source, floor.UTC().Format(time.RFC3339), ErrClock)
+	}
+	if !d.clockWarned {
+		d.clockWarned = true
+		d.warn("the system clock says %s: verifying with %s, %s", now.UTC().Format(time.RFC3339), source, floor.UTC().Format(time.RFC3339))
+	}
+	return floor, nil
+}
+
+// sawVerified moves the verification time's floor; the caller saves the journal.
+func (d *Device) sawVerified(notBefore time.Time) {
+	if notBefore.After(d.journal.VerifiedNotBefore) {
+		d.journal.VerifiedNotBefore = notBefore
+	}
+}

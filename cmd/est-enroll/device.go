@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"estenroll"
+	"estenroll/csr"
+	"estenroll/engine"
+	"estenroll/engine/pkcs11"
+	"estenroll/est"
+	"estenroll/est/coaps"
+	"estenroll/internal/durable"
+)
+
+// drivers are the engines that this program knows.
+var drivers = engine.Drivers{"pkcs11": pkcs11.Driver}
+
+// openDevice turns the settings into typed values, once, and opens the device.
+func (s *settings) openDevice(ctx context.Context, out *output) (*estenroll.Device, error) {
+	cfg, err := s.lifecycle(out)
+	if err != nil {
+		return nil, &usageError{err}
+	}
+	return estenroll.Open(ctx, cfg)
+}
+
+func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
+	if err := s.required(); err != nil {
+		return cfg, err
+	}
+	token, err := s.tokenAddress(out)
+	if err != nil {
+		return cfg, err
+	}
+	cfg = estenroll.Config{
+		StateDir: s.stateDir, LockWait: s.lockWait, Name: s.credential,
+		OpenEngine: func(ctx context.Context, refused engine.PINSource) (engine.Engine, error) {
+			if s.retryPIN {
+				refused = engine.PINSource{}
+			}
+			waiting, cancel := context.WithTimeout(ctx, s.lockWait)
+			defer cancel()
+			return drivers.Open(waiting, token, engine.Options{LockDir: s.lockDir, AddressSource: s.engineSource, RefusedPIN: refused})
+		},
+		ParseAddress: drivers.Parse,
+		NoFallback:   s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval,
+		RequireClock: s.requireClock, Progress: out.progress,
+		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
+	}
+	if cfg.IDevID.Key, err = drivers.Parse(s.idevidKey); err != nil {
+		return cfg, fmt.Errorf("idevid-key: %w", err)
+	}
+	if cfg.IDevID.Certificate, err = drivers.Parse(s.idevidCert); err != nil {
+		return cfg, fmt.Errorf("idevid-certificate: %w", err)
+	}
+	if cfg.IDevID.Chain, err = readCertificates("idevid-chain", s.idevidChain); err != nil {
+		return cfg, err
+	}
+	anchors, err := readCertificates("trust-anchors", s.trustAnchors)
+	if err != nil {
+		return cfg, err
+	}
+	if cfg.ImplicitTA, err = est.NewTrustAnchors(anchors); err != nil {
+		return cfg, fmt.Errorf("trust-anchors: %w", err)
+	}
+	server, err := readCertificates("security-server-certificate", s.securityServerCert)
+	if err != nil {
+		return cfg, err
+	}
+	if len(server) > 0 {
+		cfg.Security.ServerCertificate = server[0].Raw
+	}
+	if err := s.request(&cfg.Request); err != nil {
+		return cfg, err
+	}
+	return cfg, s.transport(&cfg)
+}
+
+func (s *settings) required() error {
+	var missing []string
+	for name, value := range map[string]string{"engine": s.engine, "server": s.server, "trust-anchors": s.trustAnchors} {
+		if value == "" {
+			missing = append(missing, name)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("missing settings: %s", strings.Join(slices.Sorted(slices.Values(missing)), ", "))
+	}
+	return nil
+}
+
+// tokenAddress parses the engine's address. Every user of the machine can read
+// an argument list, so a PIN in one is refused.
+func (s *settings) tokenAddress(out *output) (engine.Address, error) {
+	token, err := drivers.Parse(s.engine)
+	if err != nil {
+		return nil, fmt.Errorf("engine: %w", err)
+	}
+	if uri, ok := token.(pkcs11.URI); ok && uri.HasPINValue() {
+		if s.engineFromArgs {
+			return nil, errors.New("engine: a PIN in an argument list is readable by every user: change it, and name its file with pin-source=file:… instead")
+		}
+		out.progress(estenroll.Event{Warning: true, Message: "the PIN stands in the clear in " + s.engineSource.Path + ": pin-source=file:… keeps it in a file of its own"})
+	}
+	return token, nil
+}
+
+func (s *settings) request(template *csr.Template) (err error) {
+	if s.subject != "" {
+		if template.RawSubject, err = csr.ParseSubject(s.subject); err != nil {
+			return fmt.Errorf("subject: %w", err)
+		}
+	}
+	for _, text := range s.san {
+		san, err := csr.ParseSAN(text)
+		if err != nil {
+			return fmt.Errorf("san: %w", err)
+		}
+		template.SANs = append(template.SANs, san)
+	}
+	return nil
+}
+
+// transport chooses how EST is carried.
+func (s *settings) transport(cfg *estenroll.Config) error {
+	server, err := coaps.ParseURI(s.server)
+	if err != nil {
+		return fmt.Errorf("server: %w", err)
+	}
+	cfg.ServerURI, cfg.ServerName = server.String(), server.Host
+	options := coaps.Config{
+		URI: server, BlockSize: s.blockSize, AckTimeout: s.ackTimeout, MaxRetransmit: s.maxRetransmit,
+		ExchangeTimeout: s.exchangeTimeout, HandshakeTimeout: s.handshakeTimeout,
+	}
+	cfg.Dial = func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
+		dial := options
+		dial.Certificate, dial.Key, dial.Trust, dial.Now = with.Certificate, with.Key, with.Trust, with.Now
+		return coaps.Dial(ctx, dial)
+	}
+	return nil
+}
+
+const certificatesLimit = 1 << 20 // bytes
+
+func readCertificates(setting, path string) ([]*x509.Certificate, error) {
+	if path == "" {
+		return nil, nil
+	}
+	data, err := durable.ReadFile(path, certificatesLimit)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", setting, err)
+	}
+	certs, err := estenroll.ParseTrustAnchors(data)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %s: %w", setting, path, err)
+	}
+	return certs, nil
+}

@@ -1,0 +1,41 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	"github.com/spf13/cobra"
+
+	"estenroll"
+)
+
+func enrollCommand(s *settings, out *output) *cobra.Command {
+	return &cobra.Command{
+		Use:   "enroll",
+		Short: "get the first certificate; nothing to do if there is one",
+		Long: `Enroll is the first boot: it generates a key in the HSM, gets a certificate for it
+with the factory credential (IDevID), stores it in the HSM, proves it to the
+server and makes the Security object point at it. On a device that is enrolled
+it does nothing and exits 0. It first finishes what an interrupted run left.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
+				result, err := device.Enroll(ctx)
+				if err != nil {
+					return err
+				}
+				out.outcome(result)
+				return nil
+			})
+		},
+	}
+}
+
+// withDevice opens the device, does something with it and closes it.
+func withDevice(ctx context.Context, s *settings, out *output, do func(context.Context, *estenroll.Device) error) error {
+	device, err := s.openDevice(ctx, out)
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(ctx, device), device.Close())
+}

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	"estenroll"
+	"estenroll/engine"
+	"estenroll/est"
+)
+
+// Exit codes are part of the interface: the README and --help list them.
+const (
+	exitDone        = 0
+	exitTryLater    = 1
+	exitUsage       = 2
+	exitPending     = 3
+	exitToken       = 4
+	exitRefused     = 5
+	exitInterrupted = 130
+)
+
+const exitCodeHelp = `Exit codes:
+  0    done, or nothing to do
+  1    failed, try again later: no answer, another run at work, not proven yet
+  2    usage or configuration: change it first
+  3    pending: the server has not decided, run again at the time that is said
+  4    token, module or PIN: do not retry, a person must look
+  5    the server refused, or its answer is refused: do not retry
+  130  interrupted; the next run goes on`
+
+type judgement struct {
+	code int
+	hint string
+}
+
+// judge is the one place that turns an error into an exit code and advice.
+func judge(err error, interrupted bool) judgement {
+	if interrupted || errors.Is(err, context.Canceled) {
+		return judgement{exitInterrupted, "nothing is lost: run the same command again and it goes on"}
+	}
+	var pending *estenroll.PendingError
+	if errors.As(err, &pending) {
+		return judgement{exitPending, "run the same command again then; the key and the request are kept"}
+	}
+	for _, known := range judgements {
+		if errors.Is(err, known.is) {
+			return known.judgement
+		}
+	}
+	var status *est.StatusError
+	var response *est.ResponseError
+	var engineErr *engine.Error
+	switch {
+	case isUsage(err):
+		return judgement{exitUsage, "est-enroll --help shows every setting"}
+	case errors.As(err, &engineErr):
+		return judgement{exitToken, "look at the token: pkcs11-tool --module MODULE --list-token-slots"}
+	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
+		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
+	}
+	return judgement{exitTryLater, ""}
+}
+
+// judgements are looked through in order: an error may be several things.
+var judgements = []struct {
+	is error
+	judgement
+}{
+	{estenroll.ErrUnproven, judgement{exitTryLater, "run the same command again later: the stored certificate is proven then, without a new request"}},
+	{estenroll.ErrRefused, judgement{exitRefused, "the device goes on with the certificate it had; ask the people of the server why"}},
+	{estenroll.ErrBusy, judgement{exitTryLater, "wait for the other run, or give it longer with --lock-wait"}},
+	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
+	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
+	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},
+	{estenroll.ErrState, judgement{exitUsage, "the state directory was changed by something else: restore it, or move it away and enrol again"}},
+	{engine.ErrPINNotRetried, judgement{exitToken, "write the right PIN to its source, or insist with --retry-pin: each try of a wrong PIN may be the last"}},
+	{engine.ErrPINIncorrect, judgement{exitToken, "correct the PIN at its source; it is not tried again until the source changes or with --retry-pin"}},
+	{engine.ErrPINLocked, judgement{exitToken, "the security officer must unlock the token: pkcs11-tool --init-pin --login --login-type so"}},
+	{engine.ErrPINFinalTry, judgement{exitToken, "log in once by hand with the right PIN: pkcs11-tool --login --list-objects"}},
+	{engine.ErrPINMissing, judgement{exitToken, "name the PIN's file in the engine's address: …?pin-source=file:/path"}},
+	{engine.ErrModule, judgement{exitToken, "install the HSM's PKCS#11 module and name its file as module-path in the engine's address"}},
+	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots"}},
+	{engine.ErrLocked, judgement{exitTryLater, "wait for the other program"}},
+	{engine.ErrDeviceLost, judgement{exitTryLater, "connect the device again"}},
+	{estenroll.ErrIDevID, judgement{exitToken, "check idevid-key and idevid-certificate against: pkcs11-tool --module MODULE --login --list-objects"}},
+	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
+	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate"}},
+	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},
+	{est.ErrCredentialNotYetValid, judgement{exitTryLater, "the server's clock is not the device's: wait, or set it"}},
+	{est.ErrCredentialRefused, judgement{exitRefused, "the server does not accept the certificate of this device: ask the people of the server"}},
+	{est.ErrUnreachable, judgement{exitTryLater, "check the network and the server's URI; the key and the request are kept for the next run"}},
+}

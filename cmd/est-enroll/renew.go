@@ -1,0 +1,38 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	"github.com/spf13/cobra"
+
+	"estenroll"
+)
+
+func renewCommand(s *settings, out *output) *cobra.Command {
+	var force bool
+	command := &cobra.Command{
+		Use:   "renew --force",
+		Short: "get a new certificate for the same key",
+		Long: `Renew gets a new certificate for the key of the current one, which authenticates
+the request, and keeps the current certificate as the previous one. It renews
+now, whatever the age of the certificate: scheduling is not there yet, so
+--force is required. It first finishes what an interrupted run left.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !force {
+				return &usageError{errors.New("renew: scheduling is not there yet: renew --force renews now")}
+			}
+			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
+				result, err := device.Renew(ctx)
+				if err != nil {
+					return err
+				}
+				out.outcome(result)
+				return nil
+			})
+		},
+	}
+	command.Flags().BoolVar(&force, "force", false, "renew now, whatever the age of the certificate")
+	return command
+}

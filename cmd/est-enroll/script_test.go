@@ -1,0 +1,426 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/big"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"estenroll/engine/enginetest/softhsm"
+	"estenroll/internal/durable"
+)
+
+// markerPIN is the PIN of every token in the scripts: it must never be seen.
+const markerPIN = "marker-4f1d9c"
+
+// transcriptVar names the file that the scripts' est-enroll copies its argument
+// list and its output to, for the search for the marker. It is read by the test
+// binary alone: the program does not know it.
+const transcriptVar = "TRANSCRIPT"
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"est-enroll": recordedMain})
+}
+
+// recordedMain is main with a transcript.
+func recordedMain() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	transcript, err := os.OpenFile(os.Getenv(transcriptVar), os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		panic(err)
+	}
+	cmdline, err := os.ReadFile("/proc/self/cmdline")
+	if err != nil {
+		panic(err)
+	}
+	fmt.Fprintf(transcript, "$ %q\n", cmdline)
+	os.Exit(run(ctx, os.Args[1:], io.MultiWriter(os.Stdout, transcript), io.MultiWriter(os.Stderr, transcript)))
+}
+
+// programs builds the programs under test once, as they ship.
+var programs = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "est-enroll-test-")
+	if err != nil {
+		return "", err
+	}
+	build := exec.Command("go", "build", "-trimpath", "-o", dir+"/", "estenroll/cmd/...")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%s: %w\n%s", build, err, out)
+	}
+	return dir, nil
+})
+
+func builtPrograms(t *testing.T) string {
+	t.Helper()
+	dir, err := programs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// TestScripts runs each story of testdata/script with a token of its own, and
+// then looks for the PIN in everything that it left.
+func TestScripts(t *testing.T) {
+	files, err := filepath.Glob("testdata/script/*.txt")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no scripts: %v", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+			t.Parallel()
+			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t)}
+			testscript.Run(t, testscript.Params{
+				Files: []string{file}, RequireExplicitExec: true, RequireUniqueNames: true,
+				Setup: s.setup, Cmds: s.commands(),
+			})
+		})
+	}
+}
+
+// session is one script's device and server.
+type session struct {
+	token   *softhsm.Token
+	bin     string
+	work    string
+	config  string
+	env     *testscript.Env
+	server  *exec.Cmd
+	factory bool
+}
+
+func (s *session) setup(env *testscript.Env) error {
+	s.env, s.work, s.config = env, env.WorkDir, filepath.Join(env.WorkDir, "est-enroll.yaml")
+	for _, pair := range s.token.Env() {
+		name, value, _ := strings.Cut(pair, "=")
+		env.Setenv(name, value)
+	}
+	env.Setenv("MODULE", s.token.ModulePath)
+	env.Setenv("TOKEN", s.token.Label)
+	env.Setenv("PIN", s.token.PIN)
+	env.Setenv("PINFILE", s.token.PINFile)
+	env.Setenv("CA", filepath.Join(s.work, "ca", "ca.pem"))
+	env.Setenv("EST_ENROLL_CONFIG", s.config)
+	env.Setenv("EST_ENROLL_STATE_DIR", filepath.Join(s.work, "state"))
+	env.Setenv("EST_ENROLL_LOCK_DIR", filepath.Join(s.work, "locks"))
+	env.Setenv(transcriptVar, filepath.Join(s.work, "transcript"))
+	env.Defer(func() { s.stopServer() })
+	env.Defer(func() {
+		if found := findMarker(s.work); len(found) > 0 {
+			env.T().Fatal("the PIN is in ", strings.Join(found, ", "))
+		}
+	})
+	return s.writeConfig("coaps://127.0.0.1:1")
+}
+
+func (s *session) writeConfig(server string) error {
+	return os.WriteFile(s.config, fmt.Appendf(nil, "engine: %s\nserver: %s\ntrust-anchors: %s\n",
+		s.token.URI(), server, filepath.Join(s.work, "ca", "ca.pem")), 0o600)
+}
+
+// findMarker returns the files below a directory that hold the marker PIN.
+// Named for it, the PIN file and the spy's own log may.
+func findMarker(dir string) []string {
+	var found []string
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return err
+		}
+		switch entry.Name() {
+		case "right", "spy.log", "pin.yaml":
+			return nil
+		}
+		data, err := os.ReadFile(path)
+		if bytes.Contains(data, []byte(markerPIN)) {
+			found = append(found, path)
+		}
+		return err
+	})
+	if err != nil {
+		found = append(found, err.Error())
+	}
+	return found
+}
+
+func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool, args []string) {
+	plain := func(do func(ts *testscript.TestScript, args []string) error) func(*testscript.TestScript, bool, []string) {
+		return func(ts *testscript.TestScript, neg bool, args []string) {
+			if neg {
+				ts.Fatalf("unsupported: ! before this command")
+			}
+			ts.Check(do(ts, args))
+		}
+	}
+	return map[string]func(*testscript.TestScript, bool, []string){
+		"exitcode":      plain(exitcode),
+		"factory":       plain(s.makeIDevID),
+		"testserver":    plain(s.startServer),
+		"stopserver":    plain(func(*testscript.TestScript, []string) error { return s.stopServer() }),
+		"fault":         plain(s.setFaults),
+		"issued":        plain(s.checkIssued),
+		"same-csr":      plain(sameCSR),
+		"spy":           plain(s.spy),
+		"logins":        plain(s.checkLogins),
+		"pin-in-config": plain(s.pinInConfig),
+		"interrupt":     plain(s.interrupt),
+		"hold-lock":     plain(s.holdLock),
+		"other-ca":      plain(otherCA),
+	}
+}
+
+// exitcode N command… runs a command that must end with exit code N.
+func exitcode(ts *testscript.TestScript, args []string) error {
+	if len(args) < 2 {
+		return errors.New("usage: exitcode N command [args...]")
+	}
+	want, err := strconv.Atoi(args[0])
+	if err != nil {
+		return err
+	}
+	got := 0
+	err = ts.Exec(args[1], args[2:]...)
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		got = exit.ExitCode()
+	} else if err != nil {
+		return err
+	}
+	if got != want {
+		return fmt.Errorf("exit code %d, want %d", got, want)
+	}
+	return nil
+}
+
+// factory remembers that the next server shall make the IDevID: its CA is the
+// factory's.
+func (s *session) makeIDevID(*testscript.TestScript, []string) error {
+	s.factory = true
+	return nil
+}
+
+// startServer starts the test CA and points the configuration at it.
+func (s *session) startServer(ts *testscript.TestScript, args []string) error {
+	dir := filepath.Join(s.work, "ca")
+	args = append([]string{"serve", "--listen", "127.0.0.1:0", "--write-dir", dir, "--control", filepath.Join(dir, "control"),
+		"--record", filepath.Join(dir, "record.jsonl"), "--ack-timeout", "200ms"}, args...)
+	s.server = exec.Command(filepath.Join(s.bin, "est-testserver"), args...)
+	s.server.Stderr = io.Discard
+	stdout, err := s.server.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := s.server.Start(); err != nil {
+		return err
+	}
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil {
+		return fmt.Errorf("est-testserver: %w", err)
+	}
+	uri, found := strings.CutPrefix(strings.TrimSpace(line), "listening ")
+	if !found {
+		return fmt.Errorf("est-testserver says %q", line)
+	}
+	ts.Setenv("SERVER", uri)
+	if err := s.writeConfig(uri); err != nil {
+		return err
+	}
+	if s.factory {
+		return s.token.StoreIDevID(func(publicKey []byte) ([]byte, error) { return s.signIDevID(publicKey) })
+	}
+	return nil
+}
+
+// signIDevID has the factory CA certify a public key (DER).
+func (s *session) signIDevID(publicKey []byte) ([]byte, error) {
+	in, out := filepath.Join(s.work, "idevid.pub"), filepath.Join(s.work, "idevid.der")
+	if err := os.WriteFile(in, publicKey, 0o600); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(filepath.Join(s.bin, "est-testserver"), "idevid", "--control", filepath.Join(s.work, "ca", "control"),
+		"--public-key", in, "--subject", "serialNumber=4711,O=Test", "--out", out)
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("%w: %s", err, text)
+	}
+	return os.ReadFile(out)
+}
+
+func (s *session) stopServer() error {
+	if s.server == nil {
+		return nil
+	}
+	if err := s.server.Process.Signal(os.Interrupt); err != nil {
+		return err
+	}
+	_ = s.server.Wait() // its exit code is its own tests' matter
+	s.server = nil
+	return nil
+}
+
+// setFaults replaces the faults of the running server, by none if none is given.
+func (s *session) setFaults(ts *testscript.TestScript, faults []string) error {
+	if len(faults) == 0 {
+		faults = []string{"none"}
+	}
+	args := append([]string{"fault", "--control", filepath.Join(s.work, "ca", "control")}, faults...)
+	return ts.Exec(filepath.Join(s.bin, "est-testserver"), args...)
+}
+
+// checkIssued N compares with the server's record of issuances.
+func (s *session) checkIssued(_ *testscript.TestScript, args []string) error {
+	got, err := countIssuances(filepath.Join(s.work, "ca", "record.jsonl"))
+	if err != nil {
+		return err
+	}
+	if len(args) != 1 || args[0] != strconv.Itoa(got) {
+		return fmt.Errorf("the server issued %d, want %s", got, args)
+	}
+	return nil
+}
+
+func countIssuances(record string) (int, error) {
+	data, err := os.ReadFile(record)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	return bytes.Count(data, []byte(`"kind":"issuance"`)), err
+}
+
+func sameCSR(ts *testscript.TestScript, args []string) error {
+	var csrs [2]string
+	for i := range csrs {
+		var journal struct{ Operation struct{ CSR string } }
+		if err := json.Unmarshal([]byte(ts.ReadFile(args[i])), &journal); err != nil {
+			return err
+		}
+		csrs[i] = journal.Operation.CSR
+	}
+	if csrs[0] == "" || csrs[0] != csrs[1] {
+		return errors.New("the CSRs differ or are missing")
+	}
+	return nil
+}
+
+// spy puts OpenSC's pkcs11-spy between the program and the module.
+func (s *session) spy(ts *testscript.TestScript, _ []string) error {
+	ts.Setenv("PKCS11SPY", s.token.ModulePath)
+	ts.Setenv("PKCS11SPY_OUTPUT", filepath.Join(s.work, "spy.log"))
+	ts.Setenv("EST_ENROLL_ENGINE", strings.Replace(s.token.URI(), s.token.ModulePath, spyModule, 1))
+	return nil
+}
+
+const spyModule = "/usr/lib/x86_64-linux-gnu/pkcs11-spy.so"
+
+// checkLogins N compares with the C_Login calls that the spy saw.
+func (s *session) checkLogins(_ *testscript.TestScript, args []string) error {
+	data, err := os.ReadFile(filepath.Join(s.work, "spy.log"))
+	if err != nil {
+		return err
+	}
+	if got := bytes.Count(data, []byte(": C_Login\n")); len(args) != 1 || args[0] != strconv.Itoa(got) {
+		return fmt.Errorf("%d C_Login calls, want %s", got, args)
+	}
+	return nil
+}
+
+// pinInConfig writes a configuration with the PIN in the engine's address.
+func (s *session) pinInConfig(ts *testscript.TestScript, _ []string) error {
+	config, err := os.ReadFile(s.config)
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(s.work, "pin.yaml")
+	text := strings.Replace(string(config), "pin-source=file:"+s.token.PINFile, "pin-value="+markerPIN, 1)
+	ts.Setenv("EST_ENROLL_CONFIG", path)
+	return os.WriteFile(path, []byte(text), 0o600)
+}
+
+// interrupt starts est-enroll, sends it SIGINT when the server has its CSR (the
+// journal names step "request" and the server is thinking), and wants exit 130.
+func (s *session) interrupt(ts *testscript.TestScript, args []string) error {
+	cmd := exec.Command(filepath.Join(s.bin, "est-enroll"), append(args, "-v")...)
+	for _, name := range []string{"SOFTHSM2_CONF", "EST_ENROLL_CONFIG", "EST_ENROLL_STATE_DIR", "EST_ENROLL_LOCK_DIR", "PATH"} {
+		cmd.Env = append(cmd.Env, name+"="+ts.Getenv(name))
+	}
+	var output bytes.Buffer
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	lines := bufio.NewScanner(io.TeeReader(stderr, &output))
+	for lines.Scan() {
+		if strings.Contains(lines.Text(), "built the CSR") {
+			break
+		}
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		return err
+	}
+	for lines.Scan() { // to the end
+	}
+	err = cmd.Wait()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != exitInterrupted {
+		return fmt.Errorf("%v, want exit code %d: %s", err, exitInterrupted, &output)
+	}
+	path := filepath.Join(s.work, "interrupt.stderr")
+	if err := os.WriteFile(path, output.Bytes(), 0o600); err != nil {
+		return err
+	}
+	return ts.Exec("sh", "-c", "cat "+path+" >&2")
+}
+
+// holdLock holds the state directory as another run would, to the script's end.
+func (s *session) holdLock(*testscript.TestScript, []string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	lock, err := durable.Acquire(ctx, filepath.Join(s.work, "state", "lock"), 0o600)
+	if err != nil {
+		return err
+	}
+	s.env.Defer(func() { _ = lock.Release() })
+	return nil
+}
+
+// otherCA FILE writes the certificate of a CA that nobody uses.
+func otherCA(ts *testscript.TestScript, args []string) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "other"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(ts.MkAbs(args[0]), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600)
+}

@@ -1,0 +1,236 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/pflag"
+	"go.yaml.in/yaml/v3"
+
+	"estenroll/engine"
+	"estenroll/internal/durable"
+)
+
+const (
+	defaultConfig = "/etc/est-enroll/config.yaml"
+	configLimit   = 1 << 20 // bytes
+	envPrefix     = "EST_ENROLL_"
+)
+
+// settings are what a person can set. The flags are the one list of them: the
+// keys of the file and the variables of the environment are their names.
+type settings struct {
+	config string
+
+	stateDir, lockDir      string
+	engine                 string
+	credential             string
+	server, trustAnchors   string
+	subject                string
+	san                    []string
+	idevidKey, idevidCert  string
+	idevidChain            string
+	securityInstance       uint16
+	securityServer         string
+	securityServerCert     string
+	shortServerID          uint16
+	noFallback             bool
+	pendingLimit, lockWait time.Duration
+	tries                  uint
+	retryInterval          time.Duration
+	blockSize              int
+	ackTimeout             time.Duration
+	maxRetransmit          int
+	exchangeTimeout        time.Duration
+	handshakeTimeout       time.Duration
+	requireClock           bool
+	retryPIN               bool
+	quiet, verbose         bool
+	engineSource           engine.PINSource // where the engine's address was read
+	engineFromArgs         bool
+	warnings               []string
+}
+
+// onlyFlags are no settings of a file or an environment.
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "json": true}
+
+func (s *settings) register(flags *pflag.FlagSet) {
+	flags.SortFlags = false
+	flags.StringVarP(&s.config, "config", "c", "", "configuration `file` (default "+defaultConfig+" where it exists)")
+	flags.StringVar(&s.stateDir, "state-dir", "/var/lib/est-enroll", "`directory` of the journal, the Security object and the trust anchors")
+	flags.StringVar(&s.engine, "engine", "", "engine `address` of the token: pkcs11:token=…?module-path=…&pin-source=file:…")
+	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token")
+	flags.StringVar(&s.server, "server", "", "EST server: coaps://host[:port][/path], the path is /.well-known/est unless given")
+	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
+	flags.StringVar(&s.idevidKey, "idevid-key", "pkcs11:object=idevid;type=private", "engine `address` of the factory key (IDevID)")
+	flags.StringVar(&s.idevidCert, "idevid-certificate", "pkcs11:object=idevid;type=cert", "engine `address` of the factory certificate")
+	flags.StringVar(&s.idevidChain, "idevid-chain", "", "`file` with the certificates to send after the factory certificate")
+	flags.StringVar(&s.subject, "subject", "", "Subject to ask for, RFC 4514: CN=dev-17,O=Example (default: the IDevID's)")
+	flags.StringArrayVar(&s.san, "san", nil, "SAN to ask for, repeatable: DNS:…, IP:…, URI:…, hwModuleName:<oid>;<hex serial>")
+	flags.Uint16Var(&s.securityInstance, "security-instance", 0, "instance of the LwM2M Security object to keep")
+	flags.StringVar(&s.securityServer, "security-server", "", "server `URI` of that instance (default: the EST server)")
+	flags.StringVar(&s.securityServerCert, "security-server-certificate", "", "`file` with that server's certificate (default: the one the EST server shows)")
+	flags.Uint16Var(&s.shortServerID, "short-server-id", 1, "short server id of that instance")
+	flags.BoolVar(&s.noFallback, "no-fallback", false, "never return to the IDevID when the server refuses both enrolled certificates")
+	flags.DurationVar(&s.pendingLimit, "pending-limit", 7*24*time.Hour, "give up a request that the server keeps pending for so long")
+	flags.UintVar(&s.tries, "tries", 4, "how often an exchange without an answer is tried in one run, with the same CSR")
+	flags.DurationVar(&s.retryInterval, "retry-interval", time.Second, "first pause between those tries; it doubles")
+	flags.IntVar(&s.blockSize, "block-size", 512, "block size in bytes: 16, 32, 64, 128, 256, 512 or 1024 (RFC 7959)")
+	flags.DurationVar(&s.ackTimeout, "ack-timeout", 2*time.Second, "ACK_TIMEOUT (RFC 7252 §4.8)")
+	flags.IntVar(&s.maxRetransmit, "max-retransmit", 4, "MAX_RETRANSMIT (RFC 7252 §4.8), 0 for none")
+	flags.DurationVar(&s.exchangeTimeout, "exchange-timeout", 0, "bound on one request and all blocks of it and of its answer (default: by RFC 7252)")
+	flags.DurationVar(&s.handshakeTimeout, "handshake-timeout", 30*time.Second, "bound on one DTLS handshake")
+	flags.BoolVar(&s.requireClock, "require-clock", false, "refuse to work while the system clock is behind what the device has verified")
+	flags.StringVar(&s.lockDir, "lock-dir", "/run/lock/est-enroll", "`directory` of the writer locks that all users of a token share")
+	flags.DurationVar(&s.lockWait, "lock-wait", 30*time.Second, "how long to wait for another run")
+	flags.BoolVar(&s.retryPIN, "retry-pin", false, "try a PIN again that the token refused, though its source has not changed")
+	flags.BoolVarP(&s.quiet, "quiet", "q", false, "print errors only")
+	flags.BoolVarP(&s.verbose, "verbose", "v", false, "print each step with its time, on a terminal or not")
+}
+
+// complete fills what no flag has set: from the environment, then from the file.
+func (s *settings) complete(flags *pflag.FlagSet, lookupEnv func(string) (string, bool)) error {
+	s.engineFromArgs = flags.Changed("engine")
+	given := map[string]bool{}
+	flags.Visit(func(f *pflag.Flag) { given[f.Name] = true })
+	if path, ok := lookupEnv(envPrefix + "CONFIG"); ok && !given["config"] {
+		s.config = path
+	}
+	if err := s.fromEnvironment(flags, given, lookupEnv); err != nil {
+		return err
+	}
+	return s.fromFile(flags, given)
+}
+
+func (s *settings) fromEnvironment(flags *pflag.FlagSet, given map[string]bool, lookupEnv func(string) (string, bool)) error {
+	var failure error
+	flags.VisitAll(func(f *pflag.Flag) {
+		if onlyFlags[f.Name] || given[f.Name] || failure != nil {
+			return
+		}
+		name := envPrefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		value, ok := lookupEnv(name)
+		if !ok {
+			return
+		}
+		given[f.Name] = true
+		if f.Name == "engine" {
+			s.engineSource = engine.PINSource{Path: "environment " + name}
+		}
+		if err := f.Value.Set(value); err != nil {
+			failure = &usageError{fmt.Errorf("environment %s: want a %s", name, f.Value.Type())}
+		}
+	})
+	return failure
+}
+
+func (s *settings) fromFile(flags *pflag.FlagSet, given map[string]bool) error {
+	path, named := s.config, s.config != ""
+	if !named {
+		path = defaultConfig
+	}
+	data, err := durable.ReadFile(path, configLimit)
+	if errors.Is(err, fs.ErrNotExist) && !named {
+		return nil
+	}
+	if err != nil {
+		return &usageError{fmt.Errorf("read configuration: %w", err)}
+	}
+	entries, err := parseConfig(data)
+	if err != nil {
+		return &usageError{fmt.Errorf("configuration %s: %w", path, err)}
+	}
+	for _, entry := range entries {
+		flag := flags.Lookup(entry.key)
+		if flag == nil || onlyFlags[entry.key] {
+			return &usageError{fmt.Errorf("configuration %s: line %d: unknown key %q", path, entry.line, entry.key)}
+		}
+		if given[entry.key] {
+			continue
+		}
+		if len(entry.values) != 1 && flag.Value.Type() != "stringArray" {
+			return &usageError{fmt.Errorf("configuration %s: line %d: %s: want one value, not a list", path, entry.line, entry.key)}
+		}
+		for _, value := range entry.values {
+			// The value is not repeated: it may be an address with a PIN.
+			if err := flag.Value.Set(value); err != nil {
+				return &usageError{fmt.Errorf("configuration %s: line %d: %s: want a %s", path, entry.line, entry.key, flag.Value.Type())}
+			}
+		}
+		if entry.key == "engine" {
+			source, err := sourceOf(path)
+			if err != nil {
+				return err
+			}
+			s.engineSource = source
+		}
+	}
+	return nil
+}
+
+type configEntry struct {
+	key    string
+	line   int
+	values []string
+}
+
+// parseConfig reads a YAML mapping of scalars and lists of scalars. Its errors
+// name lines and keys, never values.
+func parseConfig(data []byte) ([]configEntry, error) {
+	var document yaml.Node
+	if err := yaml.Unmarshal(data, &document); err != nil {
+		return nil, fmt.Errorf("not YAML: %s", strings.TrimPrefix(err.Error(), "yaml: "))
+	}
+	if len(document.Content) == 0 {
+		return nil, nil
+	}
+	mapping := document.Content[0]
+	if mapping.Kind != yaml.MappingNode {
+		return nil, fmt.Errorf("line %d: want keys and values", mapping.Line)
+	}
+	var entries []configEntry
+	seen := map[string]int{}
+	for i := 0; i+1 < len(mapping.Content); i += 2 {
+		key, value := mapping.Content[i], mapping.Content[i+1]
+		if before, twice := seen[key.Value]; twice {
+			return nil, fmt.Errorf("line %d: key %q is set on line %d already", key.Line, key.Value, before)
+		}
+		seen[key.Value] = key.Line
+		entry := configEntry{key: key.Value, line: key.Line}
+		nodes := []*yaml.Node{value}
+		if value.Kind == yaml.SequenceNode {
+			nodes = value.Content
+		}
+		for _, node := range nodes {
+			if node.Kind != yaml.ScalarNode || node.Tag == "!!null" {
+				return nil, fmt.Errorf("line %d: key %q: want a value or a list of values", node.Line, key.Value)
+			}
+			entry.values = append(entry.values, node.Value)
+		}
+		entries = append(entries, entry)
+	}
+	return entries, nil
+}
+
+// sourceOf identifies a file that holds a PIN.
+func sourceOf(path string) (engine.PINSource, error) {
+	absolute, err := filepath.Abs(path)
+	if err != nil {
+		return engine.PINSource{}, err
+	}
+	info, err := os.Stat(absolute)
+	if err != nil {
+		return engine.PINSource{}, fmt.Errorf("read configuration: %w", err)
+	}
+	source := engine.PINSource{Path: absolute, Size: info.Size()}
+	if stat, ok := info.Sys().(*syscall.Stat_t); ok {
+		source.Inode, source.ChangedAt = stat.Ino, time.Unix(stat.Ctim.Unix()).UTC()
+	}
+	return source, nil
+}

@@ -1,0 +1,144 @@
+package estenroll
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"fmt"
+	"path/filepath"
+
+	"estenroll/engine"
+	"estenroll/est"
+	"estenroll/lwm2m"
+)
+
+// pair is a credential in use: an opened key and its chain.
+type pair struct {
+	name   string // for messages: "IDevID", "new", "current"
+	key    engine.Address
+	signer crypto.Signer
+	chain  []*x509.Certificate // leaf first
+	trust  *est.TrustAnchors   // what judges the server in its sessions
+}
+
+func (p *pair) connection() Connection {
+	raw := make([][]byte, len(p.chain))
+	for i, cert := range p.chain {
+		raw[i] = cert.Raw
+	}
+	return Connection{Certificate: raw, Key: p.signer, Trust: p.trust}
+}
+
+// publicKey is what every public key of the standard library offers.
+type publicKey interface{ Equal(crypto.PublicKey) bool }
+
+func samePublicKey(a, b crypto.PublicKey) bool {
+	key, ok := a.(publicKey)
+	return ok && key.Equal(b)
+}
+
+// openIDevID opens the factory credential and checks that it is a pair.
+func (d *Device) openIDevID(ctx context.Context) (*pair, error) {
+	at := d.cfg.IDevID
+	signer, err := d.engine.Signer(ctx, at.Key)
+	if err != nil {
+		return nil, fmt.Errorf("open IDevID key: %w: %w", err, ErrIDevID)
+	}
+	cert, err := d.store.Certificate(ctx, at.Certificate)
+	if err != nil {
+		return nil, fmt.Errorf("read IDevID certificate: %w: %w", err, ErrIDevID)
+	}
+	if !samePublicKey(cert.PublicKey, signer.Public()) {
+		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", at.Certificate, at.Key, ErrIDevID)
+	}
+	return &pair{name: "IDevID", key: at.Key, signer: signer, chain: append([]*x509.Certificate{cert}, at.Chain...), trust: d.cfg.ImplicitTA}, nil
+}
+
+// openCredential opens an enrolled credential.
+func (d *Device) openCredential(ctx context.Context, c credential) (*pair, error) {
+	signer, err := d.engine.Signer(ctx, c.Key.Address)
+	if err != nil {
+		return nil, fmt.Errorf("open key: %w", err)
+	}
+	p := &pair{name: "current", key: c.Key.Address, signer: signer, trust: d.cfg.ImplicitTA}
+	for _, at := range c.Certificates {
+		cert, err := d.store.Certificate(ctx, at.Address)
+		if err != nil {
+			return nil, fmt.Errorf("read certificate: %w", err)
+		}
+		p.chain = append(p.chain, cert)
+	}
+	if !samePublicKey(p.chain[0].PublicKey, signer.Public()) {
+		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", c.Certificates[0], c.Key, ErrState)
+	}
+	if c.ExplicitTA != "" {
+		// "…the EST client uses the Explicit TA database in new sessions":
+		// RFC 9148 §3, RFC 7030 §4.1.3.
+		if p.trust, err = d.loadExplicitTA(c.ExplicitTA); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// current returns the enrolled credential that the Security object points at,
+// or false where it points at the IDevID or at nothing.
+func (d *Device) current() (credential, bool) {
+	instance, ok := d.security.Instance(d.cfg.Security.Instance)
+	if !ok {
+		return credential{}, false
+	}
+	cert, ok := instance.ClientCertificate.Engine()
+	if !ok || cert == d.cfg.IDevID.Certificate {
+		return credential{}, false
+	}
+	for _, c := range d.journal.Credentials {
+		if c.sameLeaf(cert) {
+			return c, true
+		}
+	}
+	key, ok := instance.PrivateKey.Engine()
+	if !ok {
+		return credential{}, false
+	}
+	// The journal was lost: what the Security object says is enough to go on.
+	return credential{Key: reference{Address: key}, Certificates: []reference{{Address: cert}}}, true
+}
+
+// pointSecurityAt makes the Security object refer to a pair: the commit point.
+func (d *Device) pointSecurityAt(key, cert engine.Address, serverCertificate []byte) error {
+	instance, _ := d.security.Instance(d.cfg.Security.Instance)
+	instance.ServerURI = d.cfg.Security.ServerURI
+	instance.ShortServerID = d.cfg.Security.ShortServerID
+	instance.Mode = lwm2m.ModeEST
+	instance.ClientCertificate = engine.CertificateChainFromEngine(cert)
+	instance.PrivateKey = engine.PrivateKeyFromEngine(key)
+	switch {
+	case len(d.cfg.Security.ServerCertificate) > 0:
+		instance.ServerPublicKey, instance.CertificateUsage = d.cfg.Security.ServerCertificate, nil
+	case len(serverCertificate) > 0:
+		instance.ServerPublicKey, instance.CertificateUsage = serverCertificate, nil
+	case len(instance.ServerPublicKey) == 0:
+		// The server has not been met yet: what it is judged by stands for it.
+		usage := lwm2m.TrustAnchorAssertion
+		instance.ServerPublicKey, instance.CertificateUsage = d.cfg.ImplicitTA.Certificates()[0].Raw, &usage
+	}
+	d.security.Set(d.cfg.Security.Instance, instance)
+	if err := d.security.Save(filepath.Join(d.cfg.StateDir, securityName)); err != nil {
+		return fmt.Errorf("write Security object: %w", err)
+	}
+	return nil
+}
+
+// prepare makes sure that the Security object points at a usable credential
+// before anything is created: at first boot the IDevID.
+func (d *Device) prepare(ctx context.Context) (*pair, error) {
+	idevid, err := d.openIDevID(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if _, exists := d.security.Instance(d.cfg.Security.Instance); exists {
+		return idevid, nil
+	}
+	return idevid, d.pointSecurityAt(d.cfg.IDevID.Key, d.cfg.IDevID.Certificate, nil)
+}

@@ -1,0 +1,325 @@
+// Package estenroll is the life of a device's credential: it gets, keeps and
+// renews a certificate whose private key never leaves the hardware security
+// module (HSM), over EST (RFC 7030, RFC 9148), and is never stranded by a power
+// cut. It owns the order of the steps and the journal that makes each of them
+// repeatable; the engine, the CSR, the protocol and the LwM2M Security object are
+// the rooms below it.
+//
+// [Open] locks a state directory and opens the token; [Device.Enroll] is the
+// first boot, [Device.Renew] the renewal, [Device.Recover] finishes what a
+// killed run left, and each of the first two begins with it. [Device.Status]
+// changes nothing.
+//
+// What holds at every moment, whatever is killed (DESIGN.md §7): the Security
+// object points at a usable credential, and the next run reaches the state that
+// an uninterrupted one would have reached.
+package estenroll
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"estenroll/csr"
+	"estenroll/engine"
+	"estenroll/est"
+	"estenroll/internal/durable"
+	"estenroll/lwm2m"
+)
+
+const (
+	securityName = "security.json"
+	lockName     = "lock"
+)
+
+// IDevID is the factory credential (IEEE 802.1AR), by its engine addresses.
+type IDevID struct {
+	Key         engine.Address
+	Certificate engine.Address
+	// Chain is sent after the certificate. Default: none.
+	Chain []*x509.Certificate
+}
+
+// Security says which instance of the LwM2M Security object an enrolment ends in.
+type Security struct {
+	// Instance of object /0. Default: 0.
+	Instance uint16
+	// ServerURI is resource 0. Default: the EST server's URI.
+	ServerURI string
+	// ServerCertificate is resource 4, DER. Default: the certificate that the EST
+	// server showed when it issued ours (Certificate Usage 3, domain-issued), and
+	// before that the first Implicit TA (usage 2, trust anchor assertion).
+	ServerCertificate []byte
+	// ShortServerID is resource 10, 1 to 65534. Default: 1.
+	ShortServerID uint16
+}
+
+// Connection is what a session with the EST server needs of us.
+type Connection struct {
+	Certificate [][]byte // DER, leaf first
+	Key         crypto.Signer
+	// Trust judges the server: the Implicit TA at first, the Explicit TA after.
+	Trust *est.TrustAnchors
+	// Now is the verification time.
+	Now func() time.Time
+}
+
+// Config is what the lifecycle works with. Fields without a default are required.
+type Config struct {
+	// StateDir holds the journal, the Security object and the trust anchors; it
+	// is created with mode 0700.
+	StateDir string
+	// LockWait bounds the wait for another run. Default: 30s.
+	LockWait time.Duration
+	// Name is the credential's name, the label of its key in the token.
+	Name string
+	// OpenEngine opens the token. refused is the source of the PIN that the
+	// token refused in an earlier run, to be passed on in engine.Options.
+	OpenEngine func(ctx context.Context, refused engine.PINSource) (engine.Engine, error)
+	// ParseAddress parses the addresses of stored state: Drivers.Parse.
+	ParseAddress func(string) (engine.Address, error)
+	IDevID       IDevID
+	// ServerURI of the EST server, and ServerName, its host: a DNS name or an IP
+	// literal that its certificate must carry.
+	ServerURI  string
+	ServerName string
+	// ImplicitTA judges the EST server until there is an Explicit TA.
+	ImplicitTA *est.TrustAnchors
+	// Dial opens a session with the EST server.
+	Dial func(ctx context.Context, with Connection) (est.Session, error)
+	// Request is the Subject and the SANs of the first CSR. An empty Subject
+	// means the IDevID's.
+	Request  csr.Template
+	Security Security
+	// NoFallback forbids the return to the IDevID when the server refuses both
+	// the new and the previous pair.
+	NoFallback bool
+	// PendingLimit ends the polling of a request that the server keeps pending.
+	// Default: 7 days.
+	PendingLimit time.Duration
+	// Tries bounds how often an exchange without an answer is begun again, with
+	// the same CSR, in one run. Default: 4.
+	Tries uint
+	// RetryInterval is the first pause between tries; it doubles. Default: 1s.
+	RetryInterval time.Duration
+	// RequireClock refuses to work while the system clock is behind what the
+	// device has verified, instead of verifying with the later time.
+	RequireClock bool
+	// Now is the system clock. Default: time.Now.
+	Now func() time.Time
+	// BuildTime is the earliest time the clock can show. Default: BuildTime().
+	BuildTime time.Time
+	// Rand is the source for CSR signatures that take one. Default: crypto/rand.
+	Rand io.Reader
+	// Progress is told of each step, in the caller's goroutine. Default: nobody.
+	Progress func(Event)
+}
+
+// Event is a step that ended, or something a person should know.
+type Event struct {
+	Step    Step
+	Message string
+	Elapsed time.Duration // zero for a message on its own
+	Warning bool
+}
+
+// Device is a state directory that is locked and a token that is open. It is not
+// safe for concurrent use.
+type Device struct {
+	cfg         Config
+	lock        *durable.Lock
+	engine      engine.Engine
+	store       engine.CertificateStore
+	recoverer   engine.KeyRecoverer
+	journal     *journal
+	security    *lwm2m.SecurityObject
+	clockWarned bool
+}
+
+func (c *Config) setDefaults() {
+	if c.LockWait == 0 {
+		c.LockWait = 30 * time.Second
+	}
+	if c.PendingLimit == 0 {
+		c.PendingLimit = 7 * 24 * time.Hour
+	}
+	if c.Tries == 0 {
+		c.Tries = 4
+	}
+	if c.RetryInterval == 0 {
+		c.RetryInterval = time.Second
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.BuildTime.IsZero() {
+		c.BuildTime = BuildTime()
+	}
+	if c.Progress == nil {
+		c.Progress = func(Event) {}
+	}
+	if c.Security.ServerURI == "" {
+		c.Security.ServerURI = c.ServerURI
+	}
+	if c.Security.ShortServerID == 0 {
+		c.Security.ShortServerID = 1
+	}
+}
+
+// Open locks the state directory, reads what it holds and opens the token. A
+// PIN that the token refuses is remembered by its source, so that the next run
+// does not spend another try on it. ErrBusy, ErrState, *engine.PINError.
+func Open(ctx context.Context, cfg Config) (*Device, error) {
+	cfg.setDefaults()
+	d := &Device{cfg: cfg}
+	if err := d.open(ctx); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+func (d *Device) open(ctx context.Context) error {
+	if err := os.MkdirAll(d.cfg.StateDir, 0o700); err != nil {
+		return fmt.Errorf("create state directory: %w", err)
+	}
+	if err := d.acquire(ctx); err != nil {
+		return err
+	}
+	if err := d.removeTemporaries(); err != nil {
+		return err
+	}
+	if err := d.load(); err != nil {
+		return err
+	}
+	return d.openEngine(ctx)
+}
+
+func (d *Device) acquire(ctx context.Context) error {
+	waiting, cancel := context.WithTimeout(ctx, d.cfg.LockWait)
+	defer cancel()
+	lock, err := durable.Acquire(waiting, filepath.Join(d.cfg.StateDir, lockName), 0o600)
+	var held *durable.LockedError
+	switch {
+	case errors.As(err, &held):
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return fmt.Errorf("lock state directory: %w: %w", ErrBusy, err)
+	case err != nil:
+		return fmt.Errorf("lock state directory: %w", err)
+	}
+	d.lock = lock
+	return nil
+}
+
+// load reads the journal and the Security object.
+func (d *Device) load() (err error) {
+	if d.journal, err = loadJournal(d.cfg.StateDir, d.cfg.ParseAddress); err != nil {
+		return err
+	}
+	path := filepath.Join(d.cfg.StateDir, securityName)
+	d.security, err = lwm2m.LoadSecurity(path, d.cfg.ParseAddress)
+	if errors.Is(err, fs.ErrNotExist) {
+		d.security = new(lwm2m.SecurityObject)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", err, ErrState)
+	}
+	return nil
+}
+
+func (d *Device) openEngine(ctx context.Context) error {
+	opened, err := d.cfg.OpenEngine(ctx, d.journal.RefusedPIN)
+	var pin *engine.PINError
+	if errors.As(err, &pin) && errors.Is(err, engine.ErrPINIncorrect) {
+		d.journal.RefusedPIN = pin.Source
+		return errors.Join(err, d.save())
+	}
+	if err != nil {
+		return err
+	}
+	d.engine = opened
+	var ok bool
+	if d.store, ok = opened.(engine.CertificateStore); !ok {
+		return fmt.Errorf("open engine: it cannot store certificates: %w", engine.ErrUnsupported)
+	}
+	if d.recoverer, ok = opened.(engine.KeyRecoverer); !ok {
+		return fmt.Errorf("open engine: it cannot judge what a crash left: %w", engine.ErrUnsupported)
+	}
+	if !d.journal.RefusedPIN.IsZero() {
+		d.journal.RefusedPIN = engine.PINSource{}
+		return d.save()
+	}
+	return nil
+}
+
+// removeTemporaries removes what a kill in the middle of a write left behind.
+func (d *Device) removeTemporaries() error {
+	names := []string{journalName, securityName}
+	entries, err := os.ReadDir(d.cfg.StateDir)
+	if err != nil {
+		return fmt.Errorf("clean state directory: %w", err)
+	}
+	for _, entry := range entries {
+		if match := taTemporary.FindStringSubmatch(entry.Name()); match != nil {
+			names = append(names, match[1])
+		}
+	}
+	if err := durable.RemoveTemporary(d.cfg.StateDir, names...); err != nil {
+		return fmt.Errorf("clean state directory: %w", err)
+	}
+	return nil
+}
+
+// Close closes the token and unlocks the state directory. It is idempotent.
+func (d *Device) Close() error {
+	var errs []error
+	if d.engine != nil {
+		errs = append(errs, d.engine.Close())
+		d.engine = nil
+	}
+	if d.lock != nil {
+		errs = append(errs, d.lock.Release())
+		d.lock = nil
+	}
+	return errors.Join(errs...)
+}
+
+func (d *Device) save() error { return d.journal.save(d.cfg.StateDir) }
+
+// advance names the next step of the operation on the disk before it is done.
+func (d *Device) advance(step Step) error {
+	d.journal.Operation.Step = step
+	return d.save()
+}
+
+func (d *Device) warn(format string, args ...any) {
+	d.cfg.Progress(Event{Message: fmt.Sprintf(format, args...), Warning: true})
+}
+
+func (d *Device) say(step Step, format string, args ...any) {
+	d.cfg.Progress(Event{Step: step, Message: fmt.Sprintf(format, args...)})
+}
+
+// timed does one step and tells of it when it is done.
+func (d *Device) timed(step Step, do func() (string, error)) error {
+	start := d.cfg.Now()
+	message, err := do()
+	if err != nil {
+		var already *StepError
+		if errors.As(err, &already) {
+			return err
+		}
+		return &StepError{Step: step, Err: err}
+	}
+	d.cfg.Progress(Event{Step: step, Message: message, Elapsed: max(d.cfg.Now().Sub(start), 1)})
+	return nil
+}

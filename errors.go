@@ -1,0 +1,54 @@
+package estenroll
+
+import (
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Errors of the lifecycle, to be tested with errors.Is.
+var (
+	// ErrNotEnrolled says that there is no enrolled credential (LDevID) to renew.
+	ErrNotEnrolled = errors.New("the device is not enrolled")
+	// ErrBusy says that another run holds the state directory.
+	ErrBusy = errors.New("another run is at work")
+	// ErrRefused says that the new pair was refused by the server it is for.
+	ErrRefused = errors.New("the server refuses the new certificate")
+	// ErrUnproven says that the new pair is stored and could not be proven yet:
+	// the next run proves it again, without a new request.
+	ErrUnproven = errors.New("the new certificate is stored but not proven yet")
+	// ErrClock says that the system clock cannot be right and RequireClock is set.
+	ErrClock = errors.New("the system clock is behind what this device has verified")
+	// ErrState says that the state directory holds something this program did not write.
+	ErrState = errors.New("the state is not usable")
+	// ErrGivenUp says that a pending request passed its deadline and was dropped.
+	ErrGivenUp = errors.New("the request was pending for too long and is given up")
+	// ErrIDevID says that the factory credential is missing or not a pair.
+	ErrIDevID = errors.New("the factory credential (IDevID) is not usable")
+)
+
+// StepError says in which step of the lifecycle something failed.
+type StepError struct {
+	Step Step
+	Err  error
+}
+
+// Error returns "step: cause".
+func (e *StepError) Error() string { return fmt.Sprintf("%s: %s", e.Step, e.Err) }
+
+// Unwrap returns the cause.
+func (e *StepError) Unwrap() error { return e.Err }
+
+// PendingError says that the server has not decided: the key, the CSR and the
+// journal are kept, and a run at or after NotBefore sends the same CSR again
+// (RFC 9148 §4.7, RFC 7030 §4.2.3).
+type PendingError struct {
+	NotBefore time.Time
+	// Deadline is when the request is given up.
+	Deadline time.Time
+}
+
+// Error says when to come back.
+func (e *PendingError) Error() string {
+	return fmt.Sprintf("the server has not decided yet: come back at %s", e.NotBefore.UTC().Format(time.RFC3339))
+}

@@ -1,0 +1,124 @@
+package estenroll
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"estenroll/est"
+)
+
+// verdict is the result of a proof.
+type verdict string
+
+const (
+	accepted  verdict = "accepted"
+	undecided verdict = "undecided" // unreachable, or not yet valid there
+	refused   verdict = "refused"
+)
+
+// prove shows the new pair to the server it is for, on a new connection, and
+// decides by the three results of DESIGN.md §7 rule 3.
+func (d *Device) prove(ctx context.Context) error {
+	op := d.journal.Operation
+	fresh, err := d.openCredential(ctx, op.credential())
+	if err != nil {
+		return &StepError{Step: StepProve, Err: err}
+	}
+	var why error
+	var got verdict
+	err = d.timed(StepProve, func() (string, error) {
+		if got, why = d.show(ctx, fresh); got != accepted {
+			return "", why
+		}
+		return fmt.Sprintf("%s accepts the new certificate", d.cfg.ServerURI), d.advance(StepCommit)
+	})
+	if got == accepted {
+		return err
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if isEngineError(why) {
+		return &StepError{Step: StepProve, Err: why}
+	}
+	if got == undecided {
+		return &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrUnproven, why)}
+	}
+	return d.newPairRefused(ctx, why)
+}
+
+// newPairRefused asks whether the server refuses the new pair or everything:
+// the new one is removed only if the old one is accepted.
+func (d *Device) newPairRefused(ctx context.Context, why error) error {
+	op := d.journal.Operation
+	old, err := d.authenticator(ctx)
+	if errors.Is(err, ErrNotEnrolled) {
+		// Killed inside fallBack, between its two writes.
+		return d.endFallBack(fmt.Errorf("%w: %w", ErrRefused, why))
+	}
+	if err != nil {
+		return &StepError{Step: StepProve, Err: errors.Join(why, err)}
+	}
+	verdictOnOld, whyOld := d.show(ctx, old)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	cause := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrRefused, why)}
+	if verdictOnOld == accepted {
+		d.say(StepProve, "the server accepts the %s certificate: the new one is removed", old.name)
+		return d.discard(ctx, cause)
+	}
+	unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; the %s certificate is %s too: %w", ErrUnproven, why, old.name, verdictOnOld, whyOld)}
+	if verdictOnOld == undecided || op.Kind == KindEnroll || d.cfg.NoFallback {
+		return unproven
+	}
+	return d.fallBack(ctx, cause, unproven)
+}
+
+// fallBack points the Security object at the IDevID when the server refuses
+// both enrolled pairs and accepts it. Both are kept: the next Enroll begins anew.
+func (d *Device) fallBack(ctx context.Context, cause, unproven error) error {
+	idevid, err := d.openIDevID(ctx)
+	if err != nil {
+		return errors.Join(unproven, err)
+	}
+	if got, _ := d.show(ctx, idevid); got != accepted {
+		return unproven
+	}
+	if err := d.pointSecurityAt(d.cfg.IDevID.Key, d.cfg.IDevID.Certificate, nil); err != nil {
+		return errors.Join(cause, err)
+	}
+	return d.endFallBack(cause)
+}
+
+func (d *Device) endFallBack(cause error) error {
+	d.adopt(d.journal.Operation.credential())
+	d.journal.Operation = nil
+	d.warn("the server refuses the new and the current certificate and accepts the IDevID: the Security object points at the IDevID again")
+	return errors.Join(cause, d.save())
+}
+
+// show is one proof: the server asked for a certificate, ours was sent in a full
+// handshake, and one response was read afterwards.
+func (d *Device) show(ctx context.Context, p *pair) (verdict, error) {
+	_, err := retry(ctx, d, func() (_ struct{}, err error) {
+		session, err := d.dial(ctx, p)
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer func() { err = errors.Join(err, session.Close()) }()
+		if asked, ok := session.(est.ClientAuthenticator); ok && !asked.ClientAuthenticated() {
+			return struct{}{}, errors.New("the server did not ask for our certificate: its answer proves nothing")
+		}
+		_, err = session.RoundTrip(ctx, &est.Request{Operation: est.CACerts})
+		return struct{}{}, err
+	})
+	switch {
+	case err == nil:
+		return accepted, nil
+	case errors.Is(err, est.ErrCredentialRefused):
+		return refused, err
+	}
+	return undecided, err
+}

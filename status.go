@@ -1,0 +1,148 @@
+package estenroll
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"estenroll/csr"
+	"estenroll/engine"
+)
+
+// Status is what the device has, for a person or, as JSON, for a program. No
+// field can hold a PIN.
+type Status struct {
+	// Enrolled says that the Security object points at an enrolled credential.
+	Enrolled bool `json:"enrolled"`
+	// Current is the credential that the Security object points at; nil before
+	// the first boot.
+	Current *CredentialStatus `json:"current,omitempty"`
+	// Previous are the enrolled credentials that are kept beside it.
+	Previous []CredentialStatus `json:"previous,omitempty"`
+	// Server is the EST server.
+	Server string `json:"server"`
+	// Pending is the operation that the next run goes on with.
+	Pending     *OperationStatus `json:"operation,omitempty"`
+	LastAttempt *Attempt         `json:"last_attempt,omitempty"`
+	// PINRefused names the source of a PIN that the token refused.
+	PINRefused string `json:"pin_refused,omitempty"`
+}
+
+// CredentialStatus is one credential as the token shows it.
+type CredentialStatus struct {
+	Key         string    `json:"key"`
+	Certificate string    `json:"certificate"`
+	Chain       []string  `json:"chain,omitempty"`
+	Subject     string    `json:"subject,omitempty"`
+	Issuer      string    `json:"issuer,omitempty"`
+	Serial      string    `json:"serial,omitempty"` // hexadecimal
+	NotBefore   time.Time `json:"not_before,omitzero"`
+	NotAfter    time.Time `json:"not_after,omitzero"`
+	// KeyAttributes are what the token reports, nil where it reports nothing.
+	KeyAttributes *engine.KeyAttributes `json:"key_attributes,omitempty"`
+	// Problem says why the credential cannot be used.
+	Problem string `json:"problem,omitempty"`
+}
+
+// OperationStatus is an operation that was begun and not ended.
+type OperationStatus struct {
+	Kind      Kind      `json:"kind"`
+	Step      Step      `json:"step"`
+	StartedAt time.Time `json:"started_at"`
+	NotBefore time.Time `json:"not_before,omitzero"` // of the next request, if it is pending
+}
+
+// Status reports what the state directory and the token hold. It changes nothing.
+func (d *Device) Status(ctx context.Context) (*Status, error) {
+	s := &Status{Server: d.cfg.ServerURI, LastAttempt: d.journal.LastAttempt}
+	if op := d.journal.Operation; op != nil {
+		s.Pending = &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
+		if !op.AskedAt.IsZero() {
+			s.Pending.NotBefore = op.AskedAt.Add(op.RetryAfter)
+		}
+	}
+	current, enrolled := d.current()
+	s.Enrolled = enrolled
+	instance, exists := d.security.Instance(d.cfg.Security.Instance)
+	if !enrolled && exists {
+		key, hasKey := instance.PrivateKey.Engine()
+		cert, hasCert := instance.ClientCertificate.Engine()
+		if hasKey && hasCert {
+			current = credential{Key: reference{Address: key}, Certificates: []reference{{Address: cert}}}
+		}
+	}
+	if current.Key.Address != nil {
+		shown, err := d.credentialStatus(ctx, current)
+		if err != nil {
+			return nil, err
+		}
+		s.Current = shown
+	}
+	for _, c := range d.journal.Credentials {
+		if current.Key.Address != nil && c.sameLeaf(current.Certificates[0].Address) {
+			continue
+		}
+		shown, err := d.credentialStatus(ctx, c)
+		if err != nil {
+			return nil, err
+		}
+		s.Previous = append(s.Previous, *shown)
+	}
+	return s, nil
+}
+
+func (d *Device) credentialStatus(ctx context.Context, c credential) (*CredentialStatus, error) {
+	s := &CredentialStatus{Key: c.Key.String(), Certificate: c.Certificates[0].String()}
+	for _, at := range c.Certificates[1:] {
+		s.Chain = append(s.Chain, at.String())
+	}
+	cert, err := d.store.Certificate(ctx, c.Certificates[0].Address)
+	if err == nil {
+		s.describe(cert)
+		s.Problem, err = d.problemOf(ctx, c, cert)
+	}
+	if errors.Is(err, engine.ErrNotFound) {
+		s.Problem, err = "not in the token: "+err.Error(), nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if inspector, ok := d.engine.(engine.KeyInspector); ok {
+		attributes, err := inspector.KeyAttributes(ctx, c.Key.Address)
+		if err == nil {
+			s.KeyAttributes = &attributes
+		} else if !errors.Is(err, engine.ErrNotFound) && !errors.Is(err, engine.ErrUnsupported) {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+func (s *CredentialStatus) describe(cert *x509.Certificate) {
+	s.Subject, s.Issuer = csr.FormatSubject(cert.RawSubject), csr.FormatSubject(cert.RawIssuer)
+	s.Serial = fmt.Sprintf("%x", cert.SerialNumber)
+	s.NotBefore, s.NotAfter = cert.NotBefore.UTC(), cert.NotAfter.UTC()
+}
+
+func (d *Device) problemOf(ctx context.Context, c credential, cert *x509.Certificate) (string, error) {
+	signer, err := d.engine.Signer(ctx, c.Key.Address)
+	if err != nil {
+		return "", err
+	}
+	if !samePublicKey(cert.PublicKey, signer.Public()) {
+		return "the certificate is not that of the key", nil
+	}
+	now, err := d.verificationTime()
+	if err != nil {
+		return "", err
+	}
+	switch {
+	case now.After(cert.NotAfter):
+		return "expired", nil
+	case now.Before(cert.NotBefore):
+		return "not yet valid", nil
+	}
+	return "", nil
+}
