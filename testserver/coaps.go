@@ -117,8 +117,7 @@ func (s *Server) answer(code codes.Code, req *coap.Request, certs []*x509.Certif
 			return diagnostic(codes.InternalServerError, err.Error())
 		}
 	}
-	number := uint16(format)
-	return &coap.Response{Code: code, ContentFormat: &number, Body: body}
+	return &coap.Response{Code: code, ContentFormat: new(uint16(format)), Body: body}
 }
 
 func notAcceptable() *coap.Response {
@@ -136,9 +135,8 @@ func refused(err error) *coap.Response {
 		return diagnostic(codes.Forbidden, refusal.detail)
 	case refusedForNow:
 		resp := diagnostic(codes.ServiceUnavailable, refusal.detail)
-		if refusal.retryAfter > 0 {
-			seconds := uint32(refusal.retryAfter / time.Second)
-			resp.MaxAge = &seconds
+		if refusal.retryAfter != nil {
+			resp.MaxAge = new(uint32(*refusal.retryAfter / time.Second))
 		}
 		return resp
 	}

@@ -21,8 +21,8 @@ import (
 type refusal struct {
 	kind   refusalKind
 	detail string
-	// retryAfter belongs to refusedForNow; 0 leaves it out.
-	retryAfter time.Duration
+	// retryAfter belongs to refusedForNow; nil leaves it out.
+	retryAfter *time.Duration
 }
 
 type refusalKind int

@@ -22,9 +22,9 @@ type Faults struct {
 	// Defer answers the first so many times that a CSR is sent with 5.03 and
 	// DeferMaxAge (RFC 9148 §4.7). "defer=2" or "defer=2,max-age=5s"
 	Defer int
-	// DeferMaxAge is the Max-Age of a deferral, in whole seconds; without it the
-	// option is left out, which means 60 s (RFC 7252 §5.10.5).
-	DeferMaxAge time.Duration
+	// DeferMaxAge is the Max-Age of a deferral, in whole seconds, 0 included; nil
+	// leaves the option out, which means 60 s (RFC 7252 §5.10.5).
+	DeferMaxAge *time.Duration
 
 	// WrongKey issues for a key that nobody asked for. "wrong-key"
 	WrongKey bool
@@ -106,7 +106,8 @@ func (f *Faults) set(name, value string, hasValue bool) error {
 		if !ok {
 			return errors.New("the only option is max-age=DURATION")
 		}
-		f.DeferMaxAge, err = time.ParseDuration(maxAge)
+		f.DeferMaxAge = new(time.Duration)
+		*f.DeferMaxAge, err = time.ParseDuration(maxAge)
 	case "refuse-client":
 		if value == "issued" {
 			f.RefuseIssued = true
@@ -138,7 +139,7 @@ func (f Faults) validate() error {
 		return errors.New("fault delay: negative")
 	case f.Defer < 0:
 		return errors.New("fault defer: negative")
-	case f.DeferMaxAge < 0 || f.DeferMaxAge%time.Second != 0:
+	case f.DeferMaxAge != nil && (*f.DeferMaxAge < 0 || *f.DeferMaxAge%time.Second != 0):
 		return errors.New("fault defer: max-age is not a number of whole seconds")
 	case f.NotYetValid && f.Expired:
 		return errors.New("faults not-yet-valid and expired: a certificate cannot be both")
@@ -171,7 +172,7 @@ func (f Faults) Strings() []string {
 	}
 	if f.Defer != 0 {
 		text := "defer=" + strconv.Itoa(f.Defer)
-		if f.DeferMaxAge != 0 {
+		if f.DeferMaxAge != nil {
 			text += ",max-age=" + f.DeferMaxAge.String()
 		}
 		texts = append(texts, text)

@@ -25,7 +25,8 @@ func TestParseFaults(t *testing.T) {
 		{"", testserver.Faults{}, ""},
 		{"delay=1.5s", testserver.Faults{Delay: 1500 * time.Millisecond}, ""},
 		{"defer=2", testserver.Faults{Defer: 2}, ""},
-		{"defer=2,max-age=5s", testserver.Faults{Defer: 2, DeferMaxAge: 5 * time.Second}, ""},
+		{"defer=2,max-age=5s", testserver.Faults{Defer: 2, DeferMaxAge: new(5 * time.Second)}, ""},
+		{"defer=2,max-age=0s", testserver.Faults{Defer: 2, DeferMaxAge: new(time.Duration(0))}, ""},
 		{"expired foreign-chain wrong-key", testserver.Faults{WrongKey: true, Expired: true, ForeignChain: true}, ""},
 		{"not-yet-valid refuse-all refuse-code=4.01", testserver.Faults{NotYetValid: true, RefuseAll: true, RefuseCode: "4.01"}, ""},
 		{"refuse-client=0abc refuse-client=def refuse-client=issued", testserver.Faults{RefuseIssued: true, RefuseClients: []string{"0abc", "def"}}, ""},
@@ -92,7 +93,7 @@ func TestDelay(t *testing.T) {
 
 func TestDefer(t *testing.T) {
 	t.Parallel()
-	server := start(t, testserver.Config{Faults: testserver.Faults{Defer: 2, DeferMaxAge: 3 * time.Second}})
+	server := start(t, testserver.Config{Faults: testserver.Faults{Defer: 2, DeferMaxAge: new(3 * time.Second)}})
 	device := idevid(t, server, "dev")
 	csr := newCSR(t, device.key, named("dev"))
 	for range 2 {

@@ -73,16 +73,14 @@ func idevid(t *testing.T, server *testserver.Server, name string) credential {
 }
 
 func post(path string, client credential, csr []byte) *coap.Request {
-	format := uint16(est.ContentFormatPKCS10)
 	return &coap.Request{
 		Method: codes.POST, Path: "/.well-known/est/" + path,
-		ContentFormat: &format, Body: csr, Peer: []*x509.Certificate{client.cert},
+		ContentFormat: new(uint16(est.ContentFormatPKCS10)), Body: csr, Peer: []*x509.Certificate{client.cert},
 	}
 }
 
 func accepting(req *coap.Request, format est.ContentFormat) *coap.Request {
-	accept := uint16(format)
-	req.Accept = &accept
+	req.Accept = new(uint16(format))
 	return req
 }
 
