@@ -49,6 +49,7 @@ type attributeTypeAndValue struct {
 	Value asn1.RawValue
 }
 
+// encoding/asn1 makes a SET of it for its name.
 type relativeDistinguishedNameSET []attributeTypeAndValue
 
 // ParseSubject parses the string form of a name (RFC 4514 §3) to DER. The string
@@ -86,7 +87,7 @@ func ParseSubject(s string) ([]byte, error) {
 	slices.Reverse(name) // RFC 4514 §2.1
 	var content []byte
 	for _, rdn := range name {
-		der, err := asn1.MarshalWithParams(rdn, "set")
+		der, err := asn1.Marshal(rdn)
 		if err != nil {
 			return nil, fmt.Errorf("subject: %w", err)
 		}
@@ -258,7 +259,7 @@ func FormatSubject(der []byte) string {
 	rdns := make([]string, 0, len(name))
 	for _, set := range slices.Backward(name) {
 		var rdn relativeDistinguishedNameSET
-		if rest, err := asn1.UnmarshalWithParams(set.FullBytes, &rdn, "set"); err != nil || len(rest) > 0 {
+		if rest, err := asn1.Unmarshal(set.FullBytes, &rdn); err != nil || len(rest) > 0 {
 			return "#" + hex.EncodeToString(der)
 		}
 		parts := make([]string, len(rdn))
