@@ -14,6 +14,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -126,10 +127,10 @@ func number(n uint16) *uint16  { return &n }
 func seconds(n uint32) *uint32 { return &n }
 
 func TestRoundTrip(t *testing.T) {
-	var got *coap.Request
+	requests := make(chan *coap.Request, 1)
 	body := bytes.Repeat([]byte("x"), 3000)
 	w := newWorld(t, nil, func(_ context.Context, req *coap.Request) *coap.Response {
-		got = req
+		requests <- req
 		return &coap.Response{Code: codes.Changed, ContentFormat: number(281), Body: body}
 	})
 	session := w.dial(t)
@@ -161,7 +162,7 @@ func TestRoundTrip(t *testing.T) {
 		if response.ContentFormat != est.ContentFormatPKCS7CertsOnly || !bytes.Equal(response.Body, body) {
 			t.Errorf("%s: got %d bytes of %d", c.operation, len(response.Body), response.ContentFormat)
 		}
-		if got.Path != c.path || got.Method != c.method || !cmp.Equal(got.ContentFormat, c.format) || !cmp.Equal(got.Accept, number(281)) || !bytes.Equal(got.Body, c.body) {
+		if got := <-requests; got.Path != c.path || got.Method != c.method || !cmp.Equal(got.ContentFormat, c.format) || !cmp.Equal(got.Accept, number(281)) || !bytes.Equal(got.Body, c.body) {
 			t.Errorf("%s: the server got %v %s, format %v, accept %v, %d bytes", c.operation, got.Method, got.Path, got.ContentFormat, got.Accept, len(got.Body))
 		}
 	}
@@ -171,8 +172,8 @@ func TestRoundTrip(t *testing.T) {
 }
 
 func TestAnswers(t *testing.T) {
-	var answer *coap.Response
-	w := newWorld(t, nil, func(context.Context, *coap.Request) *coap.Response { return answer })
+	var answer atomic.Pointer[coap.Response]
+	w := newWorld(t, nil, func(context.Context, *coap.Request) *coap.Response { return answer.Load() })
 	session := w.dial(t)
 	for _, c := range []struct {
 		name   string
@@ -191,7 +192,7 @@ func TestAnswers(t *testing.T) {
 			&est.StatusError{Operation: est.SimpleEnroll, Server: w.uri.String() + "/sen", Code: "5.00 InternalServerError", Class: 5}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			answer = &c.answer
+			answer.Store(&c.answer)
 			_, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.SimpleEnroll})
 			if diff := cmp.Diff(c.want, err); diff != "" {
 				t.Errorf("(-want +got)\n%s", diff)
@@ -199,7 +200,7 @@ func TestAnswers(t *testing.T) {
 		})
 	}
 	t.Run("no content-format", func(t *testing.T) {
-		answer = &coap.Response{Code: codes.Content, Body: []byte("x")}
+		answer.Store(&coap.Response{Code: codes.Content, Body: []byte("x")})
 		var response *est.ResponseError
 		if _, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts}); !errors.As(err, &response) {
 			t.Errorf("got %v", err)
