@@ -1,0 +1,67 @@
+package est
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+)
+
+// Client speaks EST over an open session. What it returns is parsed and not yet
+// judged: that is for TrustAnchors.
+type Client struct {
+	Session Session
+}
+
+// CACerts returns the CA certificates of the server (RFC 7030 §4.1): the
+// Explicit TA and what leads to it. *ResponseError, and what the Session reports.
+func (c *Client) CACerts(ctx context.Context) ([]*x509.Certificate, error) {
+	return c.exchange(ctx, &Request{Operation: CACerts})
+}
+
+// SimpleEnroll sends a CSR (DER) and returns the certificates of the answer
+// (RFC 7030 §4.2.1).
+func (c *Client) SimpleEnroll(ctx context.Context, csr []byte) ([]*x509.Certificate, error) {
+	return c.exchange(ctx, &Request{Operation: SimpleEnroll, Body: csr})
+}
+
+// SimpleReenroll sends a CSR (DER) with the Subject and SAN of the certificate
+// that authenticates the session, and returns the certificates of the answer
+// (RFC 7030 §4.2.2).
+func (c *Client) SimpleReenroll(ctx context.Context, csr []byte) ([]*x509.Certificate, error) {
+	return c.exchange(ctx, &Request{Operation: SimpleReenroll, Body: csr})
+}
+
+func (c *Client) exchange(ctx context.Context, req *Request) ([]*x509.Certificate, error) {
+	resp, err := c.Session.RoundTrip(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	certs, err := ParseCertificates(resp)
+	if err != nil {
+		return nil, &ResponseError{Operation: req.Operation, Err: err}
+	}
+	return certs, nil
+}
+
+// ParseCertificates parses an answer in whichever of the two formats it came:
+// "the client SHOULD be able to" take both, whatever it asked for (RFC 9148 §4.3).
+func ParseCertificates(resp *Response) ([]*x509.Certificate, error) {
+	switch resp.ContentFormat {
+	case ContentFormatPKCS7CertsOnly:
+		return ParseCertsOnly(resp.Body)
+	case ContentFormatPKIXCert:
+		if len(resp.Body) > maxAnswer {
+			return nil, fmt.Errorf("certificate: %d bytes, more than %d", len(resp.Body), maxAnswer)
+		}
+		if len(resp.Body) == 0 {
+			return nil, errors.New("certificate: empty")
+		}
+		cert, err := x509.ParseCertificate(resp.Body)
+		if err != nil {
+			return nil, fmt.Errorf("certificate: %w", err)
+		}
+		return []*x509.Certificate{cert}, nil
+	}
+	return nil, fmt.Errorf("content-format %d, want %d or %d", resp.ContentFormat, ContentFormatPKCS7CertsOnly, ContentFormatPKIXCert)
+}

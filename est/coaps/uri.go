@@ -1,0 +1,117 @@
+package coaps
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"estenroll/est"
+)
+
+const (
+	defaultPort = 5684 // RFC 7252 §6.2
+	maxURI      = 1024 // bytes
+)
+
+// URI is where an EST server is: coaps://host[:port][/path] (RFC 7252 §6.2).
+type URI struct {
+	// Host is a DNS name or an IP literal, without brackets.
+	Host string
+	Port uint16
+	// Root is the path that the operations' names follow (RFC 9148 §4.1).
+	Root string
+}
+
+// ParseURI parses a URI; the port is 5684 and the path /.well-known/est unless
+// they are given. User, query and fragment are refused, as is a path whose
+// segments would change on the way.
+func ParseURI(s string) (URI, error) {
+	if len(s) > maxURI {
+		return URI{}, fmt.Errorf("EST server URI: %d bytes, more than %d", len(s), maxURI)
+	}
+	u, err := url.Parse(s)
+	if err != nil {
+		var cause *url.Error
+		if errors.As(err, &cause) {
+			err = cause.Err
+		}
+		return URI{}, fmt.Errorf("EST server URI: %w", err)
+	}
+	wrong := func(reason string) (URI, error) { return URI{}, fmt.Errorf("EST server URI: %s", reason) }
+	switch {
+	case u.Scheme != "coaps":
+		return wrong("want coaps://host[:port][/path]")
+	case u.User != nil:
+		return wrong("it names a user")
+	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.Contains(s, "#"):
+		return wrong("it has a query or a fragment")
+	case u.Opaque != "" || u.Hostname() == "":
+		return wrong("it has no host")
+	}
+	result := URI{Host: u.Hostname(), Port: defaultPort, Root: strings.TrimSuffix(u.Path, "/")}
+	if !validHost(result.Host) {
+		return wrong("its host is neither a DNS name nor an IP address")
+	}
+	if text := u.Port(); text != "" || strings.HasSuffix(u.Host, ":") {
+		port, err := strconv.ParseUint(text, 10, 16)
+		if err != nil || port == 0 {
+			return wrong("its port is not a number from 1 to 65535")
+		}
+		result.Port = uint16(port)
+	}
+	if u.Path == "" || u.Path == "/" {
+		result.Root = est.DefaultRoot
+		return result, nil
+	}
+	if u.RawPath != "" {
+		return wrong("its path has escapes that would be lost")
+	}
+	for segment := range strings.SplitSeq(result.Root[1:], "/") {
+		if segment == "" || segment == "." || segment == ".." || len(segment) > 255 || !printable(segment) {
+			return wrong("its path has a segment that is empty, a dot, not printable ASCII or longer than 255 bytes") // RFC 7252 §5.10
+		}
+	}
+	return result, nil
+}
+
+func validHost(host string) bool {
+	if address, err := netip.ParseAddr(host); err == nil {
+		return address.Zone() == ""
+	}
+	for label := range strings.SplitSeq(host, ".") {
+		if label == "" || len(label) > 63 || strings.Trim(label, "-") != label {
+			return false
+		}
+		for _, r := range label {
+			if !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || r == '-' || r == '_') {
+				return false
+			}
+		}
+	}
+	return len(host) <= 253
+}
+
+func printable(s string) bool {
+	return strings.IndexFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '%' }) < 0
+}
+
+// String returns the whole URI, with its port and path.
+func (u URI) String() string {
+	return "coaps://" + u.Address() + (&url.URL{Path: u.Root}).EscapedPath()
+}
+
+// Address returns host:port, to connect to.
+func (u URI) Address() string { return net.JoinHostPort(u.Host, strconv.Itoa(int(u.Port))) }
+
+// serverName is what is sent as SNI: "Literal IPv4 and IPv6 addresses are not
+// permitted" (RFC 6066 §3).
+func (u URI) serverName() string {
+	if _, err := netip.ParseAddr(u.Host); err == nil {
+		return ""
+	}
+	return u.Host
+}

@@ -1,0 +1,57 @@
+package coaps_test
+
+import (
+	"strings"
+	"testing"
+
+	"estenroll/est/coaps"
+)
+
+func TestParseURI(t *testing.T) {
+	for _, c := range []struct{ in, want, address string }{
+		{"coaps://est.example", "coaps://est.example:5684/.well-known/est", "est.example:5684"},
+		{"coaps://est.example/", "coaps://est.example:5684/.well-known/est", "est.example:5684"},
+		{"COAPS://est.example:61616", "coaps://est.example:61616/.well-known/est", "est.example:61616"},
+		{"coaps://192.0.2.1/est", "coaps://192.0.2.1:5684/est", "192.0.2.1:5684"},
+		{"coaps://[2001:db8::1]:5685/.well-known/est/label/", "coaps://[2001:db8::1]:5685/.well-known/est/label", "[2001:db8::1]:5685"},
+	} {
+		u, err := coaps.ParseURI(c.in)
+		if err != nil {
+			t.Errorf("%s: %v", c.in, err)
+			continue
+		}
+		if got := u.String(); got != c.want {
+			t.Errorf("%s: got %s, want %s", c.in, got, c.want)
+		}
+		if got := u.Address(); got != c.address {
+			t.Errorf("%s: got %s, want %s", c.in, got, c.address)
+		}
+	}
+	for _, in := range []string{
+		"", "est.example", "https://est.example", "coap://est.example", "coaps:est.example", "coaps://", "coaps:///est", "coaps://user@est.example",
+		"coaps://est.example?x", "coaps://est.example?", "coaps://est.example#x", "coaps://est.example#", "coaps://est.example:0", "coaps://est.example:",
+		"coaps://est.example:65536", "coaps://est.example:x", "coaps://est example", "coaps://est..example", "coaps://-est.example", "coaps://[fe80::1%25eth0]",
+		"coaps://est.example/a//b", "coaps://est.example/a/../b", "coaps://est.example/a%2Fb", "coaps://est.example/a%25", "coaps://est.example/ü",
+		"coaps://est.example/" + strings.Repeat("a", 256), "coaps://est.example/" + strings.Repeat("a/", 600), "coaps://est.example/%zz", "//", "coaps://est.example//",
+	} {
+		if u, err := coaps.ParseURI(in); err == nil || !strings.HasPrefix(err.Error(), "EST server URI: ") {
+			t.Errorf("%q: got %v, %v, want an error", in, u, err)
+		}
+	}
+}
+
+// What is parsed prints as a URI that parses to the same.
+func FuzzParseURI(f *testing.F) {
+	for _, seed := range []string{"coaps://est.example", "coaps://[2001:db8::1]:5685/est", "coaps://192.0.2.1/a/b/", "coaps://a%41/x"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		u, err := coaps.ParseURI(s)
+		if err != nil {
+			return
+		}
+		if again, err := coaps.ParseURI(u.String()); err != nil || again != u {
+			t.Errorf("%q prints as %q, which parses to %+v, %v, want %+v", s, u, again, err, u)
+		}
+	})
+}

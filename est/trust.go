@@ -1,0 +1,220 @@
+package est
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/x509"
+	"encoding/asn1"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+)
+
+// TrustAnchors judge the certificates of servers, of clients and of answers.
+// They are the Implicit TA, if configured, or the Explicit TA, if they came with
+// cacerts (RFC 7030 §1.1). They are immutable.
+type TrustAnchors struct {
+	certificates  []*x509.Certificate
+	roots         *x509.CertPool
+	intermediates []*x509.Certificate
+}
+
+// NewTrustAnchors makes trust anchors of CA certificates: the self-signed ones
+// are anchors, the others lead to them. If none is self-signed all are anchors:
+// a server's answer holds at least "the current root CA certificate"
+// (RFC 7030 §4.1.3), which for it may be a subordinate one.
+func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
+	if len(certs) == 0 {
+		return nil, errors.New("trust anchors: no certificate")
+	}
+	t := &TrustAnchors{certificates: slices.Clone(certs), roots: x509.NewCertPool()}
+	var roots []*x509.Certificate
+	for _, cert := range certs {
+		switch {
+		case !isCA(cert):
+			return nil, fmt.Errorf("trust anchors: %q is not a CA certificate: %w", cert.Subject, ErrNotTrusted)
+		case bytes.Equal(cert.RawSubject, cert.RawIssuer) && cert.CheckSignatureFrom(cert) == nil:
+			roots = append(roots, cert)
+		default:
+			t.intermediates = append(t.intermediates, cert)
+		}
+	}
+	if len(roots) == 0 {
+		roots = certs
+	}
+	for _, root := range roots {
+		t.roots.AddCert(root)
+	}
+	return t, nil
+}
+
+// isCA accepts version 1 and 2 certificates too, which cannot say that they are:
+// the operator, or the server, has named them.
+func isCA(cert *x509.Certificate) bool {
+	return cert.Version < 3 || cert.BasicConstraintsValid && cert.IsCA
+}
+
+// Certificates returns all of them, anchors and those that lead to them.
+func (t *TrustAnchors) Certificates() []*x509.Certificate { return slices.Clone(t.certificates) }
+
+var (
+	oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
+	// id-kp-cmcRA marks an EST server that is a registration authority
+	// (RFC 6402 §2.10, RFC 7030 §3.6.1).
+	oidCMCRA = asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 28}
+)
+
+// VerifyServer judges the chain of a server (leaf first) at a time: it leads to
+// an anchor, is for servers, and carries the name, a DNS name or an IP literal
+// (RFC 7030 §3.6.1). ErrNotTrusted, ErrNotValidNow.
+func (t *TrustAnchors) VerifyServer(chain []*x509.Certificate, name string, now time.Time) error {
+	if len(chain) == 0 {
+		return fmt.Errorf("server certificate: none: %w", ErrNotTrusted)
+	}
+	if name == "" {
+		return fmt.Errorf("server certificate: no name to compare with: %w", ErrNotTrusted)
+	}
+	leaf := chain[0]
+	if _, err := t.verify(chain, now); err != nil {
+		return fmt.Errorf("server certificate %q: %w", leaf.Subject, err)
+	}
+	usable := slices.ContainsFunc(leaf.UnknownExtKeyUsage, oidCMCRA.Equal)
+	if !usable && !allows(leaf, x509.ExtKeyUsageServerAuth) {
+		return fmt.Errorf("server certificate %q: its extended key usage is not for servers: %w", leaf.Subject, ErrNotTrusted)
+	}
+	// An IP literal is compared with the IP SANs: VerifyHostname wants brackets.
+	compare := name
+	if net.ParseIP(name) != nil {
+		compare = "[" + name + "]"
+	}
+	if err := leaf.VerifyHostname(compare); err != nil {
+		return fmt.Errorf("server certificate %q: it is not for %q: %w: %w", leaf.Subject, name, err, ErrNotTrusted)
+	}
+	return nil
+}
+
+// VerifyClient judges the chain of a client (leaf first) at a time and returns
+// it up to its anchor. ErrNotTrusted, ErrNotValidNow.
+func (t *TrustAnchors) VerifyClient(chain []*x509.Certificate, now time.Time) ([]*x509.Certificate, error) {
+	if len(chain) == 0 {
+		return nil, fmt.Errorf("client certificate: none: %w", ErrNotTrusted)
+	}
+	verified, err := t.verify(chain, now)
+	if err == nil && !allows(chain[0], x509.ExtKeyUsageClientAuth) {
+		err = fmt.Errorf("its extended key usage is not for clients: %w", ErrNotTrusted)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("client certificate %q: %w", chain[0].Subject, err)
+	}
+	return verified, nil
+}
+
+// VerifyIssued judges the answer to a CSR: one of its certificates is for the
+// public key, no other is an end-entity certificate, and it leads to an anchor
+// and is valid at a time. It returns the chain to store and to send, leaf first,
+// without its anchor. ErrKeyMismatch, ErrNotTrusted, ErrNotValidNow.
+func (t *TrustAnchors) VerifyIssued(answer []*x509.Certificate, publicKey crypto.PublicKey, now time.Time) ([]*x509.Certificate, error) {
+	leaf, err := issuedLeaf(answer, publicKey)
+	if err != nil {
+		return nil, fmt.Errorf("issued certificate: %w", err)
+	}
+	others := slices.DeleteFunc(slices.Clone(answer), leaf.Equal)
+	verified, err := t.verify(append([]*x509.Certificate{leaf}, others...), now)
+	if err != nil {
+		return nil, fmt.Errorf("issued certificate %q: %w", leaf.Subject, err)
+	}
+	return verified[:len(verified)-1], nil
+}
+
+func issuedLeaf(answer []*x509.Certificate, publicKey crypto.PublicKey) (*x509.Certificate, error) {
+	wanted, ok := publicKey.(interface{ Equal(crypto.PublicKey) bool })
+	if !ok {
+		return nil, fmt.Errorf("public key of type %T: %w", publicKey, ErrKeyMismatch)
+	}
+	var leaf *x509.Certificate
+	for _, cert := range answer {
+		switch {
+		case cert.IsCA && !wanted.Equal(cert.PublicKey):
+			continue
+		case cert.IsCA:
+			return nil, fmt.Errorf("%q is a CA certificate for the key of this device: %w", cert.Subject, ErrNotTrusted)
+		case leaf != nil && leaf.Equal(cert):
+			continue
+		case leaf != nil:
+			return nil, fmt.Errorf("two certificates that are none of a CA, %q and %q: %w", leaf.Subject, cert.Subject, ErrNotTrusted)
+		}
+		leaf = cert
+	}
+	if leaf == nil {
+		return nil, fmt.Errorf("none in the answer: %w", ErrKeyMismatch)
+	}
+	if !wanted.Equal(leaf.PublicKey) {
+		return nil, fmt.Errorf("%q: %w", leaf.Subject, ErrKeyMismatch)
+	}
+	return leaf, nil
+}
+
+// allows reports whether the certificate's extended key usage, if it has one,
+// names a use (RFC 5280 §4.2.1.12).
+func allows(cert *x509.Certificate, use x509.ExtKeyUsage) bool {
+	if len(cert.ExtKeyUsage) == 0 && len(cert.UnknownExtKeyUsage) == 0 {
+		return true
+	}
+	return slices.Contains(cert.ExtKeyUsage, use) || slices.Contains(cert.ExtKeyUsage, x509.ExtKeyUsageAny)
+}
+
+// verify builds the chain from the first certificate to an anchor.
+func (t *TrustAnchors) verify(chain []*x509.Certificate, now time.Time) ([]*x509.Certificate, error) {
+	intermediates := x509.NewCertPool()
+	for _, cert := range chain[1:] {
+		intermediates.AddCert(cert)
+	}
+	for _, cert := range t.intermediates {
+		intermediates.AddCert(cert)
+	}
+	verified, err := withoutOtherNames(chain[0]).Verify(x509.VerifyOptions{
+		Roots: t.roots, Intermediates: intermediates, CurrentTime: now,
+		// The use of the leaf is judged by its own rules above.
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+	})
+	if err != nil {
+		return nil, classify(chain[0], now, err)
+	}
+	// The shortest: what is sent in every handshake.
+	shortest := slices.MinFunc(verified, func(a, b []*x509.Certificate) int { return len(a) - len(b) })
+	if len(shortest) < 2 {
+		return nil, fmt.Errorf("it is a trust anchor itself: %w", ErrNotTrusted)
+	}
+	shortest[0] = chain[0]
+	return shortest, nil
+}
+
+// withoutOtherNames returns the certificate as x509 can verify it. A critical
+// SAN that holds only an otherName, as that of an IDevID with a hwModuleName
+// (RFC 4108 §5), is one that x509 parses nothing of and therefore refuses; no
+// decision here depends on it.
+func withoutOtherNames(cert *x509.Certificate) *x509.Certificate {
+	if !slices.ContainsFunc(cert.UnhandledCriticalExtensions, oidSubjectAltName.Equal) {
+		return cert
+	}
+	handled := *cert
+	handled.UnhandledCriticalExtensions = slices.DeleteFunc(slices.Clone(cert.UnhandledCriticalExtensions), oidSubjectAltName.Equal)
+	return &handled
+}
+
+func classify(leaf *x509.Certificate, now time.Time, err error) error {
+	var invalid x509.CertificateInvalidError
+	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
+		cert, stamp := invalid.Cert, func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+		if cert == nil {
+			cert = leaf
+		}
+		if now.Before(cert.NotBefore) {
+			return fmt.Errorf("%q is not yet valid, it begins at %s and it is %s: %w", cert.Subject, stamp(cert.NotBefore), stamp(now), ErrNotValidNow)
+		}
+		return fmt.Errorf("%q is expired since %s and it is %s: %w", cert.Subject, stamp(cert.NotAfter), stamp(now), ErrNotValidNow)
+	}
+	return fmt.Errorf("%w: %w", err, ErrNotTrusted)
+}
