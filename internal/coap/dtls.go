@@ -1,0 +1,246 @@
+package coap
+
+import (
+	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync/atomic"
+
+	"github.com/pion/dtls/v3"
+	"github.com/pion/dtls/v3/pkg/crypto/elliptic"
+	dtlsnet "github.com/pion/dtls/v3/pkg/net"
+)
+
+// Alert is the description of a TLS alert (RFC 5246 §7.2).
+type Alert uint8
+
+// The alerts that a caller tells apart.
+const (
+	AlertCloseNotify        Alert = 0
+	AlertHandshakeFailure   Alert = 40
+	AlertBadCertificate     Alert = 42
+	AlertCertificateRevoked Alert = 44
+	AlertCertificateExpired Alert = 45
+	AlertCertificateUnknown Alert = 46
+	AlertUnknownCA          Alert = 48
+	AlertAccessDenied       Alert = 49
+)
+
+// HandshakeError is a handshake that did not succeed. Err is ErrTimeout when
+// nothing was heard in time, Verify's own error when it refused the peer, and
+// what the key said when it could not sign.
+type HandshakeError struct {
+	Addr string
+	// Alert is the alert that the peer sent, nil if it sent none.
+	Alert *Alert
+	// CertificateSent tells that our certificate and the proof of its key went
+	// out, so that an alert may well be about them.
+	CertificateSent bool
+	Err             error
+}
+
+func (e *HandshakeError) Error() string { return fmt.Sprintf("DTLS handshake: %s: %v", e.Addr, e.Err) }
+
+// Unwrap gives the cause.
+func (e *HandshakeError) Unwrap() error { return e.Err }
+
+// handshake is what a handshake leaves behind.
+type handshake struct {
+	peer   []*x509.Certificate
+	signed atomic.Bool
+}
+
+// proofSigner notes that the key has signed. A client's key signs only its
+// CertificateVerify: after the server asked for a certificate, after we
+// accepted the server's, and right before the flight leaves.
+type proofSigner struct {
+	crypto.Signer
+	signed *atomic.Bool
+}
+
+func (s proofSigner) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	signature, err := s.Signer.Sign(rand, digest, opts)
+	if err == nil {
+		s.signed.Store(true)
+	}
+	return signature, err
+}
+
+func (h *handshake) certificate(cfg *Config) *tls.Certificate {
+	if cfg.Key == nil {
+		return new(tls.Certificate)
+	}
+	return &tls.Certificate{Certificate: cfg.Certificate, PrivateKey: proofSigner{cfg.Key, &h.signed}}
+}
+
+// dtlsOptions are common to both ends.
+func dtlsOptions(cfg *Config, verify func(*dtls.State) error) []dtls.Option {
+	return []dtls.Option{
+		// RFC 9148 §3: TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8 and secp256r1 are
+		// mandatory; the others are for peers of another mind.
+		dtls.WithCipherSuites(
+			dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8,
+			dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM,
+			dtls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+		),
+		dtls.WithEllipticCurves(elliptic.P256),
+		// RFC 9148 §3, RFC 7925 §16: extended master secret.
+		dtls.WithExtendedMasterSecret(dtls.RequireExtendedMasterSecret),
+		dtls.WithFlightInterval(cfg.FlightInterval),
+		// pion verifies with the wall clock only; all of it is Verify's.
+		dtls.WithInsecureSkipVerify(true),
+		dtls.WithVerifyConnection(verify),
+	}
+}
+
+// verifyPeer parses the chain of a handshake and has it judged.
+func verifyPeer(cfg *Config, state *dtls.State) ([]*x509.Certificate, error) {
+	var peer []*x509.Certificate
+	for _, der := range state.PeerCertificates {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("peer's certificate: %w", err)
+		}
+		peer = append(peer, cert)
+	}
+	if len(peer) == 0 {
+		return nil, errors.New("peer's certificate: none")
+	}
+	return peer, cfg.Verify(peer)
+}
+
+// Dial connects to addr, "host:port", and completes the handshake. A failure of
+// it is a *HandshakeError.
+func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, fmt.Errorf("connect: %s: %w", addr, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, cfg.HandshakeTimeout)
+	defer cancel()
+
+	var dialer net.Dialer
+	udp, err := dialer.DialContext(ctx, "udp", addr)
+	if err != nil {
+		return nil, &HandshakeError{Addr: addr, Err: timedOut(err)}
+	}
+	shake := new(handshake)
+	options := dtlsOptions(&cfg, func(state *dtls.State) (err error) {
+		shake.peer, err = verifyPeer(&cfg, state)
+		return err
+	})
+	// Not WithCertificates: pion silently drops a certificate that the server's
+	// list of CAs does not name.
+	options = append(options, dtls.WithGetClientCertificate(func(*dtls.CertificateRequestInfo) (*tls.Certificate, error) {
+		return shake.certificate(&cfg), nil
+	}))
+	if cfg.ServerName != "" {
+		options = append(options, dtls.WithServerName(cfg.ServerName))
+	}
+	clientOptions := make([]dtls.ClientOption, len(options))
+	for i, option := range options {
+		clientOptions[i] = option
+	}
+	conn, err := dtls.ClientWithOptions(dtlsnet.PacketConnFromConn(udp), udp.RemoteAddr(), clientOptions...)
+	if err != nil {
+		return nil, errors.Join(&HandshakeError{Addr: addr, Err: err}, udp.Close())
+	}
+	if err := conn.HandshakeContext(ctx); err != nil {
+		// The close error of a connection that never was says nothing.
+		_ = conn.Close()
+		_ = udp.Close()
+		return nil, handshakeError(addr, shake, err)
+	}
+	c := newConn(conn, cfg, nil)
+	c.peer, c.authenticated = shake.peer, shake.signed.Load()
+	c.start()
+	return c, nil
+}
+
+func handshakeError(addr string, shake *handshake, err error) *HandshakeError {
+	result := &HandshakeError{Addr: addr, CertificateSent: shake.signed.Load(), Err: err}
+	var pionError *dtls.HandshakeError
+	if errors.As(err, &pionError) {
+		result.Err = pionError.Err
+	}
+	result.Err = timedOut(result.Err)
+	// pion's error of a received alert is unexported, but encodes itself like
+	// the alert it embeds: level, description.
+	var received interface {
+		error
+		Marshal() ([]byte, error)
+	}
+	if errors.As(err, &received) {
+		if encoded, err := received.Marshal(); err == nil && len(encoded) == 2 {
+			result.Alert = pointer(Alert(encoded[1]))
+		}
+	}
+	return result
+}
+
+// timedOut turns the errors of a deadline into ErrTimeout.
+func timedOut(err error) error {
+	var timeout net.Error
+	if errors.Is(err, context.DeadlineExceeded) || errors.As(err, &timeout) && timeout.Timeout() {
+		return ErrTimeout
+	}
+	return err
+}
+
+// PeerCertificates is the chain that the peer presented and Verify accepted, leaf first.
+func (c *Conn) PeerCertificates() []*x509.Certificate { return c.peer }
+
+// ClientAuthenticated reports whether the server of a dialled connection asked
+// for a certificate and ours was sent and proven in a full handshake. There is
+// no other kind of handshake here: sessions are not resumed.
+func (c *Conn) ClientAuthenticated() bool { return c.authenticated }
+
+// listenDTLS opens the socket of a server.
+func listenDTLS(addr string, cfg *Config) (net.Listener, error) {
+	udpAddr, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return nil, err
+	}
+	shake := new(handshake)
+	serverOptions := []dtls.ServerOption{
+		// RFC 9148 §3: the client presents a certificate for every function.
+		dtls.WithClientAuth(dtls.RequireAnyClientCert),
+		dtls.WithGetCertificate(func(*dtls.ClientHelloInfo) (*tls.Certificate, error) {
+			return shake.certificate(cfg), nil
+		}),
+	}
+	for _, option := range dtlsOptions(cfg, func(state *dtls.State) error {
+		_, err := verifyPeer(cfg, state)
+		return err
+	}) {
+		serverOptions = append(serverOptions, option)
+	}
+	return dtls.ListenWithOptions("udp", udpAddr, serverOptions...)
+}
+
+// acceptDTLS completes a server's handshake.
+func acceptDTLS(ctx context.Context, conn *dtls.Conn, cfg *Config) ([]*x509.Certificate, error) {
+	ctx, cancel := context.WithTimeout(ctx, cfg.HandshakeTimeout)
+	defer cancel()
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return nil, handshakeError(conn.RemoteAddr().String(), new(handshake), err)
+	}
+	state, ok := conn.ConnectionState()
+	if !ok {
+		return nil, errors.New("DTLS handshake: no state")
+	}
+	var peer []*x509.Certificate
+	for _, der := range state.PeerCertificates {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, err
+		}
+		peer = append(peer, cert)
+	}
+	return peer, nil
+}

@@ -1,0 +1,385 @@
+// Package coap is one CoAP connection over DTLS 1.2: the handshake with a key
+// that may be in an HSM, confirmable exchanges (RFC 7252), and block-wise
+// transfer of a request and its response (RFC 7959, RFC 9175), for a client and
+// for a server. It knows nothing of EST. It refuses plain CoAP, pre-shared
+// keys, observation and proxies.
+//
+// Of go-coap it uses the message codec. Its connection is not used: measured
+// with go-coap v3.8.0, see ARCHITECTURE.md.
+package coap
+
+import (
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/bits"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+)
+
+// Config describes this end of a connection. The zero value of every field but
+// Verify works.
+type Config struct {
+	// Certificate is our chain in DER, leaf first, and Key the leaf's key. A
+	// server needs both; a client without them answers a certificate request
+	// with an empty list.
+	Certificate [][]byte
+	Key         crypto.Signer
+
+	// ServerName is sent as SNI by a client. Empty sends none, which is right
+	// for an IP literal (RFC 6066 §3).
+	ServerName string
+
+	// Verify judges the peer's chain, leaf first: trust, name, key usage and
+	// time are all the caller's, because pion/dtls knows only the wall clock.
+	// A nil Verify is refused, and a chain that Verify refuses ends the
+	// handshake with its error.
+	Verify func(peer []*x509.Certificate) error
+
+	// AckTimeout is the first retransmission timeout; it grows by a random
+	// factor between 1 and 1.5 and doubles each time. Default: 2s (RFC 7252 §4.8).
+	AckTimeout time.Duration
+	// MaxRetransmit bounds the retransmissions of one message; a negative value
+	// means none. Default: 4 (RFC 7252 §4.8).
+	MaxRetransmit int
+	// ExchangeTimeout bounds a whole request with all its blocks and any
+	// separate response. Default: 247s (EXCHANGE_LIFETIME, RFC 7252 §4.8.2).
+	ExchangeTimeout time.Duration
+	// BlockSize is the largest payload of one message: 16, 32, 64, 128, 256,
+	// 512 or 1024 bytes. Default: 1024 (RFC 9148 §4.6).
+	BlockSize int
+	// MaxBody bounds an assembled body, sent or received. Default: 64 KiB.
+	MaxBody int
+
+	// HandshakeTimeout bounds the handshake. Default: 60s.
+	HandshakeTimeout time.Duration
+	// FlightInterval is the handshake's retransmission timeout. Default: 1s.
+	FlightInterval time.Duration
+
+	// ProcessingDelay is how long a server waits for its handler before an
+	// empty ACK announces a separate response (RFC 7252 §5.2.2). Default: half
+	// of AckTimeout, so that the client does not retransmit.
+	ProcessingDelay time.Duration
+	// IdleTimeout closes a server's connection on which nothing arrives and
+	// nothing is being handled. Default: 5m.
+	IdleTimeout time.Duration
+	// MaxConnections bounds the connections of a server, unfinished handshakes
+	// included. Default: 128.
+	MaxConnections int
+
+	// Logger receives what has no caller to go to. Default: none.
+	Logger *slog.Logger
+}
+
+// maxConfigBody keeps a body's last block number within the 20 bits that an
+// option has at the smallest block size (RFC 7959 §2.2).
+const maxConfigBody = 16 << 20
+
+func (cfg Config) withDefaults() (Config, error) {
+	if cfg.Verify == nil {
+		return cfg, errors.New("configuration: Verify: missing")
+	}
+	if (len(cfg.Certificate) == 0) != (cfg.Key == nil) {
+		return cfg, errors.New("configuration: Certificate and Key: one without the other")
+	}
+	setDefault(&cfg.AckTimeout, 2*time.Second)
+	setDefault(&cfg.MaxRetransmit, 4)
+	setDefault(&cfg.ExchangeTimeout, exchangeLifetime)
+	setDefault(&cfg.BlockSize, maxBlockSize)
+	setDefault(&cfg.MaxBody, 64<<10)
+	setDefault(&cfg.HandshakeTimeout, time.Minute)
+	setDefault(&cfg.FlightInterval, time.Second)
+	setDefault(&cfg.ProcessingDelay, cfg.AckTimeout/2)
+	setDefault(&cfg.IdleTimeout, 5*time.Minute)
+	setDefault(&cfg.MaxConnections, 128)
+	setDefault(&cfg.Logger, slog.New(slog.DiscardHandler))
+	if !validBlockSize(cfg.BlockSize) {
+		return cfg, fmt.Errorf("configuration: BlockSize %d: not a power of two from %d to %d", cfg.BlockSize, minBlockSize, maxBlockSize)
+	}
+	if cfg.MaxBody < 0 || cfg.MaxBody > maxConfigBody {
+		return cfg, fmt.Errorf("configuration: MaxBody %d: not from 1 to %d", cfg.MaxBody, maxConfigBody)
+	}
+	return cfg, nil
+}
+
+func setDefault[T comparable](field *T, value T) {
+	var zero T
+	if *field == zero {
+		*field = value
+	}
+}
+
+// Code is a method or a response code (RFC 7252 §12.1).
+type Code = codes.Code
+
+// Request is one whole request, whatever the number of its blocks.
+type Request struct {
+	Method Code
+	// Host and Port are sent as Uri-Host and Uri-Port when they are set. They
+	// are needed only if the server is not the one the connection leads to
+	// (RFC 7252 §5.10.1).
+	Host string
+	Port uint16
+	// Path begins with a slash; its segments must not hold one.
+	Path  string
+	Query []string
+	// ContentFormat and Accept are numbers of the CoAP Content-Formats
+	// registry; nil means absent.
+	ContentFormat *uint16
+	Accept        *uint16
+	Body          []byte
+
+	// Peer is the client's verified chain, leaf first. A server sets it.
+	Peer []*x509.Certificate
+}
+
+// Response is one whole response. Any code that the peer sent is a response,
+// not an error.
+type Response struct {
+	Code          Code
+	ContentFormat *uint16
+	// MaxAge is in seconds; nil means absent, which RFC 7252 §5.10.5 reads as 60.
+	MaxAge *uint32
+	ETag   []byte
+	Body   []byte
+}
+
+const (
+	minBlockSize = 16
+	maxBlockSize = 1024
+	// maxBlockNumber is the largest number of 20 bits (RFC 7959 §2.2).
+	maxBlockNumber = 1<<20 - 1
+)
+
+func validBlockSize(size int) bool {
+	return size >= minBlockSize && size <= maxBlockSize && bits.OnesCount(uint(size)) == 1
+}
+
+// block is the value of a Block1 or Block2 option (RFC 7959 §2.2):
+//
+//	 0 1 2 3 4 5 6 7
+//	+-+-+-+-+-+-+-+-+
+//	|  NUM  |M| SZX |   or 16 or 24 bits, NUM taking the rest
+//	+-+-+-+-+-+-+-+-+
+type block struct {
+	num  int
+	more bool
+	size int
+}
+
+func (b block) String() string {
+	more := 0
+	if b.more {
+		more = 1
+	}
+	return fmt.Sprintf("%d/%d/%d", b.num, more, b.size)
+}
+
+func (b block) offset() int { return b.num * b.size }
+
+// encode gives the shortest form, as RFC 7252 §3.2 wants of an integer.
+func (b block) encode() []byte {
+	value := uint32(b.num)<<4 | uint32(bits.TrailingZeros(uint(b.size))-4)
+	if b.more {
+		value |= 1 << 3
+	}
+	return encodeUint(value)
+}
+
+func decodeBlock(value []byte) (block, error) {
+	if len(value) > 3 {
+		return block{}, fmt.Errorf("block option of %d bytes", len(value))
+	}
+	v := decodeUint(value)
+	// RFC 7959 §2.2: "the value 7 for SZX (which would indicate a block size of
+	// 2048) is reserved".
+	if v&7 == 7 {
+		return block{}, errors.New("block option with the reserved size 7")
+	}
+	return block{num: int(v >> 4), more: v&(1<<3) != 0, size: minBlockSize << (v & 7)}, nil
+}
+
+func encodeUint(v uint32) []byte {
+	var value []byte
+	for ; v > 0; v >>= 8 {
+		value = append(value, byte(v))
+	}
+	slices.Reverse(value)
+	return value
+}
+
+func decodeUint(value []byte) uint32 {
+	var v uint32
+	for _, b := range value {
+		v = v<<8 | uint32(b)
+	}
+	return v
+}
+
+// options are the options of a message that this package understands.
+type options struct {
+	host          string
+	port          uint16
+	path          []string
+	query         []string
+	contentFormat *uint16
+	accept        *uint16
+	maxAge        *uint32
+	etag          []byte
+	block1        *block
+	block2        *block
+	size1         *uint32
+	size2         *uint32
+	requestTags   []string
+}
+
+// OptionError is a critical option that this end does not understand, or one
+// that is malformed (RFC 7252 §5.4).
+type OptionError struct {
+	Number uint16
+	Reason string
+}
+
+func (e *OptionError) Error() string {
+	return fmt.Sprintf("option %d (%v): %s", e.Number, message.OptionID(e.Number), e.Reason)
+}
+
+// decodeOptions fails with an OptionError. Elective options that are unknown,
+// malformed or supernumerary are ignored (RFC 7252 §5.4.1, §5.4.3, §5.4.5).
+func decodeOptions(encoded message.Options) (*options, error) {
+	var o options
+	seen := map[message.OptionID]bool{}
+	for _, option := range encoded {
+		id, value := option.ID, option.Value
+		critical := id&1 == 1
+		refuse := func(reason string) error {
+			if !critical {
+				return nil
+			}
+			return &OptionError{Number: uint16(id), Reason: reason}
+		}
+		def, known := message.CoapOptionDefs[id]
+		if known && (len(value) < int(def.MinLen) || len(value) > int(def.MaxLen)) {
+			if err := refuse(fmt.Sprintf("length %d", len(value))); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		repeatable := id == message.URIPath || id == message.URIQuery || id == message.RequestTag
+		if seen[id] && !repeatable {
+			if err := refuse("repeated"); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		seen[id] = true
+		switch id {
+		case message.URIHost:
+			o.host = string(value)
+		case message.URIPort:
+			o.port = uint16(decodeUint(value))
+		case message.URIPath:
+			o.path = append(o.path, string(value))
+		case message.URIQuery:
+			o.query = append(o.query, string(value))
+		case message.ContentFormat:
+			o.contentFormat = pointer(uint16(decodeUint(value)))
+		case message.Accept:
+			o.accept = pointer(uint16(decodeUint(value)))
+		case message.MaxAge:
+			o.maxAge = pointer(decodeUint(value))
+		case message.ETag:
+			o.etag = slices.Clone(value)
+		case message.Block1, message.Block2:
+			b, err := decodeBlock(value)
+			if err != nil {
+				return nil, &OptionError{Number: uint16(id), Reason: err.Error()}
+			}
+			if id == message.Block1 {
+				o.block1 = &b
+			} else {
+				o.block2 = &b
+			}
+		case message.Size1:
+			o.size1 = pointer(decodeUint(value))
+		case message.Size2:
+			o.size2 = pointer(decodeUint(value))
+		case message.RequestTag:
+			o.requestTags = append(o.requestTags, string(value))
+		default:
+			if err := refuse("critical and unknown"); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return &o, nil
+}
+
+// encode writes the options in the order of their numbers, which is the order on the wire.
+func (o *options) encode() message.Options {
+	var encoded message.Options
+	add := func(id message.OptionID, value []byte) {
+		encoded = append(encoded, message.Option{ID: id, Value: value})
+	}
+	if o.host != "" {
+		add(message.URIHost, []byte(o.host))
+	}
+	if o.etag != nil {
+		add(message.ETag, o.etag)
+	}
+	if o.port != 0 {
+		add(message.URIPort, encodeUint(uint32(o.port)))
+	}
+	for _, segment := range o.path {
+		add(message.URIPath, []byte(segment))
+	}
+	if o.contentFormat != nil {
+		add(message.ContentFormat, encodeUint(uint32(*o.contentFormat)))
+	}
+	if o.maxAge != nil {
+		add(message.MaxAge, encodeUint(*o.maxAge))
+	}
+	for _, query := range o.query {
+		add(message.URIQuery, []byte(query))
+	}
+	if o.accept != nil {
+		add(message.Accept, encodeUint(uint32(*o.accept)))
+	}
+	if o.block2 != nil {
+		add(message.Block2, o.block2.encode())
+	}
+	if o.block1 != nil {
+		add(message.Block1, o.block1.encode())
+	}
+	if o.size1 != nil {
+		add(message.Size1, encodeUint(*o.size1))
+	}
+	for _, tag := range o.requestTags {
+		add(message.RequestTag, []byte(tag))
+	}
+	return encoded
+}
+
+func pointer[T any](v T) *T { return &v }
+
+// requestOptions are the options that every message of a request carries.
+func requestOptions(req *Request) (options, error) {
+	o := options{host: req.Host, port: req.Port, query: req.Query, accept: req.Accept}
+	path, found := strings.CutPrefix(req.Path, "/")
+	if !found {
+		return o, fmt.Errorf("path %q: no leading slash", req.Path)
+	}
+	if path != "" {
+		o.path = strings.Split(path, "/")
+	}
+	if len(o.host) > 255 || slices.ContainsFunc(slices.Concat(o.path, o.query), func(s string) bool { return len(s) > 255 }) {
+		return o, errors.New("an option of more than 255 bytes")
+	}
+	return o, nil
+}

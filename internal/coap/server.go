@@ -1,0 +1,428 @@
+package coap
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pion/dtls/v3"
+	"github.com/plgd-dev/go-coap/v3/message"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+)
+
+// Handler answers one whole request. It runs in a goroutine of its own, once
+// per request, whatever is lost, repeated or asked for again. Its context ends
+// with the connection. A nil response, or a panic, is answered 5.00.
+type Handler func(ctx context.Context, req *Request) *Response
+
+// Server answers requests over DTLS.
+type Server struct {
+	cfg      Config
+	listener net.Listener
+	ctx      context.Context
+	cancel   context.CancelFunc
+	serving  sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	conns  map[*dtls.Conn]struct{}
+}
+
+// Listen opens a server's socket at addr, "host:port". Nothing is answered
+// before Serve.
+func Listen(addr string, cfg Config) (*Server, error) {
+	cfg, err := cfg.withDefaults()
+	if err == nil && cfg.Key == nil {
+		err = errors.New("configuration: a server needs a certificate")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listen: %s: %w", addr, err)
+	}
+	listener, err := listenDTLS(addr, &cfg)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %s: %w", addr, err)
+	}
+	s := &Server{cfg: cfg, listener: listener, conns: map[*dtls.Conn]struct{}{}}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s, nil
+}
+
+// Addr is the socket's address.
+func (s *Server) Addr() net.Addr { return s.listener.Addr() }
+
+// Serve answers requests until Close, which makes it return nil.
+func (s *Server) Serve(handler Handler) error {
+	for {
+		accepted, err := s.listener.Accept()
+		s.mu.Lock()
+		if s.closed {
+			s.mu.Unlock()
+			if err == nil {
+				_ = accepted.Close()
+			}
+			return nil
+		}
+		if err != nil {
+			s.mu.Unlock()
+			return fmt.Errorf("accept: %s: %w", s.Addr(), err)
+		}
+		conn := accepted.(*dtls.Conn)
+		if len(s.conns) >= s.cfg.MaxConnections {
+			s.mu.Unlock()
+			s.cfg.Logger.Warn("coap: too many connections", "peer", conn.RemoteAddr(), "limit", s.cfg.MaxConnections)
+			_ = conn.Close()
+			continue
+		}
+		s.conns[conn] = struct{}{}
+		s.serving.Go(func() { s.serve(conn, handler) })
+		s.mu.Unlock()
+	}
+}
+
+// Close ends every connection and waits for the handlers, whose contexts end.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	conns := s.conns
+	s.conns = map[*dtls.Conn]struct{}{}
+	s.mu.Unlock()
+	err := s.listener.Close()
+	s.cancel()
+	for conn := range conns {
+		// Closing twice is no error, and the peer may have closed before us.
+		_ = conn.Close()
+	}
+	s.serving.Wait()
+	if err != nil && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("close: %s: %w", s.Addr(), err)
+	}
+	return nil
+}
+
+func (s *Server) serve(conn *dtls.Conn, handler Handler) {
+	defer func() {
+		_ = conn.Close()
+		s.mu.Lock()
+		delete(s.conns, conn)
+		s.mu.Unlock()
+	}()
+	peer, err := acceptDTLS(s.ctx, conn, &s.cfg)
+	if err != nil {
+		s.cfg.Logger.Info("coap: handshake", "peer", conn.RemoteAddr(), "error", err)
+		return
+	}
+	ctx, cancel := context.WithCancel(s.ctx)
+	r := &responder{handler: handler, ctx: ctx, peer: peer}
+	r.conn = newConn(conn, s.cfg, r)
+	r.conn.read()
+	cancel()
+	r.handling.Wait()
+}
+
+const (
+	// maxTransfers bounds, for each connection, the request bodies being
+	// assembled and the response bodies being kept. The oldest makes room.
+	maxTransfers = 4
+)
+
+// responder is the server's side of a connection.
+type responder struct {
+	conn     *Conn
+	handler  Handler
+	ctx      context.Context
+	peer     []*x509.Certificate
+	handling sync.WaitGroup
+
+	mu         sync.Mutex
+	active     int
+	assemblies transfers[*assembly]
+	kept       transfers[*kept]
+}
+
+// assembly is a request body of which some blocks have arrived.
+type assembly struct {
+	contentFormat *uint16
+	body          []byte
+}
+
+// kept is a response of which some blocks have been sent. The handler is done
+// with it: what follows is served from here.
+type kept struct {
+	code Code
+	opts options
+	body []byte
+}
+
+// transferKey tells transfers of one connection apart (RFC 9175 §3.3). The
+// parts are length-checked options, joined by what they cannot hold unescaped.
+type transferKey string
+
+func keyOf(method Code, o *options) transferKey {
+	return transferKey(fmt.Sprintf("%d %q %q %q", method, o.path, o.query, o.requestTags))
+}
+
+// transfers holds at most maxTransfers of one kind, each for a limited time.
+type transfers[T any] struct {
+	entries []transferEntry[T]
+}
+
+type transferEntry[T any] struct {
+	key     transferKey
+	value   T
+	touched time.Time
+}
+
+func (t *transfers[T]) put(key transferKey, value T) {
+	t.drop(key)
+	if len(t.entries) == maxTransfers {
+		t.entries = slices.Delete(t.entries, 0, 1)
+	}
+	t.entries = append(t.entries, transferEntry[T]{key, value, time.Now()})
+}
+
+func (t *transfers[T]) get(key transferKey) (value T, found bool) {
+	now := time.Now()
+	// RFC 7959 §2.4, §2.5: EXCHANGE_LIFETIME is how long a peer may take.
+	t.entries = slices.DeleteFunc(t.entries, func(e transferEntry[T]) bool { return now.Sub(e.touched) > exchangeLifetime })
+	for i := range t.entries {
+		if t.entries[i].key == key {
+			t.entries[i].touched = now
+			return t.entries[i].value, true
+		}
+	}
+	return value, false
+}
+
+func (t *transfers[T]) drop(key transferKey) {
+	t.entries = slices.DeleteFunc(t.entries, func(e transferEntry[T]) bool { return e.key == key })
+}
+
+// busy reports whether a handler is running.
+func (r *responder) busy() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.active > 0
+}
+
+// request handles one message, called by the reader for each once.
+func (r *responder) request(m *message.Message) {
+	reply := func(code Code, opts options, diagnostic string) {
+		r.respond(m, code, opts, []byte(diagnostic))
+	}
+	o, err := decodeOptions(m.Options)
+	if err != nil {
+		// RFC 7252 §5.4.1: "MUST cause the return of a 4.02 (Bad Option)
+		// response"; in a non-confirmable request it "MUST cause the message to
+		// be rejected".
+		if m.Type == message.Confirmable {
+			reply(codes.BadOption, options{}, err.Error())
+		}
+		return
+	}
+	key := keyOf(m.Code, o)
+	if o.block2 != nil && o.block2.num > 0 && o.block1 == nil {
+		r.continueResponse(m, key, *o.block2)
+		return
+	}
+	cfg := &r.conn.cfg
+	body := m.Payload
+	if o.block1 != nil {
+		var refusal *refusal
+		body, refusal = r.assemble(key, o, m.Payload)
+		if refusal != nil {
+			reply(refusal.code, refusal.opts, refusal.diagnostic)
+			return
+		}
+	} else if len(body) > cfg.BlockSize {
+		// RFC 7959 §2.9.3: the hint says which size would do.
+		reply(codes.RequestEntityTooLarge, options{block1: &block{more: true, size: cfg.BlockSize}}, "")
+		return
+	}
+	req := &Request{
+		Method: m.Code, Host: o.host, Port: o.port,
+		Path: "/" + strings.Join(o.path, "/"), Query: o.query,
+		ContentFormat: o.contentFormat, Accept: o.accept, Body: body, Peer: r.peer,
+	}
+	// The client's blocks tell the size of its liking, and an explicit Block2
+	// tells it better.
+	size := cfg.BlockSize
+	if o.block1 != nil {
+		size = min(size, o.block1.size)
+	}
+	if o.block2 != nil {
+		size = min(cfg.BlockSize, o.block2.size)
+	}
+	r.handle(m, key, req, size, o.block1)
+}
+
+// refusal is an answer to a block that needs no handler.
+type refusal struct {
+	code       Code
+	opts       options
+	diagnostic string
+}
+
+// assemble adds a block to its body (RFC 7959 §2.5). It returns the whole body
+// with the last block, and a refusal, or a 2.31, otherwise.
+func (r *responder) assemble(key transferKey, o *options, payload []byte) ([]byte, *refusal) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	limit, b := r.conn.cfg.MaxBody, *o.block1
+	tooLarge := &refusal{code: codes.RequestEntityTooLarge, opts: options{size1: pointer(uint32(limit))}}
+	a, found := r.assemblies.get(key)
+	switch {
+	case b.num == 0:
+		a = &assembly{contentFormat: o.contentFormat}
+		if b.more {
+			r.assemblies.put(key, a)
+		}
+	case !found:
+		return nil, &refusal{code: codes.RequestEntityIncomplete, diagnostic: "no earlier block"}
+	}
+	refuse := func(refused *refusal) ([]byte, *refusal) {
+		r.assemblies.drop(key)
+		return nil, refused
+	}
+	switch {
+	case b.offset() != len(a.body):
+		// The body stays: a late copy of an earlier block must not undo it.
+		return nil, &refusal{code: codes.RequestEntityIncomplete, diagnostic: fmt.Sprintf("at offset %d", len(a.body))}
+	case !equal(a.contentFormat, o.contentFormat):
+		// RFC 7959 §2.9.2: "a mismatch in the Content-Format".
+		return refuse(&refusal{code: codes.RequestEntityIncomplete, diagnostic: "another content-format"})
+	case b.more && len(payload) != b.size || len(payload) > b.size:
+		return refuse(&refusal{code: codes.BadRequest, diagnostic: "payload and block size differ"})
+	case len(a.body)+len(payload) > limit, o.size1 != nil && uint64(*o.size1) > uint64(limit):
+		return refuse(tooLarge)
+	}
+	a.body = append(a.body, payload...)
+	if b.more {
+		// RFC 7959 §2.3: a smaller size asks for the blocks to come.
+		b.size = min(b.size, r.conn.cfg.BlockSize)
+		return nil, &refusal{code: codes.Continue, opts: options{block1: &block{num: o.block1.num, more: true, size: b.size}}}
+	}
+	r.assemblies.drop(key)
+	return a.body, nil
+}
+
+// handle runs the handler, and sends its response in the ACK or, if it takes
+// longer than the processing delay, in a message of its own.
+func (r *responder) handle(m *message.Message, key transferKey, req *Request, size int, block1 *block) {
+	r.mu.Lock()
+	r.active++
+	r.mu.Unlock()
+	answered := make(chan *Response, 1)
+	r.handling.Go(func() { answered <- r.call(req) })
+	r.handling.Go(func() {
+		defer func() {
+			r.mu.Lock()
+			r.active--
+			r.mu.Unlock()
+		}()
+		delay := time.NewTimer(r.conn.cfg.ProcessingDelay)
+		defer delay.Stop()
+		select {
+		case resp := <-answered:
+			code, opts, payload := r.begin(key, resp, size)
+			opts.block1 = block1
+			r.respond(m, code, opts, payload)
+			return
+		case <-delay.C:
+		}
+		mid := uint16(m.MessageID)
+		if m.Type == message.Confirmable {
+			r.conn.reply(mid, emptyMessage(message.Acknowledgement, mid))
+		}
+		code, opts, payload := r.begin(key, <-answered, size)
+		opts.block1 = block1
+		// RFC 7252 §5.2.2: "the server sends back the response in a Confirmable
+		// message with the same token".
+		err := r.conn.transmit(r.ctx, &message.Message{Code: code, Token: m.Token, Options: opts.encode(), Payload: payload})
+		if err != nil {
+			r.conn.cfg.Logger.Warn("coap: separate response", "peer", r.conn.link.RemoteAddr(), "error", err)
+		}
+	})
+}
+
+// call is the handler, guarded.
+func (r *responder) call(req *Request) (resp *Response) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			r.conn.cfg.Logger.Error("coap: handler", "path", req.Path, "panic", cause)
+			resp = nil
+		}
+		if resp == nil {
+			resp = &Response{Code: codes.InternalServerError}
+		}
+	}()
+	return r.handler(r.ctx, req)
+}
+
+// begin is the first message of a response, of which the rest is kept.
+func (r *responder) begin(key transferKey, resp *Response, size int) (Code, options, []byte) {
+	k := &kept{
+		code: resp.Code, body: resp.Body,
+		opts: options{contentFormat: resp.ContentFormat, maxAge: resp.MaxAge, etag: resp.ETag},
+	}
+	if len(k.body) > r.conn.cfg.MaxBody {
+		r.conn.cfg.Logger.Error("coap: response", "bytes", len(k.body), "error", ErrBodyTooLarge)
+		return codes.InternalServerError, options{}, nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.kept.drop(key)
+	if len(k.body) <= size {
+		return k.code, k.opts, k.body
+	}
+	r.kept.put(key, k)
+	opts, payload := k.block(0, size)
+	return k.code, opts, payload
+}
+
+func (k *kept) block(num, size int) (options, []byte) {
+	opts, offset := k.opts, num*size
+	end := min(offset+size, len(k.body))
+	opts.block2 = &block{num: num, more: end < len(k.body), size: size}
+	return opts, k.body[offset:end]
+}
+
+// continueResponse serves a further block of a response. It never runs the
+// handler: whoever asks for what is not kept has to begin again.
+func (r *responder) continueResponse(m *message.Message, key transferKey, b block) {
+	r.mu.Lock()
+	k, found := r.kept.get(key)
+	r.mu.Unlock()
+	if !found {
+		r.respond(m, codes.RequestEntityIncomplete, options{}, []byte("the response is not kept any more"))
+		return
+	}
+	// The number counts in the size that was asked for; a smaller one of ours
+	// keeps the offset (RFC 7959 §2.4).
+	size := min(b.size, r.conn.cfg.BlockSize)
+	if b.offset() >= len(k.body) {
+		r.respond(m, codes.BadRequest, options{}, []byte("block out of range"))
+		return
+	}
+	opts, payload := k.block(b.offset()/size, size)
+	r.respond(m, k.code, opts, payload)
+}
+
+// respond answers a message at once: in the ACK of a confirmable one.
+func (r *responder) respond(m *message.Message, code Code, opts options, payload []byte) {
+	answer := &message.Message{Type: message.Acknowledgement, Code: code, Token: m.Token, Options: opts.encode(), Payload: payload}
+	mid := uint16(m.MessageID)
+	answer.MessageID = m.MessageID
+	if m.Type != message.Confirmable {
+		answer.Type = message.NonConfirmable
+		r.conn.mu.Lock()
+		answer.MessageID = int32(r.conn.takeMID())
+		r.conn.mu.Unlock()
+	}
+	r.conn.reply(mid, answer)
+}
