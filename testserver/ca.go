@@ -8,14 +8,13 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/asn1"
 	"errors"
 	"fmt"
 	"net"
 	"time"
-)
 
-var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17} // RFC 5280 §4.2.1.6
+	"estenroll/csr"
+)
 
 // noExpiry is the date of a certificate without a well-defined end
 // (RFC 5280 §4.1.2.5): what IEEE 802.1AR gives an IDevID. The CAs and the
@@ -148,17 +147,17 @@ func (a *authorities) serverCertificate(names []string, now time.Time) (*x509.Ce
 // parseCSR accepts what this CA signs: PKCS#10 whose signature proves
 // possession of a P-256 key (RFC 2986 §4.2, RFC 9148 §3).
 func parseCSR(der []byte) (*x509.CertificateRequest, error) {
-	csr, err := x509.ParseCertificateRequest(der)
+	request, err := x509.ParseCertificateRequest(der)
 	if err != nil {
 		return nil, fmt.Errorf("not a PKCS#10 request: %w", err)
 	}
-	if err := checkP256(csr.PublicKey); err != nil {
+	if err := checkP256(request.PublicKey); err != nil {
 		return nil, err
 	}
-	if err := csr.CheckSignature(); err != nil {
+	if err := request.CheckSignature(); err != nil {
 		return nil, errors.New("the request's signature does not verify")
 	}
-	return csr, nil
+	return request, nil
 }
 
 func checkP256(pub crypto.PublicKey) error {
@@ -171,7 +170,7 @@ func checkP256(pub crypto.PublicKey) error {
 // subjectAltName returns the extension as it stands, nil if there is none.
 func subjectAltName(extensions []pkix.Extension) *pkix.Extension {
 	for i := range extensions {
-		if extensions[i].Id.Equal(oidSubjectAltName) {
+		if extensions[i].Id.Equal(csr.OIDSubjectAltName) {
 			return &extensions[i]
 		}
 	}
@@ -196,7 +195,7 @@ func leafTemplate(rawSubject []byte, san *pkix.Extension, notBefore, notAfter ti
 		KeyUsage:   x509.KeyUsageDigitalSignature,
 	}
 	if san != nil {
-		template.ExtraExtensions = []pkix.Extension{{Id: oidSubjectAltName, Critical: san.Critical, Value: san.Value}}
+		template.ExtraExtensions = []pkix.Extension{{Id: csr.OIDSubjectAltName, Critical: san.Critical, Value: san.Value}}
 	}
 	return template
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"estenroll/csr"
 	"estenroll/internal/durable"
 	"estenroll/testserver"
 )
@@ -99,6 +100,26 @@ func idevidRequest(csrFile, keyFile, subject string, sans []string) (req testser
 		if req.PublicKey, err = x509.ParsePKIXPublicKey(der); err != nil {
 			return req, fmt.Errorf("read %s: %w", keyFile, err)
 		}
+	}
+	if subject != "" {
+		if req.RawSubject, err = csr.ParseSubject(subject); err != nil {
+			return req, err
+		}
+	}
+	if len(sans) > 0 {
+		var names csr.Template
+		for _, text := range sans {
+			san, err := csr.ParseSAN(text)
+			if err != nil {
+				return req, err
+			}
+			names.SANs = append(names.SANs, san)
+		}
+		extension, err := names.SANExtension()
+		if err != nil {
+			return req, err
+		}
+		req.SAN = &extension
 	}
 	return req, nil
 }
