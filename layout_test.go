@@ -19,7 +19,7 @@ var rooms = map[string][]string{
 		"estenroll", "estenroll/csr", "estenroll/engine", "estenroll/engine/pkcs11", "estenroll/est", "estenroll/est/coaps", "estenroll/internal/durable",
 		"github.com/spf13/cobra", "github.com/spf13/pflag", "go.yaml.in/yaml/v3", "golang.org/x/term",
 	},
-	"estenroll/cmd/est-testserver": {"estenroll/testserver", "github.com/spf13/cobra"},
+	"estenroll/cmd/est-testserver": {"estenroll/csr", "estenroll/internal/durable", "estenroll/testserver", "github.com/spf13/cobra"},
 	"estenroll/csr":                {},
 	"estenroll/engine":             {},
 	"estenroll/engine/enginetest":  {"estenroll/engine"},
@@ -29,7 +29,7 @@ var rooms = map[string][]string{
 	"estenroll/internal/coap":      {"github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 	"estenroll/internal/durable":   {"github.com/gofrs/flock", "github.com/google/renameio/v2", "golang.org/x/sys"},
 	"estenroll/lwm2m":              {"estenroll/engine", "estenroll/internal/durable"},
-	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap"},
+	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap", "github.com/plgd-dev/go-coap/v3"},
 
 	// Test tools: imported by tests only, which the next test holds.
 	"estenroll/engine/enginetest/p11crash": {},

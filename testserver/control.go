@@ -1,6 +1,7 @@
 package testserver
 
 import (
+	"context"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
@@ -76,6 +77,7 @@ func (s *Server) serveControl() {
 		}
 		s.serving.Go(func() {
 			defer conn.Close()
+			defer context.AfterFunc(s.stopping, func() { _ = conn.Close() })()
 			var req controlRequest
 			var resp controlResponse
 			err := conn.SetDeadline(time.Now().Add(controlTimeout))

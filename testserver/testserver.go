@@ -19,6 +19,7 @@
 package testserver
 
 import (
+	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -102,6 +103,8 @@ type Server struct {
 	deferred map[replayKey]int
 	issued   map[shapedKey]issued
 
+	stopping context.Context // ends when Close begins
+	cancel   context.CancelFunc
 	serving  sync.WaitGroup
 	failed   chan struct{} // closed when a front door ended by itself
 	serveErr error         // before failed is closed
@@ -131,7 +134,13 @@ func start(cfg Config) (_ *Server, err error) {
 		issued:   make(map[shapedKey]issued),
 		failed:   make(chan struct{}),
 	}
+	s.stopping, s.cancel = context.WithCancel(context.Background())
 	s.close = sync.OnceValue(s.stop)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
 	if err := s.SetFaults(cfg.Faults); err != nil {
 		return nil, err
 	}
@@ -150,11 +159,6 @@ func start(cfg Config) (_ *Server, err error) {
 		return nil, err
 	}
 	s.leaf = leaf
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.close())
-		}
-	}()
 	if s.record, err = openRecord(cfg.Record); err != nil {
 		return nil, err
 	}
@@ -280,6 +284,7 @@ func (s *Server) Failed() <-chan struct{} { return s.failed }
 func (s *Server) Close() error { return s.close() }
 
 func (s *Server) stop() error {
+	s.cancel()
 	var errs []error
 	if s.coap != nil {
 		errs = append(errs, s.coap.Close())

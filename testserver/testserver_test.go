@@ -2,6 +2,7 @@ package testserver_test
 
 import (
 	"crypto/x509/pkix"
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -167,19 +168,37 @@ func TestCloseLeavesNothing(t *testing.T) {
 	before := runtime.NumGoroutine()
 	for range 3 {
 		path := filepath.Join(t.TempDir(), "control")
-		server, err := testserver.New(testserver.Config{Control: path})
+		server, err := testserver.New(testserver.Config{Control: path, Faults: testserver.Faults{Delay: time.Hour}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		if _, err := (testserver.Control{Path: path}).Faults(); err != nil {
 			t.Fatal(err)
 		}
+		// Clients that say nothing any more, on both doors, and a request under way.
+		silent, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		device := idevid(t, server, "dev")
+		client := mustDial(t, server, device)
+		enrolled := make(chan error)
+		go func() {
+			_, err := client.SimpleEnroll(t.Context(), newCSR(t, device.key, named("dev")))
+			enrolled <- err
+		}()
 		for range 2 { // it is idempotent
 			if err := server.Close(); err != nil {
 				t.Fatal(err)
 			}
 		}
 		<-server.Failed()
+		if err := <-enrolled; err == nil {
+			t.Error("an enrolment of an hour is done")
+		}
+		if err := errors.Join(silent.Close(), client.Session.Close()); err != nil {
+			t.Error(err)
+		}
 		if _, err := os.Stat(path); !os.IsNotExist(err) {
 			t.Errorf("control socket: %v", err)
 		}

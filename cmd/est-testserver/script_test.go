@@ -34,18 +34,21 @@ func TestScripts(t *testing.T) {
 	})
 }
 
+var signals = map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT}
+
 // serve runs "est-testserver serve ARGS" until the script ends, sets URI when
-// it listens, and fails the script if it does not stop cleanly.
+// it listens, and fails the script if it does not stop cleanly on the signal.
 //
-//	serve ARGS
+//	serve TERM|INT ARGS
 func serve(ts *testscript.TestScript, neg bool, args []string) {
 	if neg {
 		ts.Fatalf("serve cannot be negated: exec est-testserver serve")
 	}
-	cmd := exec.Command("est-testserver", append([]string{"serve", "--listen", "127.0.0.1:0"}, args...)...)
-	if path, err := exec.LookPath("est-testserver"); err == nil {
-		cmd.Path, cmd.Err = path, nil
+	if len(args) == 0 || signals[args[0]] == 0 {
+		ts.Fatalf("usage: serve TERM|INT ARGS")
 	}
+	signal := signals[args[0]]
+	cmd := exec.Command("est-testserver", append([]string{"serve", "--listen", "127.0.0.1:0"}, args[1:]...)...)
 	cmd.Dir = ts.MkAbs(".")
 	cmd.Env = []string{"PATH=" + ts.Getenv("PATH"), "TMPDIR=" + ts.Getenv("TMPDIR")}
 	var stderr bytes.Buffer
@@ -57,7 +60,7 @@ func serve(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Defer(func() {
 		kill := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() })
 		defer kill.Stop()
-		_ = cmd.Process.Signal(syscall.SIGTERM)
+		_ = cmd.Process.Signal(signal)
 		rest, _ := io.ReadAll(lines)
 		if err := cmd.Wait(); err != nil || len(rest) > 0 {
 			ts.Fatalf("est-testserver serve: %v, more output %q\n%s", err, rest, stderr.String())
