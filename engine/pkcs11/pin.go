@@ -1,0 +1,74 @@
+package pkcs11
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"estenroll/engine"
+)
+
+const maxPINFile = 1024 // bytes
+
+// readPIN returns the PIN of a token's URI and where it came from. An absent
+// PIN is ErrPINMissing: an empty one never reaches the module.
+func readPIN(u URI, addressSource engine.PINSource) ([]byte, engine.PINSource, error) {
+	switch {
+	case u.pinValue != "":
+		if addressSource.IsZero() {
+			addressSource.Path = "the engine's address"
+		}
+		return []byte(u.pinValue), addressSource, nil
+	case u.PINSource == "":
+		return nil, engine.PINSource{}, engine.ErrPINMissing
+	}
+	path, err := pinPath(u.PINSource)
+	if err != nil {
+		return nil, engine.PINSource{}, fmt.Errorf("pin-source: %w", err)
+	}
+	pin, source, err := readPINFile(path)
+	if err != nil {
+		return nil, engine.PINSource{}, fmt.Errorf("pin-source: %w", err)
+	}
+	return pin, source, nil
+}
+
+// readPINFile reads a PIN and identifies the very file it was read from.
+func readPINFile(path string) (pin []byte, source engine.PINSource, err error) {
+	// O_NONBLOCK: the open of a pipe without a writer must not wait.
+	file, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, source, err
+	}
+	defer file.Close() // nothing was written
+	info, err := file.Stat()
+	if err != nil {
+		return nil, source, err
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || !info.Mode().IsRegular() {
+		return nil, source, fmt.Errorf("%s: not a regular file", path)
+	}
+	source = engine.PINSource{Path: path, Inode: stat.Ino, Size: info.Size(), ChangedAt: time.Unix(stat.Ctim.Unix()).UTC()}
+	buffer := make([]byte, maxPINFile+1)
+	n, err := file.Read(buffer)
+	if err != nil && n == 0 && info.Size() > 0 {
+		return nil, source, err
+	}
+	// What an editor ends a line with is not the PIN.
+	pin = bytes.TrimRight(buffer[:n], "\r\n")
+	switch {
+	case n > maxPINFile:
+		clear(buffer)
+		return nil, source, fmt.Errorf("%s: more than %d bytes", path, maxPINFile)
+	case len(pin) == 0:
+		return nil, source, fmt.Errorf("%s is empty: %w", path, engine.ErrPINMissing)
+	case bytes.ContainsAny(pin, "\r\n\x00"):
+		clear(buffer)
+		return nil, source, errors.New(path + ": more than one line")
+	}
+	return pin, source, nil
+}
