@@ -113,13 +113,13 @@ func (s *settings) tokenAddress(out *output) (engine.Address, error) {
 func (s *settings) request(template *csr.Template) (err error) {
 	if s.subject != "" {
 		if template.RawSubject, err = csr.ParseSubject(s.subject); err != nil {
-			return fmt.Errorf("subject: %w", err)
+			return err
 		}
 	}
 	for _, text := range s.san {
 		san, err := csr.ParseSAN(text)
 		if err != nil {
-			return fmt.Errorf("san: %w", err)
+			return err
 		}
 		template.SANs = append(template.SANs, san)
 	}

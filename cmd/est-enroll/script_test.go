@@ -93,7 +93,7 @@ func TestScripts(t *testing.T) {
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
 			t.Parallel()
-			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t)}
+			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN), softhsm.OwnStore()), bin: builtPrograms(t)}
 			testscript.Run(t, testscript.Params{
 				Files: []string{file}, RequireExplicitExec: true, RequireUniqueNames: true,
 				Setup: s.setup, Cmds: s.commands(),
@@ -355,6 +355,7 @@ func (s *session) pinInConfig(ts *testscript.TestScript, _ []string) error {
 	path := filepath.Join(s.work, "pin.yaml")
 	text := strings.Replace(string(config), "pin-source=file:"+s.token.PINFile, "pin-value="+markerPIN, 1)
 	ts.Setenv("EST_ENROLL_CONFIG", path)
+	ts.Setenv("EST_ENROLL_ENGINE", "") // the spy's
 	return os.WriteFile(path, []byte(text), 0o600)
 }
 

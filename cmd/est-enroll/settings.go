@@ -99,7 +99,7 @@ func (s *settings) complete(flags *pflag.FlagSet, lookupEnv func(string) (string
 	s.engineFromArgs = flags.Changed("engine")
 	given := map[string]bool{}
 	flags.Visit(func(f *pflag.Flag) { given[f.Name] = true })
-	if path, ok := lookupEnv(envPrefix + "CONFIG"); ok && !given["config"] {
+	if path, _ := lookupEnv(envPrefix + "CONFIG"); path != "" && !given["config"] {
 		s.config = path
 	}
 	if err := s.fromEnvironment(flags, given, lookupEnv); err != nil {
@@ -115,9 +115,9 @@ func (s *settings) fromEnvironment(flags *pflag.FlagSet, given map[string]bool, 
 			return
 		}
 		name := envPrefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
-		value, ok := lookupEnv(name)
-		if !ok {
-			return
+		value, _ := lookupEnv(name)
+		if value == "" {
+			return // set to nothing is not set
 		}
 		given[f.Name] = true
 		if f.Name == "engine" {

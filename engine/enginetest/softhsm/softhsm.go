@@ -1,261 +1,86 @@
-// Package softhsm makes SoftHSM2 tokens for tests, as a factory would: with
-// Debian's module and OpenSC's pkcs11-tool, and with nothing of ours. A PIN never
-// stands in an argument list.
+// Package softhsm makes fresh SoftHSM2 tokens for tests, each in a directory of
+// its own: SoftHSM loses writes now and then when processes share a directory,
+// and a test must not see another's objects. It needs the Debian packages
+// softhsm2 and opensc, and no line of the product.
+//
+// SoftHSM finds its tokens by the environment variable SOFTHSM2_CONF. A child
+// process is given [Token.Env]. A test that loads the module itself calls
+// [Token.Use], and closes all its engines before it ends: the module reads the
+// variable whenever it is initialised. Such tests cannot be parallel.
 package softhsm
 
 import (
 	"bytes"
-	"context"
-	"crypto/rand"
-	"encoding/hex"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 )
 
-// The factory's key pair and certificate, as StoreIDevID makes them.
+// What StoreIDevID names the factory credential.
 const (
 	IDevIDLabel = "idevid"
-	IDevIDID    = "01" // hexadecimal
+	IDevIDID    = "01" // CKA_ID, hexadecimal
 )
 
-// confVariable is where SoftHSM looks for its configuration at C_Initialize.
-const confVariable = "SOFTHSM2_CONF"
-
-// Token is an initialised token. Its fields are facts: changing them changes
-// nothing in the token.
+// Token is a token in a directory that goes with its test.
 type Token struct {
-	ModulePath string // of libsofthsm2.so
-	Label      string // unique in the test binary
-	PIN, SOPIN string
-	PINFile    string // holds the PIN and a newline, mode 0600
-	Dir        string // of the store that the token is in
-	Conf       string // SoftHSM's configuration, which names Dir
-
-	files string // of this token alone
+	ModulePath string // of SoftHSM's module
+	Dir        string // holds all of the token's files
+	Label      string
+	PIN        string
+	PINFile    string // holds the PIN and a newline
+	SOPIN      string // of the security officer
 }
 
-// Option is an option of New.
-type Option func(*options)
+// Option changes a token before it is made.
+type Option func(*Token)
 
-type options struct {
-	pin string
-	own bool
-}
+// WithLabel names the token. Default: "device".
+func WithLabel(label string) Option { return func(t *Token) { t.Label = label } }
 
-// WithPIN sets the user's PIN. Default: a random one.
-func WithPIN(pin string) Option { return func(o *options) { o.pin = pin } }
+// WithPIN sets the user PIN. Default: "4711-user".
+func WithPIN(pin string) Option { return func(t *Token) { t.PIN = pin } }
 
-// OwnStore puts the token into a store of its own, under t.TempDir, which can be
-// copied as a whole. Only child processes that have Env can see it.
-func OwnStore() Option { return func(o *options) { o.own = true } }
+// WithModule puts another module between the tools and SoftHSM.
+func WithModule(path string) Option { return func(t *Token) { t.ModulePath = path } }
 
-// New makes a token, which is removed with the test. Without OwnStore it is in
-// the one store of the test binary, which SOFTHSM2_CONF of this process names, so
-// that the process itself and all its children see it. SoftHSM reads the list
-// of tokens at C_Initialize only: a process that has the module open does not see
-// the new token, so tests that open tokens in their own process are not parallel.
-func New(t testing.TB, opts ...Option) *Token {
+// New makes a token.
+func New(t testing.TB, options ...Option) *Token {
 	t.Helper()
-	o := options{pin: "PIN-" + random(t)}
-	for _, set := range opts {
-		set(&o)
-	}
+	dir := t.TempDir()
 	token := &Token{
-		ModulePath: module(t),
-		Label:      "test-" + random(t),
-		PIN:        o.pin,
-		SOPIN:      "SO-" + random(t),
-		files:      t.TempDir(),
+		ModulePath: ModulePath(t), Dir: filepath.Join(dir, "tokens"), Label: "device",
+		PIN: "4711-user", PINFile: filepath.Join(dir, "pin"), SOPIN: "4711-officer",
 	}
-	token.PINFile = filepath.Join(token.files, "pin")
-	if err := os.WriteFile(token.PINFile, []byte(token.PIN+"\n"), 0o600); err != nil {
-		t.Fatal(err)
+	for _, option := range options {
+		option(token)
 	}
-	if o.own {
-		token.Dir, token.Conf = newStore(t, token.files)
-	} else {
-		token.Dir, token.Conf = shared.join(t)
-	}
-	if err := token.initialise(t.Context()); err != nil {
+	configuration := "directories.tokendir = " + token.Dir + "\nobjectstore.backend = file\nlog.level = ERROR\n"
+	err := errors.Join(
+		os.Mkdir(token.Dir, 0o700),
+		os.WriteFile(token.conf(), []byte(configuration), 0o600),
+		os.WriteFile(token.PINFile, []byte(token.PIN+"\n"), 0o600),
+	)
+	if err != nil {
 		t.Fatalf("softhsm: %v", err)
 	}
-	if !o.own {
-		t.Cleanup(func() {
-			if _, err := token.Tool(context.WithoutCancel(t.Context()), "softhsm2-util", "--delete-token", "--token", token.Label); err != nil {
-				t.Errorf("softhsm: %v", err)
-			}
-			shared.leave(t)
-		})
+	if err := token.Add(token.Label); err != nil {
+		t.Fatalf("softhsm: %v", err)
 	}
 	return token
 }
 
-// URI is the token's address with its PIN file (RFC 7512).
-func (token *Token) URI() string {
-	return "pkcs11:token=" + token.Label + "?module-path=" + token.ModulePath + "&pin-source=file:" + token.PINFile
-}
-
-// Env is what a child process needs in its environment to see the token.
-func (token *Token) Env() []string { return []string{confVariable + "=" + token.Conf} }
-
-// StoreIDevID does what a factory does: it generates an EC P-256 pair in the
-// token, has its public key (a DER SubjectPublicKeyInfo) certified by sign, and
-// stores the DER certificate, with label IDevIDLabel and id IDevIDID.
-func (token *Token) StoreIDevID(sign func(publicKeyDER []byte) (certDER []byte, err error)) error {
-	ctx := context.Background()
-	object := []string{"--label", IDevIDLabel, "--id", IDevIDID}
-	if _, err := token.PKCS11Tool(ctx, append(object, "--keypairgen", "--key-type", "EC:prime256v1", "--usage-sign")...); err != nil {
-		return err
-	}
-	public, err := token.temporary("public.der", nil)
-	if err != nil {
-		return err
-	}
-	if _, err := token.PKCS11Tool(ctx, append(object, "--read-object", "--type", "pubkey", "--output-file", public)...); err != nil {
-		return err
-	}
-	der, err := os.ReadFile(public)
-	if err != nil {
-		return fmt.Errorf("read public key: %w", err)
-	}
-	cert, err := sign(der)
-	if err != nil {
-		return fmt.Errorf("sign IDevID: %w", err)
-	}
-	return token.StoreCertificate(ctx, IDevIDLabel, IDevIDID, cert)
-}
-
-// StoreCertificate writes a DER certificate with pkcs11-tool; id is hexadecimal.
-func (token *Token) StoreCertificate(ctx context.Context, label, id string, der []byte) error {
-	file, err := token.temporary("certificate.der", der)
-	if err != nil {
-		return err
-	}
-	_, err = token.PKCS11Tool(ctx, "--write-object", file, "--type", "cert", "--label", label, "--id", id)
-	return err
-}
-
-// PKCS11Tool runs pkcs11-tool on the token, logged in, and returns its standard
-// output.
-func (token *Token) PKCS11Tool(ctx context.Context, args ...string) (string, error) {
-	login := []string{"--module", token.ModulePath, "--token-label", token.Label, "--login", "--pin", "env:USER_PIN"}
-	return token.Tool(ctx, "pkcs11-tool", append(login, args...)...)
-}
-
-// Tool runs a program with the token's environment and USER_PIN and SO_PIN in it,
-// and returns its standard output.
-func (token *Token) Tool(ctx context.Context, name string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Env = append(append(os.Environ(), token.Env()...), "USER_PIN="+token.PIN, "SO_PIN="+token.SOPIN)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s (make deps installs it): %w: %s", name, err, bytes.TrimSpace(stderr.Bytes()))
-	}
-	return stdout.String(), nil
-}
-
-// initialising: two at once would take the same free slot.
-var initialising sync.Mutex
-
-func (token *Token) initialise(ctx context.Context) error {
-	initialising.Lock()
-	defer initialising.Unlock()
-	slots, err := token.Tool(ctx, "pkcs11-tool", "--module", token.ModulePath, "--list-slots")
-	if err != nil {
-		return err
-	}
-	// "Slot 3 (0x3): SoftHSM slot ID 0x3\n  token state:   uninitialized"
-	before, _, found := strings.Cut(slots, "uninitialized")
-	if !found {
-		return fmt.Errorf("no free slot: %s", slots)
-	}
-	index, _, _ := strings.Cut(before[strings.LastIndex(before, "Slot ")+len("Slot "):], " ")
-	if _, err := token.Tool(ctx, "pkcs11-tool", "--module", token.ModulePath, "--init-token", "--slot-index", index,
-		"--label", token.Label, "--so-pin", "env:SO_PIN"); err != nil {
-		return err
-	}
-	_, err = token.Tool(ctx, "pkcs11-tool", "--module", token.ModulePath, "--token-label", token.Label,
-		"--init-pin", "--so-pin", "env:SO_PIN", "--pin", "env:USER_PIN")
-	return err
-}
-
-func (token *Token) temporary(name string, content []byte) (string, error) {
-	path := filepath.Join(token.files, name)
-	if err := os.WriteFile(path, content, 0o600); err != nil {
-		return "", fmt.Errorf("write %s: %w", name, err)
-	}
-	return path, nil
-}
-
-// store is the store that all tokens of a test binary share: SOFTHSM2_CONF
-// belongs to the process, so there cannot be two for the process itself.
-type store struct {
-	mu        sync.Mutex
-	users     int
-	dir, conf string
-	previous  string
-	hadOne    bool
-}
-
-var shared store
-
-func (s *store) join(t testing.TB) (dir, conf string) {
+// ModulePath finds SoftHSM's module.
+func ModulePath(t testing.TB) string {
 	t.Helper()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.users == 0 {
-		root, err := os.MkdirTemp("", "softhsm-*") // not t.TempDir: other tests may join
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.dir, s.conf = newStore(t, root)
-		s.previous, s.hadOne = os.LookupEnv(confVariable)
-		if err := os.Setenv(confVariable, s.conf); err != nil {
-			t.Fatal(err)
-		}
+	found, err := filepath.Glob("/usr/lib/*/softhsm/libsofthsm2.so")
+	if err != nil {
+		t.Fatalf("softhsm: %v", err)
 	}
-	s.users++
-	return s.dir, s.conf
-}
-
-func (s *store) leave(t testing.TB) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.users--; s.users > 0 {
-		return
-	}
-	if s.hadOne {
-		_ = os.Setenv(confVariable, s.previous)
-	} else {
-		_ = os.Unsetenv(confVariable)
-	}
-	if err := os.RemoveAll(filepath.Dir(s.dir)); err != nil {
-		t.Errorf("softhsm: remove the store: %v", err)
-	}
-}
-
-func newStore(t testing.TB, root string) (dir, conf string) {
-	t.Helper()
-	dir, conf = filepath.Join(root, "tokens"), filepath.Join(root, "softhsm2.conf")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(conf, []byte("directories.tokendir = "+dir+"\nobjectstore.backend = file\nlog.level = ERROR\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return dir, conf
-}
-
-// module finds libsofthsm2.so.
-func module(t testing.TB) string {
-	t.Helper()
-	found, _ := filepath.Glob("/usr/lib/*/softhsm/libsofthsm2.so") // the pattern is well-formed
 	for _, path := range append([]string{"/usr/lib/softhsm/libsofthsm2.so"}, found...) {
 		if _, err := os.Stat(path); err == nil {
 			return path
@@ -265,11 +90,119 @@ func module(t testing.TB) string {
 	return ""
 }
 
-func random(t testing.TB) string {
-	t.Helper()
-	b := make([]byte, 6)
-	if _, err := rand.Read(b); err != nil {
-		t.Fatal(err)
+// Add makes one more token in the same directory, with the same PINs, and
+// perhaps with the same label.
+func (t *Token) Add(label string) error {
+	// The PINs are arguments, which every user can read: softhsm2-util has no other way.
+	_, err := t.run("softhsm2-util", "--init-token", "--free", "--label", label, "--pin", t.PIN, "--so-pin", t.SOPIN)
+	return err
+}
+
+// URI names the token for an engine.
+func (t *Token) URI() string {
+	return fmt.Sprintf("pkcs11:token=%s?module-path=%s&pin-source=file:%s", escape(t.Label), escape(t.ModulePath), escape(t.PINFile))
+}
+
+// escape encodes what RFC 7512 does not allow in a query attribute, and more.
+func escape(text string) string {
+	var b strings.Builder
+	for _, c := range []byte(text) {
+		if strings.IndexByte("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/", c) >= 0 {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
 	}
-	return hex.EncodeToString(b)
+	return b.String()
+}
+
+// Env is what a child process needs in its environment to find the token.
+func (t *Token) Env() []string { return []string{"SOFTHSM2_CONF=" + t.conf()} }
+
+// Use lets this process find the token until the test ends.
+func (t *Token) Use(tb testing.TB) {
+	tb.Helper()
+	tb.Setenv("SOFTHSM2_CONF", t.conf())
+}
+
+func (t *Token) conf() string { return filepath.Join(filepath.Dir(t.Dir), "softhsm2.conf") }
+
+// Tool runs OpenSC's pkcs11-tool on the token, logged in as its user: the judge
+// that is not ours. It returns what the tool writes to standard output.
+func (t *Token) Tool(args ...string) (string, error) {
+	return t.run("pkcs11-tool", append([]string{"--module", t.ModulePath, "--token-label", t.Label, "--login", "--pin", "env:PIN"}, args...)...)
+}
+
+// GenerateEC has the token generate an EC P-256 pair, as a factory would, and
+// returns the public key (DER, SubjectPublicKeyInfo). The id is hexadecimal.
+func (t *Token) GenerateEC(label, id string) ([]byte, error) {
+	if _, err := t.Tool("--keypairgen", "--key-type", "EC:prime256v1", "--usage-sign", "--label", label, "--id", id); err != nil {
+		return nil, err
+	}
+	return t.read("pubkey", label, id)
+}
+
+// WriteCertificate stores a certificate (DER).
+func (t *Token) WriteCertificate(der []byte, label, id string) error {
+	file, err := t.temporary(der)
+	if err != nil {
+		return err
+	}
+	args := []string{"--write-object", file, "--type", "cert", "--label", label}
+	if id != "" {
+		args = append(args, "--id", id)
+	}
+	_, err = t.Tool(args...)
+	return errors.Join(err, os.Remove(file))
+}
+
+// StoreIDevID makes the factory credential: a pair in the token, labelled
+// IDevIDLabel, and the certificate that sign returns for its public key, both DER.
+func (t *Token) StoreIDevID(sign func(publicKey []byte) (certificate []byte, err error)) error {
+	public, err := t.GenerateEC(IDevIDLabel, IDevIDID)
+	if err != nil {
+		return err
+	}
+	certificate, err := sign(public)
+	if err != nil {
+		return err
+	}
+	return t.WriteCertificate(certificate, IDevIDLabel, IDevIDID)
+}
+
+func (t *Token) read(class, label, id string) ([]byte, error) {
+	file, err := t.temporary(nil)
+	if err != nil {
+		return nil, err
+	}
+	_, err = t.Tool("--read-object", "--type", class, "--label", label, "--id", id, "--output-file", file)
+	if err != nil {
+		return nil, errors.Join(err, os.Remove(file))
+	}
+	der, err := os.ReadFile(file)
+	return der, errors.Join(err, os.Remove(file))
+}
+
+func (t *Token) temporary(content []byte) (string, error) {
+	file, err := os.CreateTemp(filepath.Dir(t.Dir), "object-")
+	if err != nil {
+		return "", err
+	}
+	_, err = file.Write(content)
+	return file.Name(), errors.Join(err, file.Close())
+}
+
+func (t *Token) run(name string, args ...string) (string, error) {
+	cmd := exec.Command(name, args...)
+	cmd.Env = append(os.Environ(), t.Env()...)
+	cmd.Env = append(cmd.Env, "PIN="+t.PIN)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		if errors.Is(err, exec.ErrNotFound) {
+			return "", fmt.Errorf("%w: make deps", err)
+		}
+		return "", fmt.Errorf("%s: %w: %s", name, err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	return stdout.String(), nil
 }
