@@ -42,7 +42,18 @@ const markerPIN = "marker-4f1d9c"
 const transcriptVar = "TRANSCRIPT"
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"est-enroll": recordedMain})
+	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain})
+}
+
+// cleaning removes the built programs after the tests.
+type cleaning struct{ *testing.M }
+
+func (c cleaning) Run() int {
+	code := c.M.Run()
+	if dir, err := programs(); err == nil {
+		_ = os.RemoveAll(dir) // a directory of ours in the temporary one
+	}
+	return code
 }
 
 // recordedMain is main with a transcript.
@@ -93,7 +104,7 @@ func TestScripts(t *testing.T) {
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
 			t.Parallel()
-			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN), softhsm.OwnStore()), bin: builtPrograms(t)}
+			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t)}
 			testscript.Run(t, testscript.Params{
 				Files: []string{file}, RequireExplicitExec: true, RequireUniqueNames: true,
 				Setup: s.setup, Cmds: s.commands(),
@@ -110,6 +121,7 @@ type session struct {
 	config  string
 	env     *testscript.Env
 	server  *exec.Cmd
+	uri     string // of the server
 	factory bool
 }
 
@@ -244,7 +256,7 @@ func (s *session) startServer(ts *testscript.TestScript, args []string) error {
 	if !found {
 		return fmt.Errorf("est-testserver says %q", line)
 	}
-	ts.Setenv("SERVER", uri)
+	s.uri = uri
 	if err := s.writeConfig(uri); err != nil {
 		return err
 	}
