@@ -29,8 +29,8 @@ const idSize = 16 // bytes of a CKA_ID that we make
 // silently replaces the old key when an ID is used again.
 func (e *Engine) NewKeyAddress(label string) (engine.Address, error) {
 	u := URI{Token: e.label, Object: label, Type: engine.ClassPrivateKey}
-	if err := checkText(label); err != nil {
-		return nil, fail("new key address", u, e.moduleName(), fmt.Errorf("label: %w", err))
+	if _, reason := text(label); reason != "" || label == "" || len(label) > maxText {
+		return nil, fail("new key address", u, e.moduleName(), errors.New("a label that no address can hold"))
 	}
 	id := make([]byte, idSize)
 	if _, err := rand.Read(id); err != nil {

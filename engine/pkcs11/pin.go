@@ -17,19 +17,15 @@ const maxPINFile = 1024 // bytes
 // PIN is ErrPINMissing: an empty one never reaches the module.
 func readPIN(u URI, addressSource engine.PINSource) ([]byte, engine.PINSource, error) {
 	switch {
-	case u.pinValue != "":
+	case u.HasPINValue():
 		if addressSource.IsZero() {
 			addressSource.Path = "the engine's address"
 		}
-		return []byte(u.pinValue), addressSource, nil
+		return []byte(u.pinValue()), addressSource, nil
 	case u.PINSource == "":
 		return nil, engine.PINSource{}, engine.ErrPINMissing
 	}
-	path, err := pinPath(u.PINSource)
-	if err != nil {
-		return nil, engine.PINSource{}, fmt.Errorf("pin-source: %w", err)
-	}
-	pin, source, err := readPINFile(path)
+	pin, source, err := readPINFile(u.PINSource)
 	if err != nil {
 		return nil, engine.PINSource{}, fmt.Errorf("pin-source: %w", err)
 	}

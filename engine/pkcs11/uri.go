@@ -1,289 +1,342 @@
 package pkcs11
 
 import (
-	"errors"
+	"encoding/hex"
 	"fmt"
 	"io"
+	"log/slog"
 	"path/filepath"
 	"strings"
 	"unicode/utf8"
+	"unique"
 
 	"estenroll/engine"
 )
 
-const scheme = "pkcs11"
+const scheme = "pkcs11" // RFC 7512 §2.1
 
-// Limits of a URI.
+// Limits of an address, in bytes.
 const (
-	maxURI   = 4096 // bytes
-	maxToken = 32   // bytes: CK_TOKEN_INFO.label
-	maxID    = 255  // bytes
+	maxURI   = 8192
+	maxToken = 32 // CK_TOKEN_INFO.label, PKCS #11 v2.40 §3.2
+	maxText  = 256
+	maxID    = 256
+	maxPath  = 4096 // PATH_MAX
+	maxPIN   = 256
 )
 
-// URI is an engine address: the attributes of a PKCS#11 URI (RFC 7512 §2.3) that
-// this program uses. An empty field is an absent attribute. URIs are comparable.
+// URI is an engine address: a token, or one object in it, by the attributes of
+// RFC 7512 that this program uses. It is a comparable value, and no way of
+// printing it shows its PIN.
 //
-// No way of printing a URI shows its pin-value.
+// Empty fields are absent attributes; an address is a filter that what it names
+// must match in full.
 type URI struct {
-	Token  string
-	Object string // CKA_LABEL
-	ID     string // CKA_ID, as bytes
-	Type   engine.Class
+	Token  string       // label of the token
+	Object string       // CKA_LABEL
+	ID     string       // CKA_ID, raw bytes
+	Type   engine.Class // CKA_CLASS
 
-	ModulePath string
-	PINSource  string // "file:/path" or an absolute path
-	pinValue   string
+	ModulePath string // absolute
+	PINSource  string // absolute path of the file that holds the PIN
+
+	// A handle, for fmt follows no pointer inside a value it prints: even as an
+	// unexported field of somebody's struct the PIN is not shown.
+	pin unique.Handle[string]
 }
 
 var _ engine.Address = URI{}
 
-// attribute is one attribute of a URI: where it stands and how it is kept.
-type attribute struct {
-	name  string
-	query bool
-	field func(*URI) *string
-	check func(string) error
+// ParseError says why an address was refused. It repeats nothing of the
+// address but the name of a known attribute, for the rest may be a PIN.
+type ParseError struct {
+	Attribute string // name; empty where the address as a whole is meant
+	Reason    string
 }
 
-var uriAttributes = []attribute{
-	{"token", false, func(u *URI) *string { return &u.Token }, checkToken},
-	{"object", false, func(u *URI) *string { return &u.Object }, checkText},
-	{"id", false, func(u *URI) *string { return &u.ID }, checkID},
-	{"type", false, func(u *URI) *string { return (*string)(&u.Type) }, checkType},
-	{"module-path", true, func(u *URI) *string { return &u.ModulePath }, checkPath},
-	{"pin-source", true, func(u *URI) *string { return &u.PINSource }, checkPINSource},
-	{"pin-value", true, func(u *URI) *string { return &u.pinValue }, checkText},
+// Error returns "pkcs11 URI: attribute: reason".
+func (e *ParseError) Error() string {
+	if e.Attribute == "" {
+		return "pkcs11 URI: " + e.Reason
+	}
+	return "pkcs11 URI: " + e.Attribute + ": " + e.Reason
 }
 
-// ParseURI parses a PKCS#11 URI strictly: only the attributes of URI, each at
-// most once and not empty, each character as RFC 7512 §2.3 has it; "+" is a
-// plus. Its errors name attributes and never repeat a value.
-func ParseURI(s string) (URI, error) {
-	u, err := parseURI(s)
-	if err != nil {
-		return URI{}, fmt.Errorf("PKCS#11 URI: %w", err)
+// The attributes, in canonical order. Those of RFC 7512 §2.3 and §2.4 that are
+// not here select by what this program has no use for, and are refused: an
+// attribute that is ignored would widen the selection.
+var (
+	pathAttributes = []attribute{
+		{"token", maxToken, text, func(u *URI) *string { return &u.Token }},
+		{"object", maxText, text, func(u *URI) *string { return &u.Object }},
+		{"id", maxID, raw, func(u *URI) *string { return &u.ID }},
+		{"type", maxText, class, func(u *URI) *string { return (*string)(&u.Type) }},
 	}
-	return u, nil
-}
-
-func parseURI(s string) (u URI, err error) {
-	if len(s) > maxURI {
-		return u, fmt.Errorf("%d bytes, more than %d", len(s), maxURI)
+	queryAttributes = []attribute{
+		{"module-path", maxPath, path, func(u *URI) *string { return &u.ModulePath }},
+		{"pin-source", maxPath, pinSource, func(u *URI) *string { return &u.PINSource }},
+		{pinValue, maxPIN, text, nil},
 	}
-	prefix, rest, found := strings.Cut(s, ":")
-	if !found || !strings.EqualFold(prefix, scheme) {
-		return u, errors.New("it does not begin with pkcs11:")
-	}
-	path, query, hasQuery := strings.Cut(rest, "?")
-	if path == "" && !hasQuery {
-		return u, errors.New("no attribute")
-	}
-	seen := map[string]bool{}
-	if path != "" {
-		for part := range strings.SplitSeq(path, ";") {
-			if err := u.set(part, false, seen); err != nil {
-				return u, err
-			}
-		}
-	}
-	if hasQuery {
-		for part := range strings.SplitSeq(query, "&") {
-			if err := u.set(part, true, seen); err != nil {
-				return u, err
-			}
-		}
-	}
-	if u.PINSource != "" && u.pinValue != "" {
-		return u, errors.New("pin-source and pin-value: want one of them") // RFC 7512 §2.4
-	}
-	return u, nil
-}
-
-func (u *URI) set(part string, query bool, seen map[string]bool) error {
-	name, encoded, found := strings.Cut(part, "=")
-	for _, a := range uriAttributes {
-		if a.name != name {
-			continue
-		}
-		switch {
-		case a.query != query && query:
-			return fmt.Errorf("%s: it belongs before the question mark", name)
-		case a.query != query:
-			return fmt.Errorf("%s: it belongs after the question mark", name)
-		case !found:
-			return fmt.Errorf("%s: no value", name)
-		case seen[name]:
-			return fmt.Errorf("%s: given twice", name)
-		}
-		seen[name] = true
-		value, err := decode(encoded, query)
-		if err == nil {
-			err = a.check(value)
-		}
-		if err != nil {
-			return fmt.Errorf("%s: %w", name, err)
-		}
-		*a.field(u) = value
-		return nil
-	}
-	// The name itself may be a PIN that someone forgot to name.
-	return errors.New("unknown attribute: known are token, object, id and type, and after the question mark module-path, pin-source and pin-value")
-}
-
-const (
-	unreserved = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~"
-	// pk11-res-avail of RFC 7512 §2.3, with what each component adds to it.
-	pathChars  = unreserved + ":[]@!$'()*+,=" + "&"
-	queryChars = unreserved + ":[]@!$'()*+,=" + "/?|"
 )
 
-func decode(s string, query bool) (string, error) {
-	allowed := pathChars
-	if query {
-		allowed = queryChars
+const pinValue = "pin-value"
+
+type attribute struct {
+	name  string
+	limit int
+	check func(value string) (string, string) // the value to keep, or why not
+	field func(*URI) *string                  // nil for the PIN
+}
+
+// Characters beside the unreserved ones that need no percent-encoding:
+// pk11-path-res-avail and pk11-query-res-avail of RFC 7512 §2.3.
+const (
+	unreserved = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~"
+	resAvail   = ":[]@!$'()*+,="
+	pathAvail  = unreserved + resAvail + "&"
+	queryAvail = unreserved + resAvail + "/?|"
+)
+
+// ParseURI parses an address strictly. Unknown and repeated attributes, empty
+// values and both PIN attributes at once (RFC 7512 §2.4) are refused with a
+// *ParseError. A "+" is a plus sign.
+//
+// Deviation: RFC 7512 allows empty values; here they would read like absent ones.
+// Deviation: relative paths are refused, and commands ("|…") and schemes other
+// than "file:" as sources of a PIN: where the PIN goes must not depend on the
+// current directory.
+func ParseURI(s string) (URI, error) {
+	var u URI
+	if len(s) > maxURI {
+		return URI{}, &ParseError{Reason: "too long"}
 	}
-	var out strings.Builder
-	for i := 0; i < len(s); i++ {
-		switch c := s[i]; {
-		case c == '%':
-			if i+2 >= len(s) || unhex(s[i+1]) < 0 || unhex(s[i+2]) < 0 {
-				return "", errors.New("a percent sign without two hexadecimal digits")
-			}
-			out.WriteByte(byte(unhex(s[i+1])<<4 | unhex(s[i+2])))
-			i += 2
-		case strings.IndexByte(allowed, c) >= 0:
-			out.WriteByte(c)
-		default:
-			return "", errors.New("a character that must be percent-encoded")
+	prefix, rest, found := strings.Cut(s, ":")
+	if !found || !strings.EqualFold(prefix, scheme) { // RFC 3986 §3.1
+		return URI{}, &ParseError{Reason: "it does not begin with \"pkcs11:\""}
+	}
+	inPath, inQuery, hasQuery := strings.Cut(rest, "?")
+	if err := u.parse(inPath, ";", pathAttributes, pathAvail); err != nil {
+		return URI{}, err
+	}
+	if hasQuery {
+		if err := u.parse(inQuery, "&", queryAttributes, queryAvail); err != nil {
+			return URI{}, err
 		}
 	}
-	return out.String(), nil
-}
-
-func unhex(c byte) int { return strings.IndexByte("0123456789abcdef", c|0x20) }
-
-func encode(s, allowed string) string {
-	var out strings.Builder
-	for i := range len(s) {
-		if c := s[i]; strings.IndexByte(allowed, c) >= 0 {
-			out.WriteByte(c)
-		} else {
-			fmt.Fprintf(&out, "%%%02X", c)
-		}
+	// RFC 7512 §2.4: an address with both is invalid.
+	if u.PINSource != "" && u.HasPINValue() {
+		return URI{}, &ParseError{Attribute: pinValue, Reason: "pin-source is there too"}
 	}
-	return out.String()
+	return u, nil
 }
 
-func checkText(s string) error {
-	switch {
-	case s == "":
-		return errors.New("empty")
-	case !utf8.ValidString(s):
-		return errors.New("not UTF-8")
-	case strings.ContainsRune(s, 0):
-		return errors.New("a zero byte")
-	}
-	return nil
-}
-
-func checkToken(s string) error {
-	if len(s) > maxToken {
-		return fmt.Errorf("%d bytes, more than %d", len(s), maxToken)
-	}
-	return checkText(s)
-}
-
-func checkID(s string) error {
-	if len(s) == 0 || len(s) > maxID {
-		return fmt.Errorf("%d bytes, want 1 to %d", len(s), maxID)
-	}
-	return nil
-}
-
-func checkType(s string) error {
-	switch engine.Class(s) {
-	case engine.ClassPrivateKey, engine.ClassPublicKey, engine.ClassCertificate, engine.ClassSecretKey, engine.ClassData:
+func (u *URI) parse(component, separator string, known []attribute, avail string) error {
+	if component == "" {
 		return nil
 	}
-	return errors.New("want private, public, cert, secret-key or data")
+	for part := range strings.SplitSeq(component, separator) {
+		name, encoded, found := strings.Cut(part, "=")
+		if !found {
+			return &ParseError{Reason: "an attribute without a value"}
+		}
+		a, err := find(name, known)
+		if err != nil {
+			return err
+		}
+		value, reason := decode(encoded, avail)
+		switch {
+		case reason != "":
+		case value == "":
+			reason = "empty"
+		case len(value) > a.limit:
+			reason = "too long"
+		case a.name == pinValue && u.HasPINValue(), a.field != nil && *a.field(u) != "":
+			reason = "twice"
+		default:
+			value, reason = a.check(value)
+		}
+		if reason != "" {
+			return &ParseError{Attribute: a.name, Reason: reason}
+		}
+		if a.field != nil {
+			*a.field(u) = value
+		} else {
+			u.pin = unique.Make(value)
+		}
+	}
+	return nil
 }
 
-func checkPath(s string) error {
-	if !filepath.IsAbs(s) {
-		return errors.New("want an absolute path")
+// find does not repeat a name that is not in a table: "pin-value=12&34=56" has
+// one that is part of a PIN.
+func find(name string, known []attribute) (attribute, error) {
+	for _, a := range known {
+		if a.name == name {
+			return a, nil
+		}
 	}
-	return checkText(s)
+	for _, other := range [][]attribute{pathAttributes, queryAttributes} {
+		for _, a := range other {
+			if a.name == name {
+				return attribute{}, &ParseError{Attribute: name, Reason: "on the wrong side of the \"?\""}
+			}
+		}
+	}
+	return attribute{}, &ParseError{Reason: "an unknown attribute: known are token, object, id and type, then after \"?\" module-path, pin-source and pin-value"}
 }
 
-func checkPINSource(s string) error {
-	if _, err := pinPath(s); err != nil {
-		return err
+func decode(encoded, avail string) (value, reason string) {
+	var b strings.Builder
+	for i := 0; i < len(encoded); i++ {
+		c := encoded[i]
+		switch {
+		case c == '%':
+			if i+2 >= len(encoded) {
+				return "", "bad percent-encoding"
+			}
+			octet, err := hex.DecodeString(encoded[i+1 : i+3])
+			if err != nil {
+				return "", "bad percent-encoding"
+			}
+			b.Write(octet)
+			i += 2
+		case strings.IndexByte(avail, c) >= 0:
+			b.WriteByte(c)
+		default:
+			return "", "a character that must be percent-encoded"
+		}
 	}
-	return checkText(s)
+	return b.String(), ""
 }
 
-// pinPath returns the path of a pin-source: "file:/path", "file:///path" or "/path".
-func pinPath(source string) (string, error) {
-	path := strings.TrimPrefix(source, "file:")
-	path = strings.TrimPrefix(path, "//")
-	if !filepath.IsAbs(path) {
-		return "", errors.New("want file:/path")
+func raw(value string) (string, string) { return value, "" }
+
+// text is UTF-8 below its percent-encoding (RFC 7512 §2.3).
+func text(value string) (string, string) {
+	switch {
+	case !utf8.ValidString(value):
+		return "", "not UTF-8"
+	case strings.IndexByte(value, 0) >= 0:
+		return "", "a NUL in it"
 	}
-	return path, nil
+	return value, ""
+}
+
+func class(value string) (string, string) {
+	switch engine.Class(value) {
+	case engine.ClassPrivateKey, engine.ClassPublicKey, engine.ClassCertificate, engine.ClassSecretKey, engine.ClassData:
+		return value, ""
+	}
+	return "", "not one of private, public, cert, secret-key and data"
+}
+
+func path(value string) (string, string) {
+	if !filepath.IsAbs(value) {
+		return "", "not an absolute path"
+	}
+	return text(value)
+}
+
+// pinSource takes "file:/path" and "file:///path" (RFC 8089) and a bare path,
+// all of them decoded once already.
+func pinSource(value string) (string, string) {
+	if after, found := strings.CutPrefix(value, "file:"); found {
+		value = after
+		if after, found := strings.CutPrefix(value, "//"); found {
+			value = after
+		}
+	}
+	return path(value)
 }
 
 // Scheme returns "pkcs11".
 func (URI) Scheme() string { return scheme }
 
-// String returns the URI in its canonical form, without a pin-value.
-func (u URI) String() string {
-	u.pinValue = ""
-	return u.format()
-}
+// String returns the canonical form: attributes in one order, every octet of an
+// id percent-encoded, no PIN.
+func (u URI) String() string { return u.format(false) }
 
-// format returns the whole URI.
-func (u URI) format() string {
-	out, separator := scheme+":", ""
-	query := false
-	for _, a := range uriAttributes {
-		value := *a.field(&u)
+func (u URI) format(withPIN bool) string {
+	var b strings.Builder
+	b.WriteString(scheme)
+	separator := ":"
+	add := func(next, name, value, plain string) {
 		if value == "" {
-			continue
+			return
 		}
-		if a.query && !query {
-			query, separator = true, "?"
-		}
-		switch {
-		case a.name == "id": // bytes, not text (RFC 7512 §2.3)
-			value = encode(value, "")
-		case a.query:
-			value = encode(value, queryChars)
-		default:
-			value = encode(value, unreserved)
-		}
-		out += separator + a.name + "=" + value
-		if separator = ";"; query {
-			separator = "&"
+		b.WriteString(separator + name + "=")
+		separator = next
+		for _, c := range []byte(value) {
+			if strings.IndexByte(plain, c) >= 0 {
+				b.WriteByte(c)
+			} else {
+				fmt.Fprintf(&b, "%%%02X", c)
+			}
 		}
 	}
-	return out
+	add(";", "token", u.Token, unreserved)
+	add(";", "object", u.Object, unreserved)
+	add(";", "id", u.ID, "") // the whole of it, RFC 7512 §2.3
+	add(";", "type", string(u.Type), unreserved)
+	if separator == ":" {
+		b.WriteString(separator)
+	}
+	separator = "?"
+	add("&", "module-path", u.ModulePath, unreserved+"/")
+	if u.PINSource != "" {
+		add("&", "pin-source", "file:"+u.PINSource, unreserved+"/:")
+	}
+	if withPIN {
+		add("&", pinValue, u.pinValue(), unreserved)
+	}
+	return b.String()
 }
-
-// Format writes String for every verb: no verb shows a field.
-func (u URI) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, u.String()) }
 
 // GoString is String.
 func (u URI) GoString() string { return u.String() }
 
-// MarshalText is String.
+// Format writes String for every verb: %d would show the fields.
+func (u URI) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, u.String()) }
+
+// LogValue returns String.
+func (u URI) LogValue() slog.Value { return slog.StringValue(u.String()) }
+
+// MarshalText returns String.
 func (u URI) MarshalText() ([]byte, error) { return []byte(u.String()), nil }
 
-// HasPINValue reports whether the URI holds a PIN.
-func (u URI) HasPINValue() bool { return u.pinValue != "" }
+// HasPINValue reports whether the PIN stands in the address itself, so that a
+// command can refuse one in its argument list.
+func (u URI) HasPINValue() bool { return u.pin != unique.Handle[string]{} }
+
+func (u URI) pinValue() string {
+	if !u.HasPINValue() {
+		return ""
+	}
+	return u.pin.Value()
+}
+
+// Resolve completes the address of an object with the token that it is looked
+// for in, and leaves the query attributes out. An object address may repeat what
+// the token's says, and may not contradict it.
+func (u URI) Resolve(token URI) (URI, error) {
+	switch {
+	case u.Token != "" && token.Token != "" && u.Token != token.Token:
+		return URI{}, fmt.Errorf("address %s: it names another token than %s", u, token)
+	case u.ModulePath != "" && u.ModulePath != token.ModulePath:
+		return URI{}, fmt.Errorf("address %s: it names another module than %s", u, token)
+	case u.PINSource != "" && u.PINSource != token.PINSource, u.HasPINValue() && u.pin != token.pin:
+		return URI{}, fmt.Errorf("address %s: it has another PIN than %s", u, token)
+	}
+	if u.Token == "" {
+		u.Token = token.Token
+	}
+	return u.object(), nil
+}
 
 // object returns the attributes that name an object: those that may be kept.
 func (u URI) object() URI { return URI{Token: u.Token, Object: u.Object, ID: u.ID, Type: u.Type} }
 
+// parseAddress is ParseURI as a Driver wants it.
 func parseAddress(s string) (engine.Address, error) {
 	u, err := ParseURI(s)
 	if err != nil {
