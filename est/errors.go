@@ -1,6 +1,7 @@
 package est
 
 import (
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"strings"
@@ -18,8 +19,16 @@ var (
 	// certificate is not for what it is used for.
 	ErrNotTrusted = errors.New("not trusted")
 	// ErrNotValidNow says that a certificate is expired or not yet valid at the
-	// verification time.
+	// verification time; *ValidityError says which and when.
 	ErrNotValidNow = errors.New("not valid at the verification time")
+	// ErrNoCertificate says that the answer to a CSR holds CA certificates only.
+	ErrNoCertificate = errors.New("no certificate but those of CAs")
+	// ErrSeveralCertificates says that the answer to a CSR holds more than one
+	// certificate that is not of a CA: which one to take would be a guess.
+	ErrSeveralCertificates = errors.New("more than one certificate that is not of a CA")
+	// ErrServerCertificate says that it is the server's certificate that was not
+	// accepted, beside the reason why: nothing was asked of that server.
+	ErrServerCertificate = errors.New("server certificate")
 	// ErrUnreachable says that the server gave no answer.
 	ErrUnreachable = errors.New("no answer from the server")
 	// ErrCredentialRefused says that the server refused our certificate.
@@ -75,6 +84,31 @@ func NewDetail(body []byte) string {
 	}, strings.TrimSpace(string(body)))
 }
 
+// A ValidityError is a certificate that is not valid at a time: errors.Is finds
+// ErrNotValidNow in it.
+type ValidityError struct {
+	Certificate *x509.Certificate
+	Time        time.Time
+}
+
+// Expired tells an expired certificate from one that is not yet valid.
+func (e *ValidityError) Expired() bool { return e.Time.After(e.Certificate.NotAfter) }
+
+// Error says which certificate it is, which of the two, and the times.
+func (e *ValidityError) Error() string {
+	stamp := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+	if e.Expired() {
+		return fmt.Sprintf("%q is expired since %s and it is %s", e.Certificate.Subject, stamp(e.Certificate.NotAfter), stamp(e.Time))
+	}
+	return fmt.Sprintf("%q is not yet valid, it begins at %s and it is %s", e.Certificate.Subject, stamp(e.Certificate.NotBefore), stamp(e.Time))
+}
+
+// Unwrap returns ErrNotValidNow.
+func (e *ValidityError) Unwrap() error { return ErrNotValidNow }
+
+// MaxRetryAfter is the longest wait that a server is believed.
+const MaxRetryAfter = 30 * 24 * time.Hour
+
 // A PendingError is the answer of a server that has not decided: 5.03 with
 // Max-Age, 202 with Retry-After (RFC 9148 §4.7, RFC 7030 §4.2.3).
 type PendingError struct {
@@ -82,21 +116,46 @@ type PendingError struct {
 	Server    string
 	// RetryAfter is how long to wait, at least, before the same CSR is sent again.
 	RetryAfter time.Duration
+	// Asked is what the server asked for when that is longer than MaxRetryAfter,
+	// and else zero.
+	Asked time.Duration
+}
+
+// NewPendingError makes the error of a server that asks to wait.
+//
+// Deviation: "the client MUST wait for at least" as long (RFC 9148 §4.7), but no
+// longer than MaxRetryAfter: a Max-Age reaches 136 years, and one wrong answer
+// would silence a device for good.
+func NewPendingError(operation Operation, server string, asked time.Duration) *PendingError {
+	if asked > MaxRetryAfter {
+		return &PendingError{Operation: operation, Server: server, RetryAfter: MaxRetryAfter, Asked: asked}
+	}
+	return &PendingError{Operation: operation, Server: server, RetryAfter: max(asked, 0)}
 }
 
 // Error says how long to wait.
 func (e *PendingError) Error() string {
-	return fmt.Sprintf("%s at %s: not decided yet, come back in %s", e.Operation, e.Server, e.RetryAfter)
+	text := fmt.Sprintf("%s at %s: not decided yet, come back in %s", e.Operation, e.Server, e.RetryAfter)
+	if e.Asked != 0 {
+		text += fmt.Sprintf(" (the server asks for %s)", e.Asked)
+	}
+	return text
 }
 
 // A ResponseError is a success whose body is not what EST says.
 type ResponseError struct {
+	// Operation is empty where the answer is judged apart from its request.
 	Operation Operation
 	Err       error
 }
 
 // Error returns "operation: answer: cause".
-func (e *ResponseError) Error() string { return fmt.Sprintf("%s: answer: %s", e.Operation, e.Err) }
+func (e *ResponseError) Error() string {
+	if e.Operation == "" {
+		return fmt.Sprintf("answer: %s", e.Err)
+	}
+	return fmt.Sprintf("%s: answer: %s", e.Operation, e.Err)
+}
 
 // Unwrap returns the cause.
 func (e *ResponseError) Unwrap() error { return e.Err }

@@ -2,6 +2,7 @@ package est
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/x509"
 	"encoding/asn1"
@@ -68,21 +69,29 @@ var (
 
 // VerifyServer judges the chain of a server (leaf first) at a time: it leads to
 // an anchor, is for servers, and carries the name, a DNS name or an IP literal
-// (RFC 7030 §3.6.1). ErrNotTrusted, ErrNotValidNow.
+// (RFC 7030 §3.6.1). A new Explicit TA judges the live session with it too: the
+// chain is then the session's PeerChain (RFC 9148 §3). ErrServerCertificate, and
+// beside it ErrNotTrusted or ErrNotValidNow.
 func (t *TrustAnchors) VerifyServer(chain []*x509.Certificate, name string, now time.Time) error {
 	if len(chain) == 0 {
-		return fmt.Errorf("server certificate: none: %w", ErrNotTrusted)
+		return fmt.Errorf("%w: none: %w", ErrServerCertificate, ErrNotTrusted)
 	}
-	if name == "" {
-		return fmt.Errorf("server certificate: no name to compare with: %w", ErrNotTrusted)
+	if err := t.verifyServer(chain, name, now); err != nil {
+		return fmt.Errorf("%w %q: %w", ErrServerCertificate, chain[0].Subject, err)
 	}
+	return nil
+}
+
+func (t *TrustAnchors) verifyServer(chain []*x509.Certificate, name string, now time.Time) error {
 	leaf := chain[0]
-	if _, err := t.verify(chain, now); err != nil {
-		return fmt.Errorf("server certificate %q: %w", leaf.Subject, err)
+	if name == "" {
+		return fmt.Errorf("no name to compare with: %w", ErrNotTrusted)
 	}
-	usable := slices.ContainsFunc(leaf.UnknownExtKeyUsage, oidCMCRA.Equal)
-	if !usable && !allows(leaf, x509.ExtKeyUsageServerAuth) {
-		return fmt.Errorf("server certificate %q: its extended key usage is not for servers: %w", leaf.Subject, ErrNotTrusted)
+	if _, err := t.verify(chain, now); err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(leaf.UnknownExtKeyUsage, oidCMCRA.Equal) && !allows(leaf, x509.ExtKeyUsageServerAuth) {
+		return fmt.Errorf("its extended key usage is not for servers: %w", ErrNotTrusted)
 	}
 	// An IP literal is compared with the IP SANs: VerifyHostname wants brackets.
 	compare := name
@@ -90,7 +99,7 @@ func (t *TrustAnchors) VerifyServer(chain []*x509.Certificate, name string, now 
 		compare = "[" + name + "]"
 	}
 	if err := leaf.VerifyHostname(compare); err != nil {
-		return fmt.Errorf("server certificate %q: it is not for %q: %w: %w", leaf.Subject, name, err, ErrNotTrusted)
+		return fmt.Errorf("it is not for %q: %w: %w", name, err, ErrNotTrusted)
 	}
 	return nil
 }
@@ -114,7 +123,8 @@ func (t *TrustAnchors) VerifyClient(chain []*x509.Certificate, now time.Time) ([
 // VerifyIssued judges the answer to a CSR: one of its certificates is for the
 // public key, no other is an end-entity certificate, and it leads to an anchor
 // and is valid at a time. It returns the chain to store and to send, leaf first,
-// without its anchor. ErrKeyMismatch, ErrNotTrusted, ErrNotValidNow.
+// without its anchor. ErrKeyMismatch, ErrNotTrusted, ErrNotValidNow; and a
+// *ResponseError with ErrNoCertificate or ErrSeveralCertificates.
 func (t *TrustAnchors) VerifyIssued(answer []*x509.Certificate, publicKey crypto.PublicKey, now time.Time) ([]*x509.Certificate, error) {
 	leaf, err := issuedLeaf(answer, publicKey)
 	if err != nil {
@@ -143,12 +153,12 @@ func issuedLeaf(answer []*x509.Certificate, publicKey crypto.PublicKey) (*x509.C
 		case leaf != nil && leaf.Equal(cert):
 			continue
 		case leaf != nil:
-			return nil, fmt.Errorf("two certificates that are none of a CA, %q and %q: %w", leaf.Subject, cert.Subject, ErrNotTrusted)
+			return nil, &ResponseError{Err: fmt.Errorf("%w: %q and %q", ErrSeveralCertificates, leaf.Subject, cert.Subject)}
 		}
 		leaf = cert
 	}
 	if leaf == nil {
-		return nil, fmt.Errorf("none in the answer: %w", ErrKeyMismatch)
+		return nil, &ResponseError{Err: ErrNoCertificate}
 	}
 	if !wanted.Equal(leaf.PublicKey) {
 		return nil, fmt.Errorf("%q: %w", leaf.Subject, ErrKeyMismatch)
@@ -207,14 +217,7 @@ func withoutOtherNames(cert *x509.Certificate) *x509.Certificate {
 func classify(leaf *x509.Certificate, now time.Time, err error) error {
 	var invalid x509.CertificateInvalidError
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
-		cert, stamp := invalid.Cert, func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
-		if cert == nil {
-			cert = leaf
-		}
-		if now.Before(cert.NotBefore) {
-			return fmt.Errorf("%q is not yet valid, it begins at %s and it is %s: %w", cert.Subject, stamp(cert.NotBefore), stamp(now), ErrNotValidNow)
-		}
-		return fmt.Errorf("%q is expired since %s and it is %s: %w", cert.Subject, stamp(cert.NotAfter), stamp(now), ErrNotValidNow)
+		return &ValidityError{Certificate: cmp.Or(invalid.Cert, leaf), Time: now}
 	}
 	return fmt.Errorf("%w: %w", err, ErrNotTrusted)
 }
