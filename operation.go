@@ -583,7 +583,11 @@ func (d *Device) retire(ctx context.Context) (*Result, error) {
 		if err := d.save(); err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("retired %d older certificates, kept the previous pair", retired), d.removeUnreferencedFiles()
+		message := "nothing is old enough to go"
+		if retired > 0 {
+			message = fmt.Sprintf("removed %d certificates older than the previous one", retired)
+		}
+		return message, d.removeUnreferencedFiles()
 	})
 	if err != nil {
 		return nil, err

@@ -145,7 +145,7 @@ func (o *output) status(s *estenroll.Status) {
 func (o *output) credential(indent string, c estenroll.CredentialStatus) {
 	line := func(name, value string) {
 		if value != "" {
-			o.result("%-14s%s", indent+name+":", value)
+			o.result("%s%-13s %s", indent, name+":", value)
 		}
 	}
 	line("subject", c.Subject)

@@ -188,9 +188,13 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		}
 	}
 	return map[string]func(*testscript.TestScript, bool, []string){
-		"exitcode":      plain(exitcode),
-		"factory":       plain(s.makeIDevID),
-		"testserver":    plain(s.startServer),
+		"exitcode": plain(exitcode),
+		"factory":  plain(s.makeIDevID),
+		"testserver": plain(func(ts *testscript.TestScript, args []string) error {
+			err := s.startServer(args)
+			ts.Setenv("SERVER", s.uri)
+			return err
+		}),
 		"stopserver":    plain(func(*testscript.TestScript, []string) error { return s.stopServer() }),
 		"fault":         plain(s.setFaults),
 		"issued":        plain(s.checkIssued),
@@ -201,6 +205,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"interrupt":     plain(s.interrupt),
 		"hold-lock":     plain(s.holdLock),
 		"other-ca":      plain(otherCA),
+		"status-uris":   plain(statusURIs),
 	}
 }
 
@@ -235,7 +240,7 @@ func (s *session) makeIDevID(*testscript.TestScript, []string) error {
 }
 
 // startServer starts the test CA and points the configuration at it.
-func (s *session) startServer(ts *testscript.TestScript, args []string) error {
+func (s *session) startServer(args []string) error {
 	dir := filepath.Join(s.work, "ca")
 	args = append([]string{"serve", "--listen", "127.0.0.1:0", "--write-dir", dir, "--control", filepath.Join(dir, "control"),
 		"--record", filepath.Join(dir, "record.jsonl"), "--ack-timeout", "200ms"}, args...)
@@ -436,4 +441,20 @@ func otherCA(ts *testscript.TestScript, args []string) error {
 		return err
 	}
 	return os.WriteFile(ts.MkAbs(args[0]), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600)
+}
+
+// statusURIs sets KEY and CERTIFICATE to what "status --json" prints.
+func statusURIs(ts *testscript.TestScript, _ []string) error {
+	if err := ts.Exec("est-enroll", "status", "--json"); err != nil {
+		return err
+	}
+	var status struct {
+		Current struct{ Key, Certificate string }
+	}
+	if err := json.Unmarshal([]byte(ts.ReadFile("stdout")), &status); err != nil {
+		return err
+	}
+	ts.Setenv("KEY", status.Current.Key)
+	ts.Setenv("CERTIFICATE", status.Current.Certificate)
+	return nil
 }
