@@ -29,14 +29,11 @@ func block2Error(format string, args ...any) error {
 	return &BlockError{Option: "Block2", Reason: fmt.Sprintf(format, args...)}
 }
 
-// maxRestarts bounds how often an upload begins again because the server lost
-// its earlier blocks (4.08) or wants smaller ones (4.13).
-const maxRestarts = 3
-
 // Do sends a request and returns its response, each in as many blocks as it
-// takes. It fails with ErrTimeout, ErrReset, ErrClosed, ErrBodyTooLarge, a
-// *BlockError or an *OptionError; when the context is cancelled, with the
-// context's error.
+// takes, before ExchangeTimeout or the context's deadline. It fails with
+// ErrTimeout, ErrReset, ErrClosed, ErrBodyTooLarge, a *BlockError or an
+// *OptionError; when the context is cancelled, with the context's error. It
+// never sends a whole request twice: whether to is for the caller.
 func (c *Conn) Do(ctx context.Context, req *Request) (*Response, error) {
 	resp, err := c.do(ctx, req)
 	if err != nil {
@@ -94,6 +91,10 @@ func (t *transfer) exchange(ctx context.Context, opts options, payload []byte) (
 	if err != nil {
 		return nil, err
 	}
+	if asked, got := opts.block2, received.block2; asked != nil && got != nil && got.size > asked.size {
+		// RFC 7959 §2.4: the server uses "the block size indicated or a smaller size".
+		return nil, block2Error("%v when %v was asked for", got, asked)
+	}
 	return &part{code: m.Code, opts: received, payload: m.Payload}, nil
 }
 
@@ -106,18 +107,19 @@ func (t *transfer) wanted() *block {
 	return &block{size: t.size}
 }
 
-// upload sends the body and returns the first message of the response.
+// upload sends the body and returns the first message of the response. It
+// begins again at most once: when the server lost its earlier blocks (4.08)
+// before it had the last, or asks for smaller ones (4.13, RFC 7959 §2.9.3).
+// Either way nothing was done with the body.
 func (t *transfer) upload(ctx context.Context) (*part, error) {
-	for restart := 0; ; restart++ {
-		answer, again, err := t.uploadOnce(ctx)
-		if err != nil || !again || restart == maxRestarts {
-			return answer, err
-		}
+	answer, again, err := t.uploadOnce(ctx)
+	if err != nil || !again {
+		return answer, err
 	}
+	answer, _, err = t.uploadOnce(ctx)
+	return answer, err
 }
 
-// uploadOnce reports again when the server refused the transfer but may accept
-// another: 4.08 says that it has not all blocks, so that nothing was done.
 func (t *transfer) uploadOnce(ctx context.Context) (answer *part, again bool, err error) {
 	body, opts := t.req.Body, t.opts
 	opts.contentFormat = t.req.ContentFormat
@@ -127,15 +129,20 @@ func (t *transfer) uploadOnce(ctx context.Context) (answer *part, again bool, er
 		if err != nil {
 			return nil, false, err
 		}
+		if answer.code == codes.Continue {
+			return nil, false, block1Error("2.31 to a request without the option")
+		}
 		return answer, t.smaller(answer, len(body)), nil
 	}
-	// RFC 9175 §3.5: a tag per transfer keeps the blocks of two apart. Within
+	// RFC 9175 §3.3: a tag per transfer keeps the blocks of two apart. Within
 	// one connection a counter is unique enough, and short.
 	t.conn.mu.Lock()
 	t.conn.nextTag++
 	t.opts.requestTags = []string{string(encodeUint(t.conn.nextTag))}
 	t.conn.mu.Unlock()
 	opts.requestTags = t.opts.requestTags
+	// RFC 7959 §4: the size of the whole body, in the first block only.
+	opts.size1 = pointer(uint32(len(body)))
 
 	for offset := 0; ; {
 		end := min(offset+t.size, len(body))
@@ -148,15 +155,23 @@ func (t *transfer) uploadOnce(ctx context.Context) (answer *part, again bool, er
 		if err != nil {
 			return nil, false, err
 		}
-		echo := answer.opts.block1
+		opts.size1 = nil
 		switch {
 		case answer.code == codes.RequestEntityIncomplete:
-			return answer, true, nil
+			// Of the last block it proves nothing: a server that forgot its answer
+			// says the same to a retransmission, and has done the work.
+			return answer, sent.more, nil
 		case answer.code == codes.RequestEntityTooLarge:
-			return answer, offset == 0 && t.smaller(answer, t.size), nil
+			return answer, t.smaller(answer, t.size), nil
 		case answer.code>>5 != 2:
 			return answer, false, nil
+		}
+		echo := answer.opts.block1
+		switch {
 		case echo != nil && echo.num != sent.num:
+			return nil, false, block1Error("answered %v to %v", echo, sent)
+		case echo != nil && echo.size > sent.size:
+			// RFC 7959 §2.3: only "a smaller size" may be asked for.
 			return nil, false, block1Error("answered %v to %v", echo, sent)
 		case !sent.more && answer.code == codes.Continue:
 			return nil, false, block1Error("2.31 to the last block")
@@ -168,9 +183,9 @@ func (t *transfer) uploadOnce(ctx context.Context) (answer *part, again bool, er
 			return nil, false, block1Error("2.31 without the option")
 		}
 		offset = end
-		// RFC 7959 §2.3: a smaller size in the answer is for the blocks to come,
-		// whose numbers count from here on in that size. A larger one is not an offer.
-		t.size = min(t.size, echo.size)
+		// RFC 7959 §2.3: the blocks to come have the smaller size, and their
+		// numbers count the whole body in it.
+		t.size = echo.size
 	}
 }
 
@@ -224,15 +239,13 @@ func (t *transfer) download(ctx context.Context, first *part) (*Response, error)
 			return nil, err
 		}
 		switch {
-		case next.code>>5 != 2:
+		case next.code>>5 != 2 && next.code != resp.Code:
 			// The server cannot go on: its answer is the response.
 			return &Response{
 				Code: next.code, ContentFormat: next.opts.contentFormat, MaxAge: next.opts.maxAge, Body: next.payload,
 			}, nil
 		case next.opts.block2 == nil:
 			return nil, block2Error("missing at offset %d", offset)
-		case next.opts.block2.size > size:
-			return nil, block2Error("got %v, asked for %d bytes", next.opts.block2, size)
 		case next.code != resp.Code:
 			return nil, block2Error("%v after %v", next.code, resp.Code)
 		case !bytes.Equal(next.opts.etag, resp.ETag):

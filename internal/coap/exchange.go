@@ -34,8 +34,8 @@ const (
 	// message ID must not be reused, so how long a duplicate may arrive.
 	exchangeLifetime = 247 * time.Second
 	// maxRemembered bounds the messages whose replies are kept for duplicates.
-	// A peer has one outstanding (NSTART, RFC 7252 §4.7), so a duplicate is of
-	// one of the last few.
+	// It is enough: DTLS drops a record that is 64 or more behind the newest
+	// (pion's window, RFC 6347 §4.1.2.6), however long the network held it.
 	maxRemembered = 128
 	// maxDatagram is more than any message of 1024 bytes of payload takes.
 	maxDatagram = 8192
@@ -285,12 +285,17 @@ func (c *Conn) transmit(ctx context.Context, m *message.Message) error {
 	timeout := c.cfg.AckTimeout + rand.N(c.cfg.AckTimeout/2+1)
 	timer := time.NewTimer(timeout)
 	defer timer.Stop()
+	var unsent error
 	for transmission := 0; transmission <= max(c.cfg.MaxRetransmit, 0); transmission++ {
-		if err := ctx.Err(); err != nil {
+		if ctx.Err() != nil {
 			return contextError(ctx)
 		}
-		if _, err := c.link.Write(datagram); err != nil {
-			return c.writeError(err)
+		// A network that is down for a moment is a lost datagram. A closed
+		// connection closes done.
+		if _, err := c.link.Write(datagram); errors.Is(err, syscall.ECONNREFUSED) {
+			return errors.Join(ErrClosed, err, c.link.Close())
+		} else if err != nil {
+			unsent = err
 		}
 		timer.Reset(timeout)
 		select {
@@ -305,6 +310,9 @@ func (c *Conn) transmit(ctx context.Context, m *message.Message) error {
 		case <-timer.C:
 			timeout *= 2
 		}
+	}
+	if unsent != nil {
+		return fmt.Errorf("%w: %w", ErrTimeout, unsent)
 	}
 	return ErrTimeout
 }
@@ -324,15 +332,6 @@ func (c *Conn) closedError() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.err
-}
-
-func (c *Conn) writeError(err error) error {
-	select {
-	case <-c.done:
-		return c.closedError()
-	default:
-		return errors.Join(ErrClosed, err)
-	}
 }
 
 func contextError(ctx context.Context) error {

@@ -3,9 +3,14 @@ package coap_test
 import (
 	"bytes"
 	"context"
+	"errors"
+	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"estenroll/internal/coap"
@@ -20,27 +25,28 @@ func echo(_ context.Context, req *coap.Request) *coap.Response {
 	return &coap.Response{Code: code, ContentFormat: req.ContentFormat, Body: req.Body}
 }
 
-func number(n uint16) *uint16 { return &n }
+var get = &coap.Request{Method: codes.GET, Path: "/x"}
 
 func TestExchange(t *testing.T) {
 	t.Parallel()
 	p := newPKI(t)
 	handled := make(chan *coap.Request, 1)
-	maxAge := uint32(90)
 	addr := serve(t, p.serverConfig(), func(_ context.Context, req *coap.Request) *coap.Response {
 		handled <- req
-		return &coap.Response{Code: codes.Changed, ContentFormat: number(281), MaxAge: &maxAge, ETag: []byte{1}, Body: bytes.ToUpper(req.Body)}
+		return &coap.Response{
+			Code: codes.Changed, ContentFormat: new(uint16(281)), MaxAge: new(uint32(90)), ETag: []byte{1}, Body: bytes.ToUpper(req.Body),
+		}
 	})
 	conn := dial(t, addr, p.clientConfig())
 	req := &coap.Request{
 		Method: codes.POST, Host: "ca.example", Port: 61616, Path: "/.well-known/est/sen", Query: []string{"a=b", "c"},
-		ContentFormat: number(286), Accept: number(287), Body: []byte("hello"),
+		ContentFormat: new(uint16(286)), Accept: new(uint16(287)), Body: []byte("hello"),
 	}
 	resp, err := conn.Do(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &coap.Response{Code: codes.Changed, ContentFormat: number(281), MaxAge: &maxAge, ETag: []byte{1}, Body: []byte("HELLO")}
+	want := &coap.Response{Code: codes.Changed, ContentFormat: new(uint16(281)), MaxAge: new(uint32(90)), ETag: []byte{1}, Body: []byte("HELLO")}
 	if diff := cmp.Diff(want, resp); diff != "" {
 		t.Errorf("response (-want +got):\n%s", diff)
 	}
@@ -52,37 +58,329 @@ func TestExchange(t *testing.T) {
 	if diff := cmp.Diff(req, got); diff != "" {
 		t.Errorf("request (-sent +handled):\n%s", diff)
 	}
-	if !conn.ClientAuthenticated() {
-		t.Error("the client's certificate was not asked for")
-	}
-	if peer := conn.PeerCertificates(); len(peer) != 1 || !bytes.Equal(peer[0].Raw, p.server.chain[0]) {
-		t.Errorf("the server's chain is %v", peer)
+}
+
+// RFC 7252 §4.2, §4.8: the first timeout is 2 to 3 s, each further one twice
+// the one before, and after the last the message is given up.
+func TestRetransmission(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		maxRetransmit, transmissions int
+		latest                       time.Duration
+	}{
+		"default": {0, 5, 93 * time.Second}, // MAX_TRANSMIT_WAIT
+		"two":     {2, 3, 21 * time.Second},
+		"none":    {-1, 1, 3 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				p := newPeer(t)
+				cfg := plain()
+				cfg.MaxRetransmit = test.maxRetransmit
+				start := time.Now()
+				done := do(t.Context(), p.client(cfg), get)
+				first := encodeMessage(t, p.next())
+				var timeout time.Duration
+				for i, last := 1, start; i < test.transmissions; i++ {
+					if again := encodeMessage(t, p.next()); !bytes.Equal(first, again) {
+						t.Errorf("transmission %d is %x, not %x", i+1, again, first)
+					}
+					waited := time.Since(last)
+					last = time.Now()
+					switch {
+					case i == 1 && (waited < 2*time.Second || waited > 3*time.Second):
+						t.Errorf("the first timeout is %v", waited)
+					case i > 1 && waited != 2*timeout:
+						t.Errorf("a timeout of %v after one of %v", waited, timeout)
+					}
+					timeout = waited
+				}
+				if got := <-done; !isTimeout(got.err) {
+					t.Errorf("got %v, %v", got.resp, got.err)
+				}
+				if waited := time.Since(start); waited > test.latest {
+					t.Errorf("given up after %v", waited)
+				}
+				p.nothing(time.Hour)
+			})
+		})
 	}
 }
 
-// Both bodies of one exchange, in every pair of block sizes.
-func TestBlockSizes(t *testing.T) {
+// One deadline bounds the exchange, however far its messages are.
+func TestExchangeTimeout(t *testing.T) {
 	t.Parallel()
-	p := newPKI(t)
-	sizes := []int{16, 32, 64, 128, 256, 512, 1024}
-	for _, serverSize := range sizes {
-		cfg := p.serverConfig()
-		cfg.BlockSize = serverSize
-		addr := serve(t, cfg, echo)
-		for _, clientSize := range sizes {
-			cfg := p.clientConfig()
-			cfg.BlockSize = clientSize
-			conn := dial(t, addr, cfg)
-			for _, length := range []int{0, 1, 15, 16, 17, clientSize - 1, clientSize, clientSize + 1, serverSize - 1, serverSize, serverSize + 1, 2048, 2085} {
-				body := bytes.Repeat([]byte("0123456789abcdefg"), length/17+1)[:length]
-				resp, err := conn.Do(t.Context(), &coap.Request{Method: codes.POST, Path: "/echo", ContentFormat: number(286), Body: body})
-				if err != nil {
-					t.Fatalf("client %d, server %d, %d bytes: %v", clientSize, serverSize, length, err)
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(t)
+		cfg := plain()
+		cfg.AckTimeout = 10 * time.Second
+		conn := p.client(cfg)
+		start := time.Now()
+		done := do(t.Context(), conn, get)
+		// An empty ACK promises a response that never comes.
+		p.send(&message.Message{Type: message.Acknowledgement, MessageID: p.next().MessageID})
+		if got := <-done; !isTimeout(got.err) || time.Since(start) != 247*time.Second {
+			t.Errorf("after %v: %v, %v", time.Since(start), got.resp, got.err)
+		}
+		// A server that sends block after block, slowly.
+		start = time.Now()
+		done = do(t.Context(), conn, get)
+		for i := range 49 {
+			request := p.next()
+			p.nothing(5 * time.Second)
+			p.send(&message.Message{
+				Type: message.Acknowledgement, Code: codes.Content, MessageID: request.MessageID, Token: request.Token,
+				Options: message.Options{block2(i, true, 16)}, Payload: numbers(16),
+			})
+		}
+		if got := <-done; !isTimeout(got.err) || time.Since(start) != 247*time.Second {
+			t.Errorf("after %v: %v, %v", time.Since(start), got.resp, got.err)
+		}
+	})
+}
+
+// The caller's context ends an exchange, and a next one is not disturbed by
+// what comes late.
+func TestCancel(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(t)
+		conn := p.client(plain())
+		ctx, cancel := context.WithCancel(t.Context())
+		done := do(ctx, conn, get)
+		late := p.next()
+		cancel()
+		if got := <-done; !errors.Is(got.err, context.Canceled) || isTimeout(got.err) {
+			t.Errorf("cancelled: %v, %v", got.resp, got.err)
+		}
+		deadline, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		done = do(deadline, conn, get)
+		p.next()
+		if got := <-done; !isTimeout(got.err) {
+			t.Errorf("the context's deadline: %v, %v", got.resp, got.err)
+		}
+
+		done = do(t.Context(), conn, get)
+		now := p.next()
+		p.send(&message.Message{Type: message.Acknowledgement, Code: codes.Content, MessageID: late.MessageID, Token: late.Token, Payload: []byte("late")})
+		// The right message ID with the wrong token is no response either.
+		p.send(&message.Message{Type: message.Acknowledgement, Code: codes.Content, MessageID: now.MessageID, Token: late.Token, Payload: []byte("late")})
+		p.send(&message.Message{Type: message.Acknowledgement, Code: codes.Content, MessageID: now.MessageID, Token: now.Token, Payload: []byte("now")})
+		if got := <-done; got.err != nil || string(got.resp.Body) != "now" {
+			t.Errorf("after a late response: %v, %v", got.resp, got.err)
+		}
+	})
+}
+
+func TestReset(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(t)
+		done := do(t.Context(), p.client(plain()), get)
+		p.send(&message.Message{Type: message.Reset, MessageID: p.next().MessageID})
+		if got := <-done; !errors.Is(got.err, coap.ErrReset) {
+			t.Errorf("got %v, %v", got.resp, got.err)
+		}
+	})
+}
+
+// RFC 7252 §5.2.2: a response of its own is acknowledged, each copy of it, and
+// stands for an ACK that was lost.
+func TestSeparateResponse(t *testing.T) {
+	t.Parallel()
+	for name, ack := range map[string]bool{"after the ACK": true, "before the ACK": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				p := newPeer(t)
+				conn := p.client(plain())
+				done := do(t.Context(), conn, get)
+				req := p.next()
+				if ack {
+					p.send(&message.Message{Type: message.Acknowledgement, MessageID: req.MessageID})
+					p.nothing(time.Minute)
 				}
-				if resp.Code != codes.Changed || !bytes.Equal(resp.Body, body) {
-					t.Errorf("client %d, server %d, %d bytes: got %v and %d bytes", clientSize, serverSize, length, resp.Code, len(resp.Body))
+				response := &message.Message{Type: message.Confirmable, Code: codes.Content, MessageID: 7, Token: req.Token, Payload: []byte("separate")}
+				for range 2 {
+					p.send(response)
+					if m := p.next(); m.Type != message.Acknowledgement || m.Code != codes.Empty || m.MessageID != 7 {
+						t.Errorf("the response is answered with %v", m)
+					}
 				}
+				if got := <-done; got.err != nil || string(got.resp.Body) != "separate" {
+					t.Errorf("got %v, %v", got.resp, got.err)
+				}
+				p.send(&message.Message{Type: message.Acknowledgement, MessageID: req.MessageID})
+				p.nothing(time.Hour)
+			})
+		})
+	}
+}
+
+// What a client does not expect is rejected, or ignored, and disturbs nothing.
+func TestUnexpected(t *testing.T) {
+	t.Parallel()
+	reset := func(mid ...byte) []byte { return append([]byte{0x70, 0}, mid...) }
+	for name, test := range map[string]struct{ datagram, want []byte }{
+		"ping":                               {[]byte{0x40, 0, 1, 1}, reset(1, 1)},
+		"a response to nothing":              {[]byte{0x41, 0x45, 1, 2, 9}, reset(1, 2)},
+		"a non-confirmable one":              {[]byte{0x51, 0x45, 1, 3, 9}, nil},
+		"a request":                          {[]byte{0x41, 0x01, 1, 4, 9}, reset(1, 4)},
+		"a non-confirmable request":          {[]byte{0x51, 0x01, 1, 5, 9}, nil},
+		"a reserved class":                   {[]byte{0x40, 0x21, 1, 6}, reset(1, 6)},
+		"an empty message with a token":      {[]byte{0x41, 0, 1, 7, 9}, reset(1, 7)},
+		"a payload marker without a payload": {[]byte{0x40, 0x45, 1, 8, 0xff}, reset(1, 8)},
+		"a token of 9 bytes":                 {[]byte{0x49, 0x45, 1, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9}, reset(1, 9)},
+		"a truncated option":                 {[]byte{0x40, 0x45, 1, 10, 0xb4, 1}, reset(1, 10)},
+		"a malformed non-confirmable one":    {[]byte{0x50, 0x45, 1, 11, 0xff}, nil},
+		"another version":                    {[]byte{0x80, 0, 1, 12}, nil},
+		"three bytes":                        {[]byte{0x40, 0, 1}, nil},
+		"nothing":                            {[]byte{}, nil},
+		"an ACK of nothing":                  {[]byte{0x60, 0, 1, 13}, nil},
+		"a request in an ACK":                {[]byte{0x60, 1, 1, 14}, nil},
+		"a Reset of nothing":                 {[]byte{0x70, 0, 1, 15}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				p := newPeer(t)
+				conn := p.client(plain())
+				p.raw(test.datagram)
+				if test.want != nil {
+					if got := encodeMessage(t, p.next()); !bytes.Equal(got, test.want) {
+						t.Errorf("got %x, want %x", got, test.want)
+					}
+				}
+				p.nothing(time.Second)
+				done := do(t.Context(), conn, get)
+				p.respond(codes.Content, []byte("fine"))
+				if got := <-done; got.err != nil || string(got.resp.Body) != "fine" {
+					t.Errorf("the next exchange: %v, %v", got.resp, got.err)
+				}
+			})
+		})
+	}
+}
+
+// Requests take turns (NSTART 1), and each message has a token of its own.
+func TestTurns(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(t)
+		conn := p.client(plain())
+		var requests []<-chan outcome
+		for range 5 {
+			requests = append(requests, do(t.Context(), conn, get))
+		}
+		tokens := map[string]bool{}
+		for range requests {
+			first := p.next()
+			p.nothing(time.Second)
+			p.send(&message.Message{
+				Type: message.Acknowledgement, Code: codes.Content, MessageID: first.MessageID, Token: first.Token,
+				Options: message.Options{block2(0, true, 16)}, Payload: numbers(16),
+			})
+			second := p.respond(codes.Content, numbers(3), block2(1, false, 16))
+			for _, token := range []message.Token{first.Token, second.Token} {
+				if len(token) != 8 || tokens[string(token)] {
+					t.Errorf("token %x", []byte(token))
+				}
+				tokens[string(token)] = true
 			}
 		}
+		for _, done := range requests {
+			if got := <-done; got.err != nil {
+				t.Error(got.err)
+			}
+		}
+	})
+}
+
+func TestClosed(t *testing.T) {
+	t.Parallel()
+	for name, closer := range map[string]func(*peer, *coap.Conn) error{
+		"by the peer": func(p *peer, _ *coap.Conn) error { return p.wire.Close() },
+		"by us":       func(_ *peer, c *coap.Conn) error { return c.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				p := newPeer(t)
+				conn := p.client(plain())
+				done := do(t.Context(), conn, get)
+				p.next()
+				if err := closer(p, conn); err != nil {
+					t.Error(err)
+				}
+				if got := <-done; !errors.Is(got.err, coap.ErrClosed) {
+					t.Errorf("an exchange under way: %v, %v", got.resp, got.err)
+				}
+				if _, err := conn.Do(t.Context(), get); !errors.Is(err, coap.ErrClosed) {
+					t.Errorf("a later exchange: %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestRequestRefused(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(t)
+		cfg := plain()
+		cfg.MaxBody = 100
+		conn := p.client(cfg)
+		for name, req := range map[string]*coap.Request{
+			"no slash":       {Method: codes.GET, Path: "x"},
+			"a long segment": {Method: codes.GET, Path: "/" + strings.Repeat("a", 256)},
+			"a long query":   {Method: codes.GET, Path: "/x", Query: []string{strings.Repeat("a", 256)}},
+			"a long host":    {Method: codes.GET, Path: "/x", Host: strings.Repeat("a", 256)},
+			"a long body":    {Method: codes.POST, Path: "/x", Body: numbers(101)},
+		} {
+			_, err := conn.Do(t.Context(), req)
+			if err == nil {
+				t.Errorf("%s: sent", name)
+			}
+			if name == "a long body" && !errors.Is(err, coap.ErrBodyTooLarge) {
+				t.Error(err)
+			}
+		}
+		p.nothing(time.Hour)
+	})
+}
+
+func TestConfigRefused(t *testing.T) {
+	t.Parallel()
+	p := newPKI(t)
+	for name, change := range map[string]func(*coap.Config){
+		"no Verify":              func(c *coap.Config) { c.Verify = nil },
+		"certificate, no key":    func(c *coap.Config) { c.Key = nil },
+		"key, no certificate":    func(c *coap.Config) { c.Certificate = nil },
+		"block size 8":           func(c *coap.Config) { c.BlockSize = 8 },
+		"block size 100":         func(c *coap.Config) { c.BlockSize = 100 },
+		"block size 2048":        func(c *coap.Config) { c.BlockSize = 2048 },
+		"body beyond the option": func(c *coap.Config) { c.MaxBody = 16<<20 + 1 },
+		"negative body":          func(c *coap.Config) { c.MaxBody = -1 },
+		"negative timeout":       func(c *coap.Config) { c.AckTimeout = -1 },
+		"negative connections":   func(c *coap.Config) { c.MaxConnections = -1 },
+	} {
+		cfg := p.clientConfig()
+		change(&cfg)
+		if conn, err := coap.Dial(t.Context(), "127.0.0.1:9", cfg); err == nil {
+			t.Errorf("%s: dialled", name)
+			_ = conn.Close()
+		}
+		if server, err := coap.Listen("127.0.0.1:0", cfg); err == nil {
+			t.Errorf("%s: listening", name)
+			_ = server.Close()
+		}
+	}
+	cfg := p.serverConfig()
+	cfg.Certificate, cfg.Key = nil, nil
+	if server, err := coap.Listen("127.0.0.1:0", cfg); err == nil {
+		t.Error("a server without a certificate is listening")
+		_ = server.Close()
 	}
 }

@@ -117,9 +117,14 @@ func (s *Server) serve(conn *dtls.Conn, handler Handler) {
 		s.cfg.Logger.Info("coap: handshake", "peer", conn.RemoteAddr(), "error", err)
 		return
 	}
-	ctx, cancel := context.WithCancel(s.ctx)
+	serveLink(s.ctx, conn, s.cfg, handler, peer)
+}
+
+// serveLink answers requests until the link ends.
+func serveLink(ctx context.Context, link link, cfg Config, handler Handler, peer []*x509.Certificate) {
+	ctx, cancel := context.WithCancel(ctx)
 	r := &responder{handler: handler, ctx: ctx, peer: peer}
-	r.conn = newConn(conn, s.cfg, r)
+	r.conn = newConn(link, cfg, r)
 	r.conn.read()
 	cancel()
 	r.handling.Wait()
@@ -127,8 +132,12 @@ func (s *Server) serve(conn *dtls.Conn, handler Handler) {
 
 const (
 	// maxTransfers bounds, for each connection, the request bodies being
-	// assembled and the response bodies being kept. The oldest makes room.
+	// assembled, and the response bodies being kept; each has at most MaxBody
+	// bytes. The oldest makes room.
 	maxTransfers = 4
+	// maxHandlers bounds the handlers that run for one connection. A client that
+	// keeps to NSTART (RFC 7252 §4.7) has one.
+	maxHandlers = 4
 )
 
 // responder is the server's side of a connection.
@@ -159,15 +168,16 @@ type kept struct {
 	body []byte
 }
 
-// transferKey tells transfers of one connection apart (RFC 9175 §3.3). The
-// parts are length-checked options, joined by what they cannot hold unescaped.
+// transferKey tells the transfers of one connection apart (RFC 9175 §3.3). Its
+// parts are quoted, so that no two sets of options share one.
 type transferKey string
 
 func keyOf(method Code, o *options) transferKey {
 	return transferKey(fmt.Sprintf("%d %q %q %q", method, o.path, o.query, o.requestTags))
 }
 
-// transfers holds at most maxTransfers of one kind, each for a limited time.
+// transfers holds at most maxTransfers of one kind, each for EXCHANGE_LIFETIME
+// after it was last used (RFC 7959 §2.4, §2.5).
 type transfers[T any] struct {
 	entries []transferEntry[T]
 }
@@ -178,18 +188,17 @@ type transferEntry[T any] struct {
 	touched time.Time
 }
 
-func (t *transfers[T]) put(key transferKey, value T) {
+func (t *transfers[T]) put(key transferKey, value T, now time.Time) {
 	t.drop(key)
+	t.expire(now)
 	if len(t.entries) == maxTransfers {
 		t.entries = slices.Delete(t.entries, 0, 1)
 	}
-	t.entries = append(t.entries, transferEntry[T]{key, value, time.Now()})
+	t.entries = append(t.entries, transferEntry[T]{key, value, now})
 }
 
-func (t *transfers[T]) get(key transferKey) (value T, found bool) {
-	now := time.Now()
-	// RFC 7959 §2.4, §2.5: EXCHANGE_LIFETIME is how long a peer may take.
-	t.entries = slices.DeleteFunc(t.entries, func(e transferEntry[T]) bool { return now.Sub(e.touched) > exchangeLifetime })
+func (t *transfers[T]) get(key transferKey, now time.Time) (value T, found bool) {
+	t.expire(now)
 	for i := range t.entries {
 		if t.entries[i].key == key {
 			t.entries[i].touched = now
@@ -197,6 +206,10 @@ func (t *transfers[T]) get(key transferKey) (value T, found bool) {
 		}
 	}
 	return value, false
+}
+
+func (t *transfers[T]) expire(now time.Time) {
+	t.entries = slices.DeleteFunc(t.entries, func(e transferEntry[T]) bool { return now.Sub(e.touched) > exchangeLifetime })
 }
 
 func (t *transfers[T]) drop(key transferKey) {
@@ -212,17 +225,19 @@ func (r *responder) busy() bool {
 
 // request handles one message, called by the reader for each once.
 func (r *responder) request(m *message.Message) {
-	reply := func(code Code, opts options, diagnostic string) {
-		r.respond(m, code, opts, []byte(diagnostic))
-	}
 	o, err := decodeOptions(m.Options)
 	if err != nil {
-		// RFC 7252 §5.4.1: "MUST cause the return of a 4.02 (Bad Option)
-		// response"; in a non-confirmable request it "MUST cause the message to
-		// be rejected".
-		if m.Type == message.Confirmable {
-			reply(codes.BadOption, options{}, err.Error())
+		// RFC 7252 §5.4.1: in a non-confirmable request, such an option "MUST
+		// cause the message to be rejected".
+		var optionError *OptionError
+		if m.Type == message.Confirmable && errors.As(err, &optionError) {
+			r.respond(m, optionError.code, options{}, []byte(err.Error()))
 		}
+		return
+	}
+	if slices.ContainsFunc(o.path, func(segment string) bool { return strings.Contains(segment, "/") }) {
+		// Request.Path could not tell it from two segments.
+		r.respond(m, codes.NotFound, options{}, nil)
 		return
 	}
 	key := keyOf(m.Code, o)
@@ -230,35 +245,53 @@ func (r *responder) request(m *message.Message) {
 		r.continueResponse(m, key, *o.block2)
 		return
 	}
-	cfg := &r.conn.cfg
-	body := m.Payload
-	if o.block1 != nil {
-		var refusal *refusal
-		body, refusal = r.assemble(key, o, m.Payload)
-		if refusal != nil {
-			reply(refusal.code, refusal.opts, refusal.diagnostic)
-			return
-		}
-	} else if len(body) > cfg.BlockSize {
-		// RFC 7959 §2.9.3: the hint says which size would do.
-		reply(codes.RequestEntityTooLarge, options{block1: &block{more: true, size: cfg.BlockSize}}, "")
+	body, refusal := r.body(key, o, m.Payload)
+	if refusal != nil {
+		r.respond(m, refusal.code, refusal.opts, []byte(refusal.diagnostic))
 		return
-	}
-	req := &Request{
-		Method: m.Code, Host: o.host, Port: o.port,
-		Path: "/" + strings.Join(o.path, "/"), Query: o.query,
-		ContentFormat: o.contentFormat, Accept: o.accept, Body: body, Peer: r.peer,
 	}
 	// The client's blocks tell the size of its liking, and an explicit Block2
 	// tells it better.
-	size := cfg.BlockSize
+	wanted := wanted{size: r.conn.cfg.BlockSize, total: o.size2 != nil}
+	switch {
+	case o.block2 != nil:
+		wanted.size = min(wanted.size, o.block2.size)
+	case o.block1 != nil:
+		wanted.size = min(wanted.size, o.block1.size)
+	}
+	r.handle(m, key, &Request{
+		Method: m.Code, Host: o.host, Port: o.port,
+		Path: "/" + strings.Join(o.path, "/"), Query: o.query,
+		ContentFormat: o.contentFormat, Accept: o.accept, Body: body, Peer: r.peer,
+	}, wanted, o.block1)
+}
+
+// wanted is how a client wants its response.
+type wanted struct {
+	size  int  // of a block, at most
+	total bool // RFC 7959 §4: a Size2 in the request asks for one in the response
+}
+
+// body is the whole body of a request, or a refusal of what came.
+func (r *responder) body(key transferKey, o *options, payload []byte) ([]byte, *refusal) {
+	cfg := &r.conn.cfg
+	if o.size1 != nil && uint64(*o.size1) > uint64(cfg.MaxBody) || len(payload) > cfg.MaxBody {
+		return nil, tooLarge(cfg)
+	}
 	if o.block1 != nil {
-		size = min(size, o.block1.size)
+		return r.assemble(key, o, payload)
 	}
-	if o.block2 != nil {
-		size = min(cfg.BlockSize, o.block2.size)
+	if len(payload) > cfg.BlockSize {
+		// RFC 7959 §2.9.3: the hint says which size would do.
+		return nil, &refusal{code: codes.RequestEntityTooLarge, opts: options{block1: &block{more: true, size: cfg.BlockSize}}}
 	}
-	r.handle(m, key, req, size, o.block1)
+	return payload, nil
+}
+
+// tooLarge is a 4.13 whose Size1 is "the maximum size of the representation
+// that the server is able and willing to handle" (RFC 7252 §5.9.2.9).
+func tooLarge(cfg *Config) *refusal {
+	return &refusal{code: codes.RequestEntityTooLarge, opts: options{size1: pointer(uint32(cfg.MaxBody))}}
 }
 
 // refusal is an answer to a block that needs no handler.
@@ -269,54 +302,57 @@ type refusal struct {
 }
 
 // assemble adds a block to its body (RFC 7959 §2.5). It returns the whole body
-// with the last block, and a refusal, or a 2.31, otherwise.
+// with the last block, and otherwise a refusal or a 2.31.
 func (r *responder) assemble(key transferKey, o *options, payload []byte) ([]byte, *refusal) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	limit, b := r.conn.cfg.MaxBody, *o.block1
-	tooLarge := &refusal{code: codes.RequestEntityTooLarge, opts: options{size1: pointer(uint32(limit))}}
-	a, found := r.assemblies.get(key)
+	b, now := *o.block1, time.Now()
+	a, found := r.assemblies.get(key, now)
 	switch {
 	case b.num == 0:
 		a = &assembly{contentFormat: o.contentFormat}
-		if b.more {
-			r.assemblies.put(key, a)
-		}
+		r.assemblies.put(key, a, now)
 	case !found:
 		return nil, &refusal{code: codes.RequestEntityIncomplete, diagnostic: "no earlier block"}
-	}
-	refuse := func(refused *refusal) ([]byte, *refusal) {
-		r.assemblies.drop(key)
-		return nil, refused
 	}
 	switch {
 	case b.offset() != len(a.body):
 		// The body stays: a late copy of an earlier block must not undo it.
-		return nil, &refusal{code: codes.RequestEntityIncomplete, diagnostic: fmt.Sprintf("at offset %d", len(a.body))}
+		return nil, &refusal{code: codes.RequestEntityIncomplete, diagnostic: fmt.Sprintf("the next block begins at %d", len(a.body))}
 	case !equal(a.contentFormat, o.contentFormat):
 		// RFC 7959 §2.9.2: "a mismatch in the Content-Format".
-		return refuse(&refusal{code: codes.RequestEntityIncomplete, diagnostic: "another content-format"})
+		r.assemblies.drop(key)
+		return nil, &refusal{code: codes.RequestEntityIncomplete, diagnostic: "another content-format"}
 	case b.more && len(payload) != b.size || len(payload) > b.size:
-		return refuse(&refusal{code: codes.BadRequest, diagnostic: "payload and block size differ"})
-	case len(a.body)+len(payload) > limit, o.size1 != nil && uint64(*o.size1) > uint64(limit):
-		return refuse(tooLarge)
+		r.assemblies.drop(key)
+		return nil, &refusal{code: codes.BadRequest, diagnostic: "payload and block size differ"}
+	case len(a.body)+len(payload) > r.conn.cfg.MaxBody:
+		r.assemblies.drop(key)
+		return nil, tooLarge(&r.conn.cfg)
 	}
 	a.body = append(a.body, payload...)
-	if b.more {
-		// RFC 7959 §2.3: a smaller size asks for the blocks to come.
-		b.size = min(b.size, r.conn.cfg.BlockSize)
-		return nil, &refusal{code: codes.Continue, opts: options{block1: &block{num: o.block1.num, more: true, size: b.size}}}
+	if !b.more {
+		r.assemblies.drop(key)
+		return a.body, nil
 	}
-	r.assemblies.drop(key)
-	return a.body, nil
+	// RFC 7959 §2.3: a smaller size asks for the blocks to come.
+	b.size = min(b.size, r.conn.cfg.BlockSize)
+	return nil, &refusal{code: codes.Continue, opts: options{block1: &b}}
 }
 
 // handle runs the handler, and sends its response in the ACK or, if it takes
 // longer than the processing delay, in a message of its own.
-func (r *responder) handle(m *message.Message, key transferKey, req *Request, size int, block1 *block) {
+func (r *responder) handle(m *message.Message, key transferKey, req *Request, wanted wanted, block1 *block) {
 	r.mu.Lock()
-	r.active++
+	admitted := r.active < maxHandlers
+	if admitted {
+		r.active++
+	}
 	r.mu.Unlock()
+	if !admitted {
+		r.respond(m, codes.TooManyRequests, options{maxAge: pointer(uint32(1))}, nil) // RFC 8516 §3
+		return
+	}
 	answered := make(chan *Response, 1)
 	r.handling.Go(func() { answered <- r.call(req) })
 	r.handling.Go(func() {
@@ -329,7 +365,7 @@ func (r *responder) handle(m *message.Message, key transferKey, req *Request, si
 		defer delay.Stop()
 		select {
 		case resp := <-answered:
-			code, opts, payload := r.begin(key, resp, size)
+			code, opts, payload := r.begin(key, resp, wanted)
 			opts.block1 = block1
 			r.respond(m, code, opts, payload)
 			return
@@ -339,7 +375,7 @@ func (r *responder) handle(m *message.Message, key transferKey, req *Request, si
 		if m.Type == message.Confirmable {
 			r.conn.reply(mid, emptyMessage(message.Acknowledgement, mid))
 		}
-		code, opts, payload := r.begin(key, <-answered, size)
+		code, opts, payload := r.begin(key, <-answered, wanted)
 		opts.block1 = block1
 		// RFC 7252 §5.2.2: "the server sends back the response in a Confirmable
 		// message with the same token".
@@ -352,43 +388,53 @@ func (r *responder) handle(m *message.Message, key transferKey, req *Request, si
 
 // call is the handler, guarded.
 func (r *responder) call(req *Request) (resp *Response) {
+	logger, failed := r.conn.cfg.Logger, &Response{Code: codes.InternalServerError}
 	defer func() {
 		if cause := recover(); cause != nil {
-			r.conn.cfg.Logger.Error("coap: handler", "path", req.Path, "panic", cause)
-			resp = nil
-		}
-		if resp == nil {
-			resp = &Response{Code: codes.InternalServerError}
+			logger.Error("coap: handler", "path", req.Path, "panic", cause)
+			resp = failed
 		}
 	}()
-	return r.handler(r.ctx, req)
+	resp = r.handler(r.ctx, req)
+	switch {
+	case resp == nil:
+		logger.Error("coap: handler", "path", req.Path, "error", "no response")
+	case resp.Code>>5 != 2 && resp.Code>>5 != 4 && resp.Code>>5 != 5:
+		logger.Error("coap: handler", "path", req.Path, "error", "no response code", "code", resp.Code)
+	case len(resp.Body) > r.conn.cfg.MaxBody:
+		logger.Error("coap: handler", "path", req.Path, "error", ErrBodyTooLarge, "bytes", len(resp.Body))
+	case len(resp.ETag) > 8:
+		logger.Error("coap: handler", "path", req.Path, "error", "an ETag of more than 8 bytes")
+	default:
+		return resp
+	}
+	return failed
 }
 
 // begin is the first message of a response, of which the rest is kept.
-func (r *responder) begin(key transferKey, resp *Response, size int) (Code, options, []byte) {
+func (r *responder) begin(key transferKey, resp *Response, wanted wanted) (Code, options, []byte) {
 	k := &kept{
 		code: resp.Code, body: resp.Body,
 		opts: options{contentFormat: resp.ContentFormat, maxAge: resp.MaxAge, etag: resp.ETag},
 	}
-	if len(k.body) > r.conn.cfg.MaxBody {
-		r.conn.cfg.Logger.Error("coap: response", "bytes", len(k.body), "error", ErrBodyTooLarge)
-		return codes.InternalServerError, options{}, nil
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.kept.drop(key)
-	if len(k.body) <= size {
-		return k.code, k.opts, k.body
+	opts, payload := k.opts, k.body
+	if len(k.body) > wanted.size {
+		r.kept.put(key, k, time.Now())
+		opts, payload = k.block(0, wanted.size)
 	}
-	r.kept.put(key, k)
-	opts, payload := k.block(0, size)
+	if wanted.total {
+		opts.size2 = pointer(uint32(len(k.body)))
+	}
 	return k.code, opts, payload
 }
 
-func (k *kept) block(num, size int) (options, []byte) {
-	opts, offset := k.opts, num*size
-	end := min(offset+size, len(k.body))
-	opts.block2 = &block{num: num, more: end < len(k.body), size: size}
+// block is the block that begins at offset.
+func (k *kept) block(offset, size int) (options, []byte) {
+	opts, end := k.opts, min(offset+size, len(k.body))
+	opts.block2 = &block{num: offset / size, more: end < len(k.body), size: size}
 	return opts, k.body[offset:end]
 }
 
@@ -396,33 +442,32 @@ func (k *kept) block(num, size int) (options, []byte) {
 // handler: whoever asks for what is not kept has to begin again.
 func (r *responder) continueResponse(m *message.Message, key transferKey, b block) {
 	r.mu.Lock()
-	k, found := r.kept.get(key)
+	k, found := r.kept.get(key, time.Now())
 	r.mu.Unlock()
-	if !found {
+	switch {
+	case !found:
 		r.respond(m, codes.RequestEntityIncomplete, options{}, []byte("the response is not kept any more"))
-		return
-	}
-	// The number counts in the size that was asked for; a smaller one of ours
-	// keeps the offset (RFC 7959 §2.4).
-	size := min(b.size, r.conn.cfg.BlockSize)
-	if b.offset() >= len(k.body) {
+	case b.offset() >= len(k.body):
 		r.respond(m, codes.BadRequest, options{}, []byte("block out of range"))
-		return
+	default:
+		// The number counts in the size that was asked for; a smaller one of ours
+		// keeps the offset (RFC 7959 §2.4).
+		opts, payload := k.block(b.offset(), min(b.size, r.conn.cfg.BlockSize))
+		r.respond(m, k.code, opts, payload)
 	}
-	opts, payload := k.block(b.offset()/size, size)
-	r.respond(m, k.code, opts, payload)
 }
 
 // respond answers a message at once: in the ACK of a confirmable one.
 func (r *responder) respond(m *message.Message, code Code, opts options, payload []byte) {
-	answer := &message.Message{Type: message.Acknowledgement, Code: code, Token: m.Token, Options: opts.encode(), Payload: payload}
-	mid := uint16(m.MessageID)
-	answer.MessageID = m.MessageID
+	answer := &message.Message{
+		Type: message.Acknowledgement, MessageID: m.MessageID,
+		Code: code, Token: m.Token, Options: opts.encode(), Payload: payload,
+	}
 	if m.Type != message.Confirmable {
 		answer.Type = message.NonConfirmable
 		r.conn.mu.Lock()
 		answer.MessageID = int32(r.conn.takeMID())
 		r.conn.mu.Unlock()
 	}
-	r.conn.reply(mid, answer)
+	r.conn.reply(uint16(m.MessageID), answer)
 }

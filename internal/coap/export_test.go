@@ -1,0 +1,39 @@
+package coap
+
+import "context"
+
+// Link is what a connection needs of DTLS, so that tests can read its messages.
+type Link = link
+
+// NewClient is the client's end of a link.
+func NewClient(l Link, cfg Config) (*Conn, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	c := newConn(l, cfg, nil)
+	c.start()
+	return c, nil
+}
+
+// ServeLink is the server's end of a link. It returns when the link is closed
+// and every handler has ended.
+func ServeLink(l Link, cfg Config, handler Handler) error {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return err
+	}
+	serveLink(context.Background(), l, cfg, handler, nil)
+	return nil
+}
+
+// Ended is closed when a connection has ended.
+func (c *Conn) Ended() <-chan struct{} { return c.done }
+
+// EncodeBlock and DecodeBlock are the value of a block option.
+func EncodeBlock(num int, more bool, size int) []byte { return block{num, more, size}.encode() }
+
+func DecodeBlock(value []byte) (num int, more bool, size int, ok bool) {
+	b, ok := decodeBlock(value)
+	return b.num, b.more, b.size, ok
+}
