@@ -13,10 +13,16 @@ import (
 	"os"
 	"time"
 
-	"github.com/plgd-dev/go-coap/v3/message/codes"
-
 	"estenroll/est"
 	"estenroll/internal/coap"
+)
+
+// The codes that EST gives a meaning of their own (RFC 7252 §12.1, RFC 9148 §4.5).
+const (
+	codeGET                coap.Code = 0x01
+	codePOST               coap.Code = 0x02
+	codeUnauthorized       coap.Code = 4<<5 | 1
+	codeServiceUnavailable coap.Code = 5<<5 | 3
 )
 
 // Config is what a session needs. URI, Trust, Certificate and Key are required.
@@ -30,8 +36,9 @@ type Config struct {
 	Trust *est.TrustAnchors
 	Now   func() time.Time
 
-	// BlockSize in bytes, 16 to 1024. Default: 512, which leaves room for DTLS
-	// in the smallest MTU of IPv6 (RFC 9148 §4.6).
+	// BlockSize in bytes, a power of two from 16 to 1024. Default: 512, half of
+	// what RFC 9148 §4.6 allows: also with DTLS and IPv6 around it a message
+	// fits most paths.
 	BlockSize int
 	// AckTimeout is ACK_TIMEOUT. Default: 2s (RFC 7252 §4.8).
 	AckTimeout time.Duration
@@ -59,11 +66,25 @@ var (
 )
 
 // Dial opens a session: the server's chain, name and time are judged before
-// anything is sent to it. est.ErrUnreachable, est.ErrCredentialRefused,
-// est.ErrCredentialNotYetValid, est.ErrNotTrusted, est.ErrNotValidNow.
+// anything is sent to it. est.ErrUnreachable; est.ErrServerCertificate beside
+// est.ErrNotTrusted or est.ErrNotValidNow; est.ErrCredentialRefused,
+// est.ErrCredentialNotYetValid; est.ErrKeyMismatch for a Key that is not the
+// Certificate's; and what the Key says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
+	conn, err := dial(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("open session with %s: %w", cfg.URI, err)
+	}
+	return NewSession(conn, cfg.URI), nil
+}
+
+func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 	if cfg.Trust == nil {
-		return nil, fmt.Errorf("open session with %s: no trust anchors: %w", cfg.URI, est.ErrNotTrusted)
+		return nil, fmt.Errorf("no trust anchors: %w", est.ErrNotTrusted)
+	}
+	own, err := ownCertificate(cfg)
+	if err != nil {
+		return nil, err
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -79,41 +100,66 @@ func Dial(ctx context.Context, cfg Config) (*Session, error) {
 		AckTimeout: cfg.AckTimeout, MaxRetransmit: cfg.MaxRetransmit, ExchangeTimeout: cfg.ExchangeTimeout,
 		BlockSize: cfg.BlockSize, HandshakeTimeout: cfg.HandshakeTimeout, FlightInterval: cfg.FlightInterval,
 	})
-	if err != nil {
-		return nil, fmt.Errorf("open session with %s: %w", cfg.URI, classify(ctx, err))
+	var handshake *coap.HandshakeError
+	if errors.As(err, &handshake) && handshake.Alert != nil {
+		if meaning := alertMeaning(*handshake.Alert, handshake.CertificateSent, own, cfg.Now()); meaning != nil {
+			return nil, fmt.Errorf("%w: %w", err, meaning)
+		}
+		return nil, err
 	}
-	return NewSession(conn, cfg.URI), nil
+	if err != nil {
+		return nil, classify(ctx, err)
+	}
+	return conn, nil
+}
+
+// ownCertificate returns our leaf. A key that is another's would look to the
+// server like a forgery, and its refusal to us like a verdict on the certificate.
+func ownCertificate(cfg Config) (*x509.Certificate, error) {
+	if len(cfg.Certificate) == 0 || cfg.Key == nil {
+		return nil, errors.New("no certificate and key to authenticate with")
+	}
+	leaf, err := x509.ParseCertificate(cfg.Certificate[0])
+	if err != nil {
+		return nil, fmt.Errorf("our certificate: %w", err)
+	}
+	if public, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(cfg.Key.Public()) {
+		return nil, fmt.Errorf("our certificate %q and our key: %w", leaf.Subject, est.ErrKeyMismatch)
+	}
+	return leaf, nil
 }
 
 // NewSession makes a session of a connection that is already open, such as an
 // LwM2M Bootstrap-Server's; it belongs to the session then.
 func NewSession(conn *coap.Conn, uri URI) *Session { return &Session{conn: conn, uri: uri} }
 
+// Alerts that say nothing about a certificate (RFC 5246 §7.2).
+const (
+	alertInternalError coap.Alert = 80
+	alertUserCanceled  coap.Alert = 90
+)
+
+// alertMeaning is what an alert in the handshake means for EST, nil if nothing.
+func alertMeaning(alert coap.Alert, certificateSent bool, own *x509.Certificate, now time.Time) error {
+	switch {
+	case alert == coap.AlertCloseNotify, alert == alertInternalError, alert == alertUserCanceled:
+		return est.ErrUnreachable
+	case !certificateSent:
+		return nil
+	case alert == coap.AlertCertificateExpired && !now.Before(own.NotBefore) && !now.After(own.NotAfter):
+		return est.ErrCredentialNotYetValid
+	}
+	return est.ErrCredentialRefused
+}
+
 // classify names what a failed handshake or exchange means for EST.
 func classify(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return fmt.Errorf("%w: %w", ctx.Err(), err)
-	}
-	var handshake *coap.HandshakeError
-	if errors.As(err, &handshake) && handshake.Alert != nil {
-		switch *handshake.Alert {
-		case coap.AlertCertificateExpired:
-			// Our chain was judged by our own clock before: theirs is another.
-			return fmt.Errorf("%w: %w", err, est.ErrCredentialNotYetValid)
-		case coap.AlertCloseNotify:
-			return fmt.Errorf("%w: %w", err, est.ErrUnreachable)
-		}
-		if handshake.CertificateSent {
-			return fmt.Errorf("%w: %w", err, est.ErrCredentialRefused)
-		}
+	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		return fmt.Errorf("%w: %w", context.Canceled, err)
+	case errors.Is(err, est.ErrServerCertificate):
 		return err
-	}
-	for _, judged := range []error{est.ErrNotTrusted, est.ErrNotValidNow} {
-		if errors.Is(err, judged) {
-			return err
-		}
-	}
-	if errors.Is(err, coap.ErrTimeout) || errors.Is(err, coap.ErrClosed) || isNetwork(err) {
+	case errors.Is(err, coap.ErrTimeout), errors.Is(err, coap.ErrClosed), errors.Is(err, coap.ErrReset), isNetwork(err):
 		return fmt.Errorf("%w: %w", err, est.ErrUnreachable)
 	}
 	return err
@@ -127,10 +173,10 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 	}
 	resource := s.uri.String() + "/" + name
 	accept := uint16(est.ContentFormatPKCS7CertsOnly) // RFC 9148 §4.3
-	request := &coap.Request{Method: codes.GET, Path: s.uri.Root + "/" + name, Accept: &accept}
+	request := &coap.Request{Method: codeGET, Path: s.uri.Root + "/" + name, Accept: &accept}
 	if req.Operation != est.CACerts {
 		format := uint16(est.ContentFormatPKCS10)
-		request.Method, request.ContentFormat, request.Body = codes.POST, &format, req.Body
+		request.Method, request.ContentFormat, request.Body = codePOST, &format, req.Body
 	}
 	response, err := s.conn.Do(ctx, request)
 	if err != nil {
@@ -142,12 +188,12 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 // interpret maps a CoAP response to EST (RFC 9148 §4.5, §4.7).
 func interpret(operation est.Operation, resource string, response *coap.Response) (*est.Response, error) {
 	switch class := int(response.Code) >> 5; {
-	case response.Code == codes.ServiceUnavailable:
-		return nil, &est.PendingError{Operation: operation, Server: resource, RetryAfter: retryAfter(response.MaxAge)}
+	case response.Code == codeServiceUnavailable:
+		return nil, est.NewPendingError(operation, resource, retryAfter(response.MaxAge))
 	case class != 2:
 		return nil, &est.StatusError{
 			Operation: operation, Server: resource, Code: codeText(response.Code), Class: class,
-			Unauthorized: response.Code == codes.Unauthorized, Detail: est.NewDetail(response.Body),
+			Unauthorized: response.Code == codeUnauthorized, Detail: est.NewDetail(response.Body),
 		}
 	case response.ContentFormat == nil:
 		return nil, &est.ResponseError{Operation: operation, Err: errors.New("no content-format")}
@@ -164,7 +210,7 @@ func retryAfter(maxAge *uint32) time.Duration {
 }
 
 // codeText prints a code as the RFC does: "4.03 Forbidden".
-func codeText(code codes.Code) string {
+func codeText(code coap.Code) string {
 	return fmt.Sprintf("%d.%02d %s", code>>5, code&0x1f, code)
 }
 

@@ -10,10 +10,13 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"io"
+	"math"
 	"math/big"
 	"net"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -70,6 +73,7 @@ type world struct {
 	trust  *est.TrustAnchors
 	client *party
 	uri    coaps.URI
+	stop   func() // ends the server
 }
 
 func newWorld(t *testing.T, verifyClient func([]*x509.Certificate) error, handler coap.Handler) *world {
@@ -85,12 +89,13 @@ func newWorld(t *testing.T, verifyClient func([]*x509.Certificate) error, handle
 	}
 	done := make(chan error, 1)
 	go func() { done <- listening.Serve(handler) }()
-	t.Cleanup(func() {
+	stop := sync.OnceFunc(func() {
 		if err := listening.Close(); err != nil {
 			t.Error(err)
 		}
 		<-done
 	})
+	t.Cleanup(stop)
 	uri, err := coaps.ParseURI("coaps://" + listening.Addr().String() + "/est")
 	if err != nil {
 		t.Fatal(err)
@@ -99,7 +104,7 @@ func newWorld(t *testing.T, verifyClient func([]*x509.Certificate) error, handle
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &world{trust: trust, client: newParty(t, ca, "client", nil), uri: uri}
+	return &world{trust: trust, client: newParty(t, ca, "client", nil), uri: uri, stop: stop}
 }
 
 func (w *world) config() coaps.Config {
@@ -199,6 +204,36 @@ func TestAnswers(t *testing.T) {
 			}
 		})
 	}
+	t.Run("5.03 for 136 years", func(t *testing.T) {
+		answer.Store(&coap.Response{Code: codes.ServiceUnavailable, MaxAge: seconds(math.MaxUint32)})
+		var pending *est.PendingError
+		_, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.SimpleEnroll})
+		if !errors.As(err, &pending) || pending.RetryAfter != est.MaxRetryAfter || pending.Asked != math.MaxUint32*time.Second {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("4.01 is a refusal of the credential", func(t *testing.T) {
+		answer.Store(&coap.Response{Code: codes.Unauthorized})
+		if _, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts}); !errors.Is(err, est.ErrCredentialRefused) {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("any success with a format", func(t *testing.T) {
+		for _, code := range []codes.Code{codes.Created, codes.Changed, codes.Content} {
+			answer.Store(&coap.Response{Code: code, ContentFormat: number(287), Body: []byte("x")})
+			got, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.SimpleEnroll})
+			if diff := cmp.Diff(&est.Response{ContentFormat: est.ContentFormatPKIXCert, Body: []byte("x")}, got); err != nil || diff != "" {
+				t.Errorf("%s: %v (-want +got)\n%s", code, err, diff)
+			}
+		}
+	})
+	t.Run("a format that is not asked for", func(t *testing.T) {
+		answer.Store(&coap.Response{Code: codes.Content, ContentFormat: number(0), Body: []byte("hello")})
+		var response *est.ResponseError
+		if _, err := (&est.Client{Session: session}).CACerts(t.Context()); !errors.As(err, &response) {
+			t.Errorf("got %v", err)
+		}
+	})
 	t.Run("no content-format", func(t *testing.T) {
 		answer.Store(&coap.Response{Code: codes.Content, Body: []byte("x")})
 		var response *est.ResponseError
@@ -225,6 +260,8 @@ func TestDialRefused(t *testing.T) {
 		{"another CA", open, func(c *coaps.Config) { c.Trust = other.trust }, est.ErrNotTrusted},
 		{"another name", open, func(c *coaps.Config) { c.URI.Host = "localhost" }, est.ErrNotTrusted},
 		{"no trust anchors", open, func(c *coaps.Config) { c.Trust = nil }, est.ErrNotTrusted},
+		{"the key of another", open, func(c *coaps.Config) { c.Key = other.client.key }, est.ErrKeyMismatch},
+		{"a key that cannot sign", open, func(c *coaps.Config) { c.Key = broken{c.Key} }, errToken},
 		{"expired", open, func(c *coaps.Config) { c.Now = func() time.Time { return epoch.Add(2 * time.Hour) } }, est.ErrNotValidNow},
 		{"not yet valid", open, func(c *coaps.Config) { c.Now = func() time.Time { return time.Unix(0, 0) } }, est.ErrNotValidNow},
 	} {
@@ -240,6 +277,72 @@ func TestDialRefused(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestDialWithoutCredential(t *testing.T) {
+	w := newWorld(t, nil, func(context.Context, *coap.Request) *coap.Response { return &coap.Response{Code: codes.Content} })
+	for name, change := range map[string]func(*coaps.Config){
+		"no key":         func(c *coaps.Config) { c.Key = nil },
+		"no certificate": func(c *coaps.Config) { c.Certificate = nil },
+		"not one":        func(c *coaps.Config) { c.Certificate = [][]byte{{0x30, 0x00}} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := w.config()
+			change(&cfg)
+			if session, err := coaps.Dial(t.Context(), cfg); err == nil {
+				_ = session.Close()
+				t.Error("a session without a credential")
+			}
+		})
+	}
+}
+
+var errToken = errors.New("token is on fire")
+
+type broken struct{ crypto.Signer }
+
+func (broken) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) { return nil, errToken }
+
+// An open session that loses its server, or its caller.
+func TestRoundTripUnanswered(t *testing.T) {
+	open := func(t *testing.T) (session *coaps.Session, asked chan struct{}, stop func()) {
+		t.Helper()
+		asked = make(chan struct{}, 1)
+		ended := make(chan struct{})
+		w := newWorld(t, nil, func(context.Context, *coap.Request) *coap.Response {
+			asked <- struct{}{}
+			<-ended
+			return nil
+		})
+		t.Cleanup(func() { close(ended) })
+		return w.dial(t), asked, w.stop
+	}
+	request := &est.Request{Operation: est.CACerts}
+	t.Run("a deadline", func(t *testing.T) {
+		session, _, _ := open(t)
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		defer cancel()
+		_, err := session.RoundTrip(ctx, request)
+		if !errors.Is(err, est.ErrUnreachable) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v, want ErrUnreachable and the deadline", err)
+		}
+	})
+	t.Run("cancelled", func(t *testing.T) {
+		session, asked, _ := open(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { <-asked; cancel() }()
+		_, err := session.RoundTrip(ctx, request)
+		if !errors.Is(err, context.Canceled) || errors.Is(err, est.ErrUnreachable) {
+			t.Errorf("got %v, want context.Canceled", err)
+		}
+	})
+	t.Run("the server ends", func(t *testing.T) {
+		session, asked, stop := open(t)
+		go func() { <-asked; stop() }()
+		if _, err := session.RoundTrip(t.Context(), request); !errors.Is(err, est.ErrUnreachable) {
+			t.Errorf("got %v, want ErrUnreachable", err)
+		}
+	})
 }
 
 func TestDialUnreachable(t *testing.T) {
