@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -151,6 +152,7 @@ func TestHandshakeRefusals(t *testing.T) {
 		{"refuse-all", testserver.Faults{RefuseAll: true}, 0, factory, true},
 		{"refuse-client=issued, LDevID", testserver.Faults{RefuseIssued: true}, 0, device, true},
 		{"refuse-client=issued, IDevID", testserver.Faults{RefuseIssued: true}, 0, factory, false},
+		{"refuse-client=issued with a code", testserver.Faults{RefuseIssued: true, RefuseCode: "4.03"}, 0, device, false},
 		{"refuse-client=serial", testserver.Faults{RefuseClients: []string{device.cert.SerialNumber.Text(16)}}, 0, device, true},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -168,8 +170,13 @@ func TestHandshakeRefusals(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := (&est.Client{Session: session}).CACerts(t.Context()); err != nil {
+			_, err = (&est.Client{Session: session}).CACerts(t.Context())
+			var status *est.StatusError
+			switch code := test.faults.RefuseCode; {
+			case code == "" && err != nil:
 				t.Error(err)
+			case code != "" && !(errors.As(err, &status) && strings.HasPrefix(status.Code, code)):
+				t.Errorf("got %v, want code %s", err, code)
 			}
 		})
 	}

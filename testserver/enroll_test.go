@@ -73,6 +73,9 @@ func TestIssuedCertificateIsWhatWasAskedFor(t *testing.T) {
 	if err := server.Issuing().CheckSignatureFrom(server.Root()); err != nil {
 		t.Error(err)
 	}
+	if !server.Issuing().MaxPathLenZero {
+		t.Error("the issuing CA may issue to CAs")
+	}
 	for _, ca := range []*x509.Certificate{server.Root(), server.Issuing(), server.FactoryRoot()} {
 		if !bytes.HasPrefix([]byte(ca.Subject.CommonName), []byte("TEST ONLY")) {
 			t.Errorf("CA subject %q does not say TEST ONLY", ca.Subject)

@@ -106,8 +106,8 @@ type Server struct {
 	stopping context.Context // ends when Close begins
 	cancel   context.CancelFunc
 	serving  sync.WaitGroup
-	failed   chan struct{} // closed when a front door ended by itself
-	serveErr error         // before failed is closed
+	done     chan struct{} // closed when the CoAPs door has ended
+	serveErr error         // set before done is closed
 	close    func() error
 }
 
@@ -132,7 +132,7 @@ func start(cfg Config) (_ *Server, err error) {
 		cfg:      cfg,
 		deferred: make(map[replayKey]int),
 		issued:   make(map[shapedKey]issued),
-		failed:   make(chan struct{}),
+		done:     make(chan struct{}),
 	}
 	s.stopping, s.cancel = context.WithCancel(context.Background())
 	s.close = sync.OnceValue(s.stop)
@@ -172,7 +172,7 @@ func start(cfg Config) (_ *Server, err error) {
 		if err := s.coap.Serve(s.serveCoAP); err != nil {
 			s.serveErr = fmt.Errorf("test server: serve CoAPs: %w", err)
 		}
-		close(s.failed)
+		close(s.done)
 	})
 	if s.control != nil {
 		s.serving.Go(s.serveControl)
@@ -275,9 +275,9 @@ func (s *Server) SetFaults(f Faults) error {
 	return nil
 }
 
-// Failed is closed when the server has ended; if that was not through Close,
+// Done is closed when the server has ended; if that was not through Close,
 // Close returns why.
-func (s *Server) Failed() <-chan struct{} { return s.failed }
+func (s *Server) Done() <-chan struct{} { return s.done }
 
 // Close ends every connection, waits for the requests under way and closes the
 // record. It is idempotent.

@@ -192,7 +192,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		<-server.Failed()
+		<-server.Done()
 		if err := <-enrolled; err == nil {
 			t.Error("an enrolment of an hour is done")
 		}

@@ -79,7 +79,7 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			fmt.Fprintln(cmd.OutOrStdout(), "listening "+server.URI())
 			select {
 			case <-ctx.Done():
-			case <-server.Failed():
+			case <-server.Done():
 			}
 			return nil
 		},
