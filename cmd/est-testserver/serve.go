@@ -57,6 +57,9 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			if cfg.Faults, err = testserver.ParseFaults(faults); err != nil {
 				return err
 			}
+			if cfg.Lifetime == 0 || cfg.Backdate == 0 || cfg.ReplayWindow == 0 {
+				return errors.New("--lifetime, --backdate and --replay-window are at least 1s") // a zero Config field is a default
+			}
 			if verbose {
 				cfg.Logger = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 			}
