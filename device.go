@@ -141,6 +141,7 @@ type Device struct {
 	journal     *journal
 	security    *lwm2m.SecurityObject
 	clockWarned bool
+	sent        bool // the CSR of the operation may have reached a server
 }
 
 func (c *Config) setDefaults() {

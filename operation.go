@@ -86,6 +86,7 @@ func (d *Device) recover(ctx context.Context) (*Result, error) {
 	if op == nil {
 		return nil, d.removeUnreferencedFiles()
 	}
+	d.sent = true // as far as this run knows
 	d.say(op.Step, "going on with the %s of %s, interrupted at step %q", op.Kind, op.StartedAt.UTC().Format(time.RFC3339), op.Step)
 	result, err := d.proceed(ctx, true)
 	if result != nil {
@@ -177,6 +178,7 @@ func (d *Device) startRenew(ctx context.Context) error {
 func (d *Device) begin(op *operation) {
 	op.StartedAt = d.cfg.Now()
 	op.Deadline = op.StartedAt.Add(d.cfg.PendingLimit)
+	d.sent = false
 	d.journal.Operation = op
 }
 
@@ -401,6 +403,7 @@ func (d *Device) exchange(ctx context.Context, auth *pair) (_ *answer, err error
 	if op.Kind == KindRenew {
 		enroll = client.SimpleReenroll
 	}
+	d.sent = true
 	issued, err := enroll(ctx, op.CSR)
 	if err != nil {
 		return nil, err
@@ -461,8 +464,20 @@ func (d *Device) requestFailed(ctx context.Context, err error) error {
 		return err
 	case errors.As(err, &status) && status.Temporary():
 		return err
+	case d.sent && !isAnswer(err):
+		// Whoever sits on the network can present a wrong certificate or forge an
+		// alert of the handshake: that must not cost a request under decision.
+		return err
 	}
 	return d.discard(ctx, err)
+}
+
+// isAnswer reports an error that only the authenticated server can have caused.
+func isAnswer(err error) bool {
+	var status *est.StatusError
+	var response *est.ResponseError
+	return errors.As(err, &status) || errors.As(err, &response) || errors.Is(err, est.ErrKeyMismatch) ||
+		(errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow)) && !errors.Is(err, est.ErrServerCertificate)
 }
 
 func isEngineError(err error) bool {

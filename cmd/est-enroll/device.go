@@ -133,6 +133,9 @@ func (s *settings) transport(cfg *estenroll.Config) error {
 		return fmt.Errorf("server: %w", err)
 	}
 	cfg.ServerURI, cfg.ServerName = server.String(), server.Host
+	if s.maxRetransmit == 0 {
+		s.maxRetransmit = -1 // below, zero means the default
+	}
 	options := coaps.Config{
 		URI: server, BlockSize: s.blockSize, AckTimeout: s.ackTimeout, MaxRetransmit: s.maxRetransmit,
 		ExchangeTimeout: s.exchangeTimeout, HandshakeTimeout: s.handshakeTimeout,

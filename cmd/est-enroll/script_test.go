@@ -131,6 +131,7 @@ func (s *session) setup(env *testscript.Env) error {
 		name, value, _ := strings.Cut(pair, "=")
 		env.Setenv(name, value)
 	}
+	env.Setenv("BIN", s.bin) // the programs as they ship
 	env.Setenv("MODULE", s.token.ModulePath)
 	env.Setenv("TOKEN", s.token.Label)
 	env.Setenv("PIN", s.token.PIN)
