@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"sort"
 	"strings"
+	"time"
 )
 
 // An Address names a token, or one object in it, by the driver's own query
@@ -137,6 +138,10 @@ const (
 	ClassData        Class = "data"
 )
 
+// ClassToken stands for a whole token among the matches of an AmbiguousError,
+// whose ID is the token's serial number. No object has it.
+const ClassToken Class = "token"
+
 // Object is one object of a token's listing.
 type Object struct {
 	Class   Class
@@ -160,6 +165,10 @@ type Options struct {
 	// LockDir holds the writer locks of tokens, shared by all users of a token.
 	// Default: /run/lock/est-enroll, created with mode 1777.
 	LockDir string
+	// LockWait bounds the wait for a writer lock that another process holds, in
+	// Open and in every writing operation; their contexts may end it earlier.
+	// Default: 30s.
+	LockWait time.Duration
 	// AddressSource says where the engine's address was read: the source of a
 	// PIN that stands in the address itself.
 	AddressSource PINSource

@@ -50,7 +50,8 @@ func (e *Error) Error() string {
 // Unwrap returns the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
-// AmbiguousError says that an address names more than one object.
+// AmbiguousError says that an address names more than one object, or more than
+// one token.
 type AmbiguousError struct {
 	Address Address
 	Matches []Object
@@ -60,7 +61,11 @@ type AmbiguousError struct {
 func (e *AmbiguousError) Error() string {
 	names := make([]string, len(e.Matches))
 	for i, object := range e.Matches {
-		names[i] = fmt.Sprintf("%s %q id %x", object.Class, object.Label, object.ID)
+		identifier := fmt.Sprintf("id %x", object.ID)
+		if object.Class == ClassToken {
+			identifier = fmt.Sprintf("serial %q", object.ID)
+		}
+		names[i] = fmt.Sprintf("%s %q %s", object.Class, object.Label, identifier)
 	}
 	return fmt.Sprintf("%d objects match %s: %s", len(e.Matches), e.Address, strings.Join(names, "; "))
 }

@@ -10,7 +10,6 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/miekg/pkcs11"
 
@@ -18,209 +17,220 @@ import (
 )
 
 // caLabel begins the label of a chain certificate that we stored: only such a
-// one do we remove.
+// one do we remove. With the fingerprint it fits into 32 bytes, which is all that
+// some tokens have for a label.
 const caLabel = "est-enroll-ca-"
 
-// fingerprint tells certificates of one label apart.
+// fingerprint tells the certificates of one label apart.
 func fingerprint(cert *x509.Certificate) []byte {
 	digest := sha256.Sum256(cert.Raw)
 	return digest[:8]
 }
 
-// stored is a certificate object that could be read.
-type stored struct {
-	handle pkcs11.ObjectHandle
-	cert   *x509.Certificate
+// certificate is a certificate object that can be read.
+type certificate struct {
+	match
+	cert *x509.Certificate
 }
 
-// certificates reads the certificates that match a template; what cannot be
-// read is returned apart.
-func (e *Engine) certificates(u URI) (readable []stored, unreadable []pkcs11.ObjectHandle, err error) {
-	handles, err := e.search(template(u))
+// certificates returns the certificates that an address names; those that cannot
+// be read or parsed are left out.
+func (s *session) certificates(u URI) ([]certificate, error) {
+	u.Type = engine.ClassCertificate
+	whole, _, err := s.matches(u)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	for _, handle := range handles {
-		value, err := e.value(handle, pkcs11.CKA_VALUE)
-		if err != nil && !isUnreadable(err) {
-			return nil, nil, err
+	var certs []certificate
+	for _, m := range whole {
+		value, err := s.value(m.handle, pkcs11.CKA_VALUE)
+		if err != nil && !errors.Is(err, errUnreadable) {
+			return nil, err
 		}
-		cert, parseErr := x509.ParseCertificate(value)
-		if err != nil || parseErr != nil {
-			unreadable = append(unreadable, handle)
-			continue
+		if cert, parseErr := x509.ParseCertificate(value); err == nil && parseErr == nil {
+			certs = append(certs, certificate{m, cert})
 		}
-		readable = append(readable, stored{handle, cert})
 	}
-	return readable, unreadable, nil
-}
-
-// certificate returns the one certificate that an address names.
-func (e *Engine) certificate(u URI) (stored, error) {
-	readable, unreadable, err := e.certificates(u)
-	switch {
-	case err != nil:
-		return stored{}, err
-	case len(readable) == 0 && len(unreadable) > 0:
-		return stored{}, fmt.Errorf("%d objects that cannot be read: %w", len(unreadable), engine.ErrNotFound)
-	case len(readable) == 0:
-		return stored{}, engine.ErrNotFound
-	case len(readable) > 1:
-		ambiguous := &engine.AmbiguousError{Address: u}
-		for _, match := range readable {
-			ambiguous.Matches = append(ambiguous.Matches, e.describe(match.handle))
-		}
-		return stored{}, ambiguous
-	}
-	return readable[0], nil
+	return certs, nil
 }
 
 // Certificate implements engine.CertificateStore.
 func (e *Engine) Certificate(ctx context.Context, at engine.Address) (*x509.Certificate, error) {
+	const op = "read certificate"
 	u, err := e.objectAddress(at, engine.ClassCertificate)
 	if err != nil {
-		return nil, fail("read certificate", at, e.moduleName(), err)
+		return nil, fail(op, at, e.uri.ModulePath, err)
 	}
-	var found stored
-	err = e.read(ctx, "read certificate", u, func() (err error) {
-		found, err = e.certificate(u)
-		return err
+	var cert *x509.Certificate
+	err = e.read(ctx, op, u, func(s *session) error {
+		found, err := s.certificates(u)
+		switch {
+		case err != nil:
+			return err
+		case len(found) > 1:
+			var matches []match
+			for _, c := range found {
+				matches = append(matches, c.match)
+			}
+			return ambiguous(u, matches)
+		case len(found) == 1:
+			cert = found[0].cert
+			return nil
+		}
+		if there, err := s.find(u); err != nil || len(there) == 0 {
+			return errors.Join(engine.ErrNotFound, err)
+		}
+		return fmt.Errorf("%w: what is there cannot be read as a certificate", engine.ErrNotFound)
 	})
-	return found.cert, err
+	return cert, err
 }
 
 // CertificateAddresses implements engine.CertificateStore.
-func (e *Engine) CertificateAddresses(ctx context.Context, key engine.Address, chain []*x509.Certificate) (out []engine.Address, err error) {
+func (e *Engine) CertificateAddresses(ctx context.Context, key engine.Address, chain []*x509.Certificate) ([]engine.Address, error) {
+	const op = "place certificates of"
 	u, err := e.objectAddress(key, engine.ClassPrivateKey)
 	if err == nil && len(chain) == 0 {
-		err = errors.New("an empty chain")
+		err = errors.New("the chain is empty")
 	}
 	if err != nil {
-		return nil, fail("plan certificates", key, e.moduleName(), err)
+		return nil, fail(op, key, e.uri.ModulePath, err)
 	}
-	err = e.read(ctx, "plan certificates", u, func() error {
-		handle, err := e.findOne(u)
+	var at []engine.Address
+	err = e.read(ctx, op, u, func(s *session) error {
+		private, err := s.one(u)
 		if err != nil {
 			return err
 		}
-		object := e.describe(handle)
-		if object.Err != nil {
-			return object.Err
+		if len(private.ID) == 0 {
+			return errors.New("the key has no CKA_ID, by which its certificate is found")
 		}
-		if len(object.ID) == 0 {
-			return errors.New("the key has no CKA_ID")
+		leaf := URI{Token: e.label, Object: fmt.Sprintf("%s-%x", private.Label, fingerprint(chain[0])), ID: string(private.ID), Type: engine.ClassCertificate}
+		if len(leaf.Object) > maxText {
+			return fmt.Errorf("the key's label is too long for its certificate's: more than %d bytes", maxText)
 		}
-		leaf := URI{Token: e.label, Object: fmt.Sprintf("%s-%x", object.Label, fingerprint(chain[0])), ID: string(object.ID), Type: engine.ClassCertificate}
-		out = []engine.Address{leaf}
+		at = []engine.Address{leaf}
+		all, err := s.certificates(URI{})
+		if err != nil {
+			return err
+		}
 		for _, cert := range chain[1:] {
-			at, err := e.chainAddress(cert, object.ID)
-			if err != nil {
-				return err
-			}
-			out = append(out, at)
+			at = append(at, e.chainAddress(cert, all, private.ID))
 		}
 		return nil
 	})
-	return out, err
+	return at, err
 }
 
-// chainAddress is where a chain certificate is, or will be.
-func (e *Engine) chainAddress(cert *x509.Certificate, keyID []byte) (URI, error) {
+// chainAddress is where a chain certificate is, or will be: shared by value with
+// whatever the token holds, ours before anybody else's.
+func (e *Engine) chainAddress(cert *x509.Certificate, all []certificate, keyID []byte) URI {
 	ours := URI{Token: e.label, Object: fmt.Sprintf("%s%x", caLabel, fingerprint(cert)), ID: string(fingerprint(cert)), Type: engine.ClassCertificate}
-	all, _, err := e.certificates(URI{Type: engine.ClassCertificate})
-	if err != nil {
-		return URI{}, err
-	}
 	shared := ours
 	for _, other := range all {
-		if !other.cert.Equal(cert) {
-			continue
-		}
-		object := e.describe(other.handle)
-		at, ok := object.Address.(URI)
-		if at == ours {
-			return ours, nil
-		}
-		// A reference carries both id and label, and never the key's id.
-		if ok && object.Err == nil && at.Object != "" && at.ID != "" && !bytes.Equal(object.ID, keyID) {
-			if _, err := e.certificate(at); err == nil {
-				shared = at
-			}
+		u, ok := other.Address.(URI)
+		switch {
+		case !ok || !other.cert.Equal(cert):
+		case u == ours:
+			return ours
+		case u.Object == "" || u.ID == "" || bytes.Equal(other.ID, keyID) || shared != ours:
+			// A reference carries both label and id, and never the key's id.
+		case alone(u, all):
+			shared = u
 		}
 	}
-	return shared, nil
+	return shared
 }
 
-// StoreCertificates implements engine.CertificateStore.
-func (e *Engine) StoreCertificates(ctx context.Context, at []engine.Address, chain []*x509.Certificate) error {
-	places, err := e.certificatePlaces(at)
-	if err == nil && len(places) != len(chain) {
-		err = fmt.Errorf("%d addresses for %d certificates", len(at), len(chain))
-	}
-	if err != nil {
-		return fail("store certificates", nil, e.moduleName(), err)
-	}
-	// The chain first: a leaf that is there has its chain.
-	for i := len(chain) - 1; i >= 0; i-- {
-		err := e.write(ctx, "store certificate", places[i], func() error { return e.storeCertificate(places[i], chain[i]) })
-		if err != nil {
-			return err
+// alone reports whether an address names one certificate: a reference to a twin
+// would be ambiguous.
+func alone(u URI, all []certificate) bool {
+	n := 0
+	for _, other := range all {
+		if other.Address == engine.Address(u) {
+			n++
 		}
 	}
-	return nil
+	return n == 1
 }
 
-// certificatePlaces checks that addresses carry both id and label: two
-// certificates may exist for one key.
-func (e *Engine) certificatePlaces(at []engine.Address) ([]URI, error) {
+// places checks addresses of certificates: two may exist for one key, so a
+// reference carries both id and label.
+func (e *Engine) places(at []engine.Address) ([]URI, error) {
+	if len(at) == 0 {
+		return nil, errors.New("no addresses")
+	}
 	places := make([]URI, len(at))
 	for i, address := range at {
 		u, err := e.objectAddress(address, engine.ClassCertificate)
+		if err == nil && (u.Object == "" || u.ID == "") {
+			err = errors.New("both object and id are wanted")
+		}
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", address, err)
-		}
-		if u.Object == "" || u.ID == "" {
-			return nil, fmt.Errorf("%s: want both object and id", u)
 		}
 		places[i] = u
 	}
 	return places, nil
 }
 
-// storeCertificate creates the object, reads it back and then destroys what was
-// in its place: values are never written in place.
-func (e *Engine) storeCertificate(u URI, cert *x509.Certificate) error {
-	readable, broken, err := e.certificates(u)
+// StoreCertificates implements engine.CertificateStore.
+func (e *Engine) StoreCertificates(ctx context.Context, at []engine.Address, chain []*x509.Certificate) error {
+	const op = "store certificates"
+	places, err := e.places(at)
+	if err == nil && len(places) != len(chain) {
+		err = fmt.Errorf("%d addresses for %d certificates", len(places), len(chain))
+	}
+	if err != nil {
+		return fail(op, nil, e.uri.ModulePath, err)
+	}
+	return e.write(ctx, op, places[0], func(s *session) error {
+		for i := len(chain) - 1; i >= 0; i-- { // a leaf that is there has its chain
+			if err := s.storeCertificate(places[i], chain[i]); err != nil {
+				return fmt.Errorf("%s: %w", places[i], err)
+			}
+		}
+		return nil
+	})
+}
+
+// storeCertificate creates the object, reads it back, and then destroys what was
+// half-written in its place. Another certificate there is not ours to destroy.
+func (s *session) storeCertificate(u URI, cert *x509.Certificate) error {
+	handles, err := s.find(u)
 	if err != nil {
 		return err
 	}
-	kept := false
-	for _, other := range readable {
-		if !kept && other.cert.Equal(cert) {
-			kept = true
-			continue
+	var broken []pkcs11.ObjectHandle
+	stored := false
+	for _, handle := range handles {
+		value, err := s.value(handle, pkcs11.CKA_VALUE)
+		if err != nil && !errors.Is(err, errUnreadable) {
+			return err
 		}
-		broken = append(broken, other.handle)
+		other, parseErr := x509.ParseCertificate(value)
+		switch {
+		case err != nil || parseErr != nil || stored && other.Equal(cert):
+			broken = append(broken, handle)
+		case other.Equal(cert):
+			stored = true
+		default:
+			return engine.ErrExists
+		}
 	}
-	if !kept {
-		if err := e.createCertificate(u, cert); err != nil {
+	if !stored {
+		if err := s.createCertificate(u, cert); err != nil {
 			return err
 		}
 	}
-	for _, handle := range broken {
-		if err := e.destroy(handle); err != nil {
-			return err
-		}
-	}
-	return nil
+	return s.destroy(broken...)
 }
 
-func (e *Engine) createCertificate(u URI, cert *x509.Certificate) error {
+func (s *session) createCertificate(u URI, cert *x509.Certificate) error {
 	serial, err := asn1.Marshal(cert.SerialNumber)
 	if err != nil {
 		return err
 	}
-	handle, err := e.module.ctx.CreateObject(e.session, []*pkcs11.Attribute{
+	handle, err := s.create([]*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_CERTIFICATE),
 		pkcs11.NewAttribute(pkcs11.CKA_CERTIFICATE_TYPE, pkcs11.CKC_X_509),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
@@ -233,71 +243,83 @@ func (e *Engine) createCertificate(u URI, cert *x509.Certificate) error {
 		pkcs11.NewAttribute(pkcs11.CKA_VALUE, cert.Raw),
 	})
 	if err != nil {
-		return fmt.Errorf("create object: %w", err)
+		return err
 	}
-	value, err := e.value(handle, pkcs11.CKA_VALUE)
-	if err != nil {
-		return fmt.Errorf("read back: %w", err)
+	values, err := s.values(handle, pkcs11.CKA_LABEL, pkcs11.CKA_ID, pkcs11.CKA_VALUE)
+	if err == nil && (string(values[0]) != u.Object || string(values[1]) != u.ID || !bytes.Equal(values[2], cert.Raw)) {
+		err = errors.New("the token gives back another certificate than it was given: it is destroyed")
 	}
-	if !bytes.Equal(value, cert.Raw) {
-		return errors.Join(errors.New("the token gives back another certificate than it was given: it is destroyed"), e.destroy(handle))
+	if err == nil || s.lost(err) {
+		return err
 	}
-	return nil
+	return errors.Join(fmt.Errorf("read back: %w", err), s.destroy(handle))
 }
 
 // RemoveCertificates implements engine.CertificateStore.
 func (e *Engine) RemoveCertificates(ctx context.Context, at []engine.Address) error {
-	places, err := e.certificatePlaces(at)
+	const op = "remove certificates"
+	places, err := e.places(at)
 	if err != nil {
-		return fail("remove certificates", nil, e.moduleName(), err)
+		return fail(op, nil, e.uri.ModulePath, err)
 	}
-	for i, place := range places {
-		err := e.write(ctx, "remove certificate", place, func() error {
-			if i > 0 {
-				if needed, err := e.needed(place); err != nil || needed {
-					return err
-				}
-			}
-			handles, err := e.search(template(place))
-			if err != nil {
-				return err
-			}
-			for _, handle := range handles {
-				if err := e.destroy(handle); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
+	return e.write(ctx, op, places[0], func(s *session) error {
+		leaf, err := s.find(places[0])
 		if err != nil {
 			return err
 		}
-	}
-	return nil
+		if err := s.destroy(leaf...); err != nil || len(places) == 1 {
+			return err
+		}
+		all, err := s.certificates(URI{})
+		if err != nil {
+			return err
+		}
+		return s.destroy(unneeded(all, places[1:])...)
+	})
 }
 
-// needed reports whether a chain certificate is not ours to remove, or one that
-// another certificate in the token was issued under: chain certificates are
-// shared, and counted by what refers to them.
-func (e *Engine) needed(place URI) (bool, error) {
-	if !strings.HasPrefix(place.Object, caLabel) {
-		return true, nil
-	}
-	ca, err := e.certificate(place)
-	if errors.Is(err, engine.ErrNotFound) {
-		return false, nil // half-written, or gone
-	}
-	if err != nil {
-		return false, err
-	}
-	all, _, err := e.certificates(URI{Type: engine.ClassCertificate})
-	if err != nil {
-		return false, err
-	}
-	for _, other := range all {
-		if other.handle != ca.handle && !other.cert.Equal(ca.cert) && bytes.Equal(other.cert.RawIssuer, ca.cert.RawSubject) && other.cert.CheckSignatureFrom(ca.cert) == nil {
-			return true, nil
+// unneeded returns those of our chain certificates under which no certificate
+// that stays was issued. They may have issued each other.
+func unneeded(all []certificate, places []URI) []pkcs11.ObjectHandle {
+	candidates := map[pkcs11.ObjectHandle]*x509.Certificate{}
+	var stay []*x509.Certificate
+	for _, c := range all {
+		if isPlace(c, places) {
+			candidates[c.handle] = c.cert
+		} else {
+			stay = append(stay, c.cert)
 		}
 	}
-	return false, nil
+	for i := 0; i < len(stay); i++ { // stay grows by the issuers of what stays
+		for handle, ca := range candidates {
+			if issued(ca, stay[i]) {
+				delete(candidates, handle)
+				stay = append(stay, ca)
+			}
+		}
+	}
+	var doomed []pkcs11.ObjectHandle
+	for handle := range candidates {
+		doomed = append(doomed, handle)
+	}
+	return doomed
+}
+
+// isPlace reports whether a certificate is at one of the places and was stored
+// there by this program: its label says so, with its fingerprint.
+func isPlace(c certificate, places []URI) bool {
+	if c.Label != fmt.Sprintf("%s%x", caLabel, fingerprint(c.cert)) {
+		return false
+	}
+	for _, place := range places {
+		if c.Address == engine.Address(place) {
+			return true
+		}
+	}
+	return false
+}
+
+func issued(ca, cert *x509.Certificate) bool {
+	return bytes.Equal(cert.RawIssuer, ca.RawSubject) && !cert.Equal(ca) &&
+		ca.CheckSignature(cert.SignatureAlgorithm, cert.RawTBSCertificate, cert.Signature) == nil
 }

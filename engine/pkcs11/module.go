@@ -3,10 +3,14 @@
 package pkcs11
 
 import (
+	"context"
+	"debug/elf"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
 	"sync"
 
 	"github.com/miekg/pkcs11"
@@ -14,113 +18,190 @@ import (
 	"estenroll/engine"
 )
 
-// modules is the table of loaded modules by path: PKCS#11 is initialised once a
-// process, so there is one handle for all engines of a module.
+// modules are the modules that this process has loaded, by path: PKCS #11 is
+// initialised once a process, so all engines of a module share one handle. They
+// stay loaded: miekg/pkcs11 crashes the process when a handle is used after its
+// Destroy, and a library that has threads may when it is unloaded.
 var modules = struct {
 	sync.Mutex
 	byPath map[string]*module
 }{byPath: map[string]*module{}}
 
-// module is a loaded PKCS#11 module. Its mutex is held around every call into
-// it: the engines of one module take turns, and none can call while another
-// finalises it, which would crash the process.
+// module is a loaded PKCS #11 module.
 type module struct {
-	path  string
-	users int // guarded by modules
+	path string // without symbolic links: one module has one path
 
-	mu sync.Mutex
-	// ctx is nil when the module could not be loaded again after a device loss.
+	// gate is held around every call into the module and guards what follows:
+	// engines take turns, and none calls while another finalises. A channel, for a
+	// wait on it ends with its context.
+	gate chan struct{}
+
 	ctx *pkcs11.Ctx
-	// owns says that we initialised it and may finalise it.
-	owns bool
-	// generation counts the initialisations: a session of another is dead.
+	// users are the engines that are open or being opened.
+	users int
+	// initialized says that calls are allowed, owned that we did it and may undo it.
+	initialized, owned bool
+	// generation counts initialisations: what an earlier one opened is gone.
 	generation int
-	// failed are the PINs that a token refused in this process.
-	failed map[string][]engine.Secret
+	tokens     map[tokenID]*token
+	// refused are the PINs that a token refused in this process.
+	refused map[tokenID][]engine.Secret
 }
 
-// acquireModule loads a module, or shares it.
-func acquireModule(path string) (*module, error) {
+// tokenID is what identifies a token within a module.
+type tokenID struct{ label, serial string }
+
+// loadModule loads the module at a path, or returns the one that is loaded.
+func loadModule(path string) (*module, error) {
 	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", engine.ErrModule, err)
 	}
-	info, err := os.Stat(resolved)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", engine.ErrModule, err)
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%w: not a regular file", engine.ErrModule)
-	}
 	modules.Lock()
 	defer modules.Unlock()
-	m := modules.byPath[resolved]
-	if m == nil {
-		m = &module{path: path, failed: map[string][]engine.Secret{}}
-		if err := m.load(); err != nil {
-			return nil, err
-		}
-		modules.byPath[resolved] = m
+	if m := modules.byPath[resolved]; m != nil {
+		return m, nil
 	}
-	m.users++
+	if err := checkModule(resolved); err != nil {
+		return nil, fmt.Errorf("%w: %w", engine.ErrModule, err)
+	}
+	ctx := pkcs11.New(resolved)
+	if ctx == nil { // without a reason
+		return nil, fmt.Errorf("%w: it is no PKCS #11 module, or a library that it needs is missing", engine.ErrModule)
+	}
+	m := &module{path: resolved, gate: make(chan struct{}, 1), ctx: ctx, tokens: map[tokenID]*token{}, refused: map[tokenID][]engine.Secret{}}
+	modules.byPath[resolved] = m
 	return m, nil
 }
 
-// release finalises the module after its last user.
-func (m *module) release() error {
-	modules.Lock()
-	defer modules.Unlock()
-	if m.users--; m.users > 0 {
+// checkModule refuses what dlopen would refuse without a reason, and a file that
+// was cut short, whose missing pages would end the process with a signal.
+func checkModule(path string) error {
+	status, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if !status.Mode().IsRegular() {
+		return errors.New("it is not a regular file")
+	}
+	if runtime.GOOS != "linux" {
 		return nil
 	}
-	for path, known := range modules.byPath {
-		if known == m {
-			delete(modules.byPath, path)
+	file, err := elf.Open(path)
+	if err != nil {
+		return fmt.Errorf("it is not a library: %w", err)
+	}
+	defer file.Close() // nothing was written
+	for _, program := range file.Progs {
+		if program.Type == elf.PT_LOAD && program.Off+program.Filesz > uint64(status.Size()) {
+			return errors.New("it is cut short")
 		}
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.unload()
+	return nil
 }
 
-// load initialises the module. The mutex is held, or nobody knows m yet.
-func (m *module) load() error {
-	ctx := pkcs11.New(m.path)
-	if ctx == nil {
-		// miekg/pkcs11 has no reason to give: dlopen refused it, or it has no
-		// C_GetFunctionList.
-		return fmt.Errorf("%w: it is not a PKCS#11 module for this machine", engine.ErrModule)
+// enter waits for the module. The caller leaves it.
+func (m *module) enter(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
 	}
-	err := ctx.Initialize()
-	m.owns = err == nil
-	if err != nil && !errors.Is(err, pkcs11.Error(pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED)) {
-		ctx.Destroy()
-		return fmt.Errorf("%w: initialize: %w", engine.ErrModule, err)
+	select {
+	case m.gate <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
-	m.ctx = ctx
+}
+
+func (m *module) leave() { <-m.gate }
+
+// start initialises the module if it is not.
+func (m *module) start() error {
+	if m.initialized {
+		return nil
+	}
+	err := m.ctx.Initialize()
+	m.owned = err == nil
+	// Another library of this process did: its sessions live on, so it is not
+	// ours to finalise.
+	if err != nil && !isCode(err, pkcs11.CKR_CRYPTOKI_ALREADY_INITIALIZED) {
+		return fmt.Errorf("initialize: %w", explain(err))
+	}
+	m.initialized = true
 	m.generation++
 	return nil
 }
 
-// unload finalises the module, whatever the count. The mutex is held. Nothing is
-// called after it: that would crash the process.
-func (m *module) unload() error {
-	if m.ctx == nil {
+// stop finalises the module, whatever the count of its users: every session is
+// gone with it. Nothing is called before the next start.
+func (m *module) stop() error {
+	if !m.initialized {
 		return nil
 	}
-	var err error
-	if m.owns {
-		err = m.ctx.Finalize()
-	}
-	m.ctx.Destroy()
-	m.ctx = nil
+	m.initialized = false
 	m.generation++
-	return err
+	if !m.owned {
+		return nil
+	}
+	return explain(m.ctx.Finalize())
 }
 
-// reload is what is left to do when a device is gone: every session of the
-// module is dead, and a module may serve dead ones until it is finalised.
-func (m *module) reload() error {
-	_ = m.unload() // the finalising of a module whose device is gone may fail
-	return m.load()
+// release stops the module after its last user.
+func (m *module) release() error {
+	if m.users--; m.users > 0 {
+		return nil
+	}
+	return m.stop()
+}
+
+// slot is a slot that holds an initialised token.
+type slot struct {
+	number uint
+	id     tokenID
+	flags  uint
+}
+
+func (s slot) String() string { return fmt.Sprintf("token %q serial %q", s.id.label, s.id.serial) }
+
+// slots lists the tokens that match.
+func (m *module) slots(match func(slot) bool) (found []slot, others []string, err error) {
+	numbers, err := m.ctx.GetSlotList(true)
+	if err != nil {
+		return nil, nil, fmt.Errorf("list tokens: %w", explain(err))
+	}
+	for _, number := range numbers {
+		info, err := m.ctx.GetTokenInfo(number)
+		if err != nil || info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
+			continue // a slot that lost its token meanwhile, or has a blank one
+		}
+		s := slot{number, tokenID{trim(info.Label), trim(info.SerialNumber)}, info.Flags}
+		if match(s) {
+			found = append(found, s)
+		} else {
+			others = append(others, s.String())
+		}
+	}
+	return found, others, nil
+}
+
+func trim(padded string) string { return strings.TrimRight(padded, " \x00") }
+
+// slot finds the one token that matches what an address asks for.
+func (m *module) slot(at engine.Address, match func(slot) bool) (slot, error) {
+	found, others, err := m.slots(match)
+	switch {
+	case err != nil:
+		return slot{}, err
+	case len(found) > 1:
+		ambiguous := &engine.AmbiguousError{Address: at}
+		for _, s := range found {
+			ambiguous.Matches = append(ambiguous.Matches, engine.Object{Class: engine.ClassToken, Label: s.id.label, ID: []byte(s.id.serial)})
+		}
+		return slot{}, ambiguous
+	case len(found) == 1:
+		return found[0], nil
+	case len(others) > 0:
+		return slot{}, fmt.Errorf("%w: there are %s", engine.ErrTokenNotFound, strings.Join(others, "; "))
+	}
+	return slot{}, fmt.Errorf("%w: the module shows none", engine.ErrTokenNotFound)
 }

@@ -67,15 +67,15 @@ func (e *ParseError) Error() string {
 // attribute that is ignored would widen the selection.
 var (
 	pathAttributes = []attribute{
-		{"token", maxToken, text, func(u *URI) *string { return &u.Token }},
-		{"object", maxText, text, func(u *URI) *string { return &u.Object }},
-		{"id", maxID, raw, func(u *URI) *string { return &u.ID }},
-		{"type", maxText, class, func(u *URI) *string { return (*string)(&u.Type) }},
+		{"token", maxToken, checkText, func(u *URI) *string { return &u.Token }},
+		{"object", maxText, checkText, func(u *URI) *string { return &u.Object }},
+		{"id", maxID, checkRaw, func(u *URI) *string { return &u.ID }},
+		{"type", maxText, checkClass, func(u *URI) *string { return (*string)(&u.Type) }},
 	}
 	queryAttributes = []attribute{
-		{"module-path", maxPath, path, func(u *URI) *string { return &u.ModulePath }},
-		{"pin-source", maxPath, pinSource, func(u *URI) *string { return &u.PINSource }},
-		{pinValue, maxPIN, text, nil},
+		{"module-path", maxPath, checkPath, func(u *URI) *string { return &u.ModulePath }},
+		{"pin-source", maxPath, checkPINSource, func(u *URI) *string { return &u.PINSource }},
+		{pinValue, maxPIN, checkText, nil},
 	}
 )
 
@@ -209,10 +209,10 @@ func decode(encoded, avail string) (value, reason string) {
 	return b.String(), ""
 }
 
-func raw(value string) (string, string) { return value, "" }
+func checkRaw(value string) (string, string) { return value, "" }
 
-// text is UTF-8 below its percent-encoding (RFC 7512 §2.3).
-func text(value string) (string, string) {
+// checkText wants UTF-8 below its percent-encoding (RFC 7512 §2.3).
+func checkText(value string) (string, string) {
 	switch {
 	case !utf8.ValidString(value):
 		return "", "not UTF-8"
@@ -222,7 +222,7 @@ func text(value string) (string, string) {
 	return value, ""
 }
 
-func class(value string) (string, string) {
+func checkClass(value string) (string, string) {
 	switch engine.Class(value) {
 	case engine.ClassPrivateKey, engine.ClassPublicKey, engine.ClassCertificate, engine.ClassSecretKey, engine.ClassData:
 		return value, ""
@@ -230,23 +230,23 @@ func class(value string) (string, string) {
 	return "", "not one of private, public, cert, secret-key and data"
 }
 
-func path(value string) (string, string) {
+func checkPath(value string) (string, string) {
 	if !filepath.IsAbs(value) {
 		return "", "not an absolute path"
 	}
-	return text(value)
+	return checkText(value)
 }
 
-// pinSource takes "file:/path" and "file:///path" (RFC 8089) and a bare path,
+// checkPINSource takes "file:/path" and "file:///path" (RFC 8089) and a bare path,
 // all of them decoded once already.
-func pinSource(value string) (string, string) {
+func checkPINSource(value string) (string, string) {
 	if after, found := strings.CutPrefix(value, "file:"); found {
 		value = after
 		if after, found := strings.CutPrefix(value, "//"); found {
 			value = after
 		}
 	}
-	return path(value)
+	return checkPath(value)
 }
 
 // Scheme returns "pkcs11".
