@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -290,8 +291,12 @@ func escapeValue(value string) string {
 		case strings.ContainsRune(`"+,;<>\`, r), r == '#' && i == 0, r == ' ' && (i == 0 || i == len(value)-1):
 			out.WriteByte('\\')
 			out.WriteRune(r)
-		case r < ' ' || r == 0x7f:
-			fmt.Fprintf(&out, `\%02x`, r)
+		case !unicode.IsPrint(r):
+			// A name from the network must not steer a terminal: control
+			// characters, and those that turn the direction of writing.
+			for _, b := range []byte(string(r)) {
+				fmt.Fprintf(&out, `\%02x`, b)
+			}
 		default:
 			out.WriteRune(r)
 		}
