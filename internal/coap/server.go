@@ -18,7 +18,8 @@ import (
 
 // Handler answers one whole request. It runs in a goroutine of its own, once
 // per request, whatever is lost, repeated or asked for again. Its context ends
-// with the connection. A nil response, or a panic, is answered 5.00.
+// with the connection; a handler that outlives it holds up Close. A nil
+// response, or a panic, is answered 5.00.
 type Handler func(ctx context.Context, req *Request) *Response
 
 // Server answers requests over DTLS.
@@ -93,11 +94,12 @@ func (s *Server) Close() error {
 	s.conns = map[*dtls.Conn]struct{}{}
 	s.mu.Unlock()
 	err := s.listener.Close()
-	s.cancel()
 	for conn := range conns {
 		// Closing twice is no error, and the peer may have closed before us.
 		_ = conn.Close()
 	}
+	// After the connections: a handler that gives up must not become a 5.00.
+	s.cancel()
 	s.serving.Wait()
 	if err != nil && !errors.Is(err, net.ErrClosed) {
 		return fmt.Errorf("close: %s: %w", s.Addr(), err)
