@@ -31,10 +31,8 @@ func BuildTime() time.Time {
 // boots in 1970. Only verified certificates move it forward, since one wrong
 // jump would poison the device for ever.
 func (d *Device) verificationTime() (time.Time, error) {
-	now, floor, source := d.cfg.Now(), d.cfg.BuildTime, "the build's commit time"
-	if d.journal.VerifiedNotBefore.After(floor) {
-		floor, source = d.journal.VerifiedNotBefore, "the newest certificate this device has verified"
-	}
+	now := d.cfg.Now()
+	floor, source := d.clockFloor()
 	if !now.Before(floor) {
 		return now, nil
 	}
@@ -47,6 +45,14 @@ func (d *Device) verificationTime() (time.Time, error) {
 		d.warn("the system clock says %s: verifying with %s, %s", now.UTC().Format(time.RFC3339), source, floor.UTC().Format(time.RFC3339))
 	}
 	return floor, nil
+}
+
+// clockFloor is the earliest time that it can be, and how that is known.
+func (d *Device) clockFloor() (floor time.Time, source string) {
+	if d.journal.VerifiedNotBefore.After(d.cfg.BuildTime) {
+		return d.journal.VerifiedNotBefore, "the newest certificate this device has verified"
+	}
+	return d.cfg.BuildTime, "the build's commit time"
 }
 
 // sawVerified moves the verification time's floor; the caller saves the journal.

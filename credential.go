@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto"
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 
 	"estenroll/engine"
@@ -74,8 +76,14 @@ func (d *Device) openCredential(ctx context.Context, c credential) (*pair, error
 	if c.ExplicitTA != "" {
 		// "…the EST client uses the Explicit TA database in new sessions":
 		// RFC 9148 §3, RFC 7030 §4.1.3.
-		if p.trust, err = d.loadExplicitTA(c.ExplicitTA); err != nil {
+		anchors, err := d.loadExplicitTA(c.ExplicitTA)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			d.warn("%v: the server is judged by the configured trust anchors until the next renewal", err)
+		case err != nil:
 			return nil, err
+		default:
+			p.trust = anchors
 		}
 	}
 	return p, nil
@@ -141,4 +149,25 @@ func (d *Device) prepare(ctx context.Context) (*pair, error) {
 		return idevid, nil
 	}
 	return idevid, d.pointSecurityAt(d.cfg.IDevID.Key, d.cfg.IDevID.Certificate, nil)
+}
+
+// restoreSecurity makes up for a Security object that was lost while the journal
+// was not: it points at the newest credential that is whole, else at the IDevID.
+func (d *Device) restoreSecurity(ctx context.Context) error {
+	if _, exists := d.security.Instance(d.cfg.Security.Instance); exists || len(d.journal.Credentials) == 0 && d.journal.Operation == nil {
+		return nil
+	}
+	for _, c := range d.journal.Credentials {
+		_, err := d.openCredential(ctx, c)
+		if errors.Is(err, engine.ErrNotFound) || errors.Is(err, ErrState) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		d.warn("the Security object has no instance /0/%d: it points at %s again", d.cfg.Security.Instance, c.Certificates[0])
+		return d.pointSecurityAt(c.Key.Address, c.Certificates[0].Address, nil)
+	}
+	_, err := d.prepare(ctx)
+	return err
 }

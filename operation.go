@@ -82,6 +82,9 @@ func (d *Device) Recover(ctx context.Context) (*Result, error) {
 }
 
 func (d *Device) recover(ctx context.Context) (*Result, error) {
+	if err := d.restoreSecurity(ctx); err != nil {
+		return nil, err
+	}
 	op := d.journal.Operation
 	if op == nil {
 		return nil, d.removeUnreferencedFiles()
@@ -168,9 +171,7 @@ func (d *Device) startRenew(ctx context.Context) error {
 	if _, err := d.openCredential(ctx, c); err != nil {
 		return err
 	}
-	if len(d.journal.Credentials) == 0 { // the journal was lost
-		d.journal.Credentials = []credential{c}
-	}
+	d.adopt(c) // the journal may have been lost
 	d.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: c.Key, Force: true})
 	return d.save()
 }
@@ -192,9 +193,13 @@ func (d *Device) proceed(ctx context.Context, resumed bool) (*Result, error) {
 		}
 		var result *Result
 		var err error
-		if resumed && (op.Step == StepStore || op.Step == StepProve) && d.expired(op) {
-			d.warn("the certificate of the interrupted %s has expired before it was proven: it is removed", op.Kind)
-			return nil, d.discard(ctx, nil)
+		if resumed {
+			if why, err := d.hopeless(ctx, op); err != nil {
+				return nil, &StepError{Step: op.Step, Err: err}
+			} else if why != "" {
+				d.warn("the interrupted %s is given up, what it created is removed: %s", op.Kind, why)
+				return nil, d.discard(ctx, nil)
+			}
 		}
 		switch op.Step {
 		case StepGenerate:
@@ -220,10 +225,44 @@ func (d *Device) proceed(ctx context.Context, resumed bool) (*Result, error) {
 	}
 }
 
-func (d *Device) expired(op *operation) bool {
-	leaf, err := x509.ParseCertificate(op.Chain[0])
-	now, clockErr := d.verificationTime()
-	return err == nil && clockErr == nil && now.After(leaf.NotAfter)
+// hopeless says why an interrupted operation cannot be gone on with, "" if it
+// can: time has passed since, and a token can have been cleared. Without it the
+// device would try in vain for ever instead of beginning anew.
+func (d *Device) hopeless(ctx context.Context, op *operation) (why string, err error) {
+	switch op.Step {
+	case StepRequest, StepStore, StepProve:
+	default:
+		return "", nil
+	}
+	if _, err := d.engine.Signer(ctx, op.Key.Address); errors.Is(err, engine.ErrNotFound) {
+		return "its key is not in the token any more", nil
+	} else if err != nil {
+		return "", err
+	}
+	var needed *x509.Certificate
+	switch {
+	case op.Step != StepRequest:
+		chain, err := op.chain()
+		if err != nil {
+			return "", err
+		}
+		needed, why = chain[0], "its certificate has expired before it was proven"
+	case op.Kind == KindRenew:
+		old, err := d.authenticator(ctx)
+		if errors.Is(err, ErrNotEnrolled) || errors.Is(err, engine.ErrNotFound) {
+			return "the certificate to renew is gone", nil
+		}
+		if err != nil {
+			return "", err
+		}
+		needed, why = old.chain[0], "the certificate to renew has expired"
+	default:
+		return "", nil
+	}
+	if now, err := d.verificationTime(); err != nil || !now.After(needed.NotAfter) {
+		return "", err
+	}
+	return why, nil
 }
 
 func (d *Device) generate(ctx context.Context, resumed bool) error {
@@ -241,7 +280,10 @@ func (d *Device) generate(ctx context.Context, resumed bool) error {
 		_, err := d.engine.GenerateKey(ctx, op.Key.Address, engine.KeySpec{})
 		if errors.Is(err, engine.ErrDeviceLost) {
 			// The outcome is unknown, and generating again could leave two.
-			_, err = d.recoverer.RecoverKey(ctx, op.Key.Address)
+			if _, recoverErr := d.recoverer.RecoverKey(ctx, op.Key.Address); recoverErr != nil {
+				return "", fmt.Errorf("%w; then %w", err, recoverErr)
+			}
+			err = nil
 		}
 		if err != nil {
 			return "", err
@@ -269,11 +311,11 @@ func (d *Device) request(ctx context.Context) (*Result, error) {
 	if err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	if err := d.stillPending(ctx); err != nil {
-		return nil, err
-	}
 	if err := d.buildCSR(ctx, auth); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
+	}
+	if err := d.stillPending(ctx); err != nil {
+		return nil, err
 	}
 	var got *answer
 	err = d.timed(StepRequest, func() (string, error) {
@@ -291,7 +333,7 @@ func (d *Device) request(ctx context.Context) (*Result, error) {
 			return d.unchanged(auth)
 		}
 	}
-	return nil, d.accept(ctx, got)
+	return d.accept(ctx, auth, got)
 }
 
 // stillPending returns the pending answer again until its time has come:
@@ -302,6 +344,11 @@ func (d *Device) stillPending(ctx context.Context) error {
 		return nil
 	}
 	now := d.cfg.Now()
+	if floor, _ := d.clockFloor(); op.StartedAt.Before(floor) && !now.Before(floor) {
+		// The clock was known to be behind then and was set since: between the two
+		// lie decades that nobody waited.
+		op.StartedAt, op.Deadline = now, now.Add(d.cfg.PendingLimit)
+	}
 	if now.After(op.Deadline) {
 		return d.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("asked first at %s: %w", op.StartedAt.UTC().Format(time.RFC3339), ErrGivenUp)})
 	}
@@ -339,7 +386,9 @@ func (d *Device) buildCSR(ctx context.Context, auth *pair) error {
 		if op.CSR, err = csr.Build(d.cfg.Rand, template, signer); err != nil {
 			return "", err
 		}
+		// Another question: what the server said of the old one does not hold for it.
 		op.Wanted, op.AskedAt, op.RetryAfter = wanted, time.Time{}, 0
+		op.Deadline = d.cfg.Now().Add(d.cfg.PendingLimit)
 		return "built the CSR, signed in the token", d.save()
 	})
 }
@@ -372,13 +421,13 @@ func operationOf(kind Kind) est.Operation {
 
 // exchange is one session: crts, the live session judged by the Explicit TA,
 // then sen or sren (RFC 9148 §3).
-func (d *Device) exchange(ctx context.Context, auth *pair) (_ *answer, err error) {
+func (d *Device) exchange(ctx context.Context, auth *pair) (*answer, error) {
 	op := d.journal.Operation
 	session, err := d.dial(ctx, auth)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, session.Close()) }()
+	defer d.closeSession(session)
 	client := est.Client{Session: session}
 	caCerts, err := client.CACerts(ctx)
 	if err != nil {
@@ -425,6 +474,14 @@ func (d *Device) dial(ctx context.Context, as *pair) (est.Session, error) {
 	return d.cfg.Dial(ctx, connection)
 }
 
+// closeSession ends a session. A failure does not undo what was received: an
+// answer must not be taken for a failed request because of it.
+func (d *Device) closeSession(session est.Session) {
+	if err := session.Close(); err != nil {
+		d.warn("close session with %s: %v", d.cfg.ServerURI, err)
+	}
+}
+
 // retry repeats an exchange that got no answer, and nothing else, a bounded
 // number of times; the CSR in the journal makes the repetition safe.
 func retry[T any](ctx context.Context, d *Device, try func() (T, error)) (T, error) {
@@ -461,6 +518,10 @@ func (d *Device) requestFailed(ctx context.Context, err error) error {
 		op.AskedAt, op.RetryAfter = d.cfg.Now(), pending.RetryAfter
 		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline}, d.save())
 	case ctx.Err() != nil, errors.Is(err, est.ErrUnreachable), isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
+		return err
+	case errors.Is(err, est.ErrServerCertificate), errors.Is(err, est.ErrCredentialNotYetValid):
+		// Not an answer to the CSR: whoever stands in the server's place must not
+		// end a request that is pending with the server.
 		return err
 	case errors.As(err, &status) && status.Temporary():
 		return err
@@ -500,11 +561,16 @@ func (d *Device) unchanged(current *pair) (*Result, error) {
 }
 
 // accept writes down the answer and where it will be stored.
-func (d *Device) accept(ctx context.Context, got *answer) error {
+func (d *Device) accept(ctx context.Context, auth *pair, got *answer) (*Result, error) {
 	op := d.journal.Operation
 	addresses, err := d.store.CertificateAddresses(ctx, op.Key.Address, got.chain)
 	if err != nil {
-		return &StepError{Step: StepStore, Err: err}
+		return nil, &StepError{Step: StepStore, Err: err}
+	}
+	for _, known := range d.journal.Credentials {
+		if known.sameLeaf(addresses[0]) {
+			return d.unchanged(auth) // the previous one, once more
+		}
 	}
 	op.Chain, op.Certificates = nil, nil
 	for i, cert := range got.chain {
@@ -512,12 +578,12 @@ func (d *Device) accept(ctx context.Context, got *answer) error {
 		op.Certificates = append(op.Certificates, reference{Address: addresses[i]})
 	}
 	if op.ExplicitTA, err = d.saveExplicitTA(got.anchors); err != nil {
-		return &StepError{Step: StepStore, Err: err}
+		return nil, &StepError{Step: StepStore, Err: err}
 	}
 	op.ServerCertificate = got.server.Raw
 	d.sawVerified(got.server.NotBefore)
 	d.sawVerified(got.chain[0].NotBefore)
-	return d.advance(StepStore)
+	return nil, d.advance(StepStore)
 }
 
 func (op *operation) chain() ([]*x509.Certificate, error) {
@@ -590,6 +656,8 @@ func (d *Device) retire(ctx context.Context) (*Result, error) {
 			old := d.journal.Credentials[last]
 			d.journal.Credentials = d.journal.Credentials[:last]
 			if err := d.removeCredential(ctx, old.Certificates, old.Key.Address); err != nil {
+				// The record of the attempt is saved next: it must not forget this one.
+				d.journal.Credentials = append(d.journal.Credentials, old)
 				return "", err
 			}
 			retired++

@@ -58,7 +58,7 @@ func (d *Device) newPairRefused(ctx context.Context, why error) error {
 		return d.endFallBack(fmt.Errorf("%w: %w", ErrRefused, why))
 	}
 	if err != nil {
-		return &StepError{Step: StepProve, Err: errors.Join(why, err)}
+		return &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; then %w", ErrUnproven, why, err)}
 	}
 	verdictOnOld, whyOld := d.show(ctx, old)
 	if ctx.Err() != nil {
@@ -102,22 +102,24 @@ func (d *Device) endFallBack(cause error) error {
 // show is one proof: the server asked for a certificate, ours was sent in a full
 // handshake, and one response was read afterwards.
 func (d *Device) show(ctx context.Context, p *pair) (verdict, error) {
-	_, err := retry(ctx, d, func() (_ struct{}, err error) {
+	_, err := retry(ctx, d, func() (struct{}, error) {
 		session, err := d.dial(ctx, p)
 		if err != nil {
 			return struct{}{}, err
 		}
-		defer func() { err = errors.Join(err, session.Close()) }()
-		if asked, ok := session.(est.ClientAuthenticator); ok && !asked.ClientAuthenticated() {
+		defer d.closeSession(session)
+		if asked, ok := session.(est.ClientAuthenticator); !ok || !asked.ClientAuthenticated() {
 			return struct{}{}, errors.New("the server did not ask for our certificate: its answer proves nothing")
 		}
 		_, err = session.RoundTrip(ctx, &est.Request{Operation: est.CACerts})
 		return struct{}{}, err
 	})
+	var status *est.StatusError
 	switch {
 	case err == nil:
 		return accepted, nil
-	case errors.Is(err, est.ErrCredentialRefused):
+	case errors.Is(err, est.ErrCredentialRefused), errors.As(err, &status) && status.Class == 4:
+		// 4.03 as well: whether it is this pair that is refused, the other shows.
 		return refused, err
 	}
 	return undecided, err

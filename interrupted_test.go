@@ -1,0 +1,159 @@
+package estenroll_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+
+	"estenroll"
+	"estenroll/engine"
+	"estenroll/est"
+	"estenroll/testserver"
+)
+
+// story is a run that is interrupted, and what came before it.
+type story struct {
+	name        string
+	before      []func(*device) (*estenroll.Result, error)
+	run         func(*device) (*estenroll.Result, error)
+	issued      int // in the end
+	credentials int
+}
+
+var stories = []story{
+	{"first boot", nil, (*device).enroll, 1, 1},
+	// The second renewal: it retires a certificate.
+	{"renewal", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).renew}, (*device).renew, 3, 2},
+}
+
+// harm is what happens at a point.
+type harm struct {
+	name string
+	do   func(at, call string) error
+}
+
+var harms = []harm{
+	{"killed", func(at, _ string) error { panic(killed{at}) }},
+	{"failed", func(_, call string) error {
+		if isExchange(call) {
+			return fmt.Errorf("injected: %w", est.ErrUnreachable)
+		}
+		return &engine.Error{Op: call, Err: fmt.Errorf("injected: %w", engine.ErrDeviceLost)}
+	}},
+}
+
+func isExchange(call string) bool {
+	return slices.Contains([]string{"Dial", string(est.CACerts), string(est.SimpleEnroll), string(est.SimpleReenroll)}, call)
+}
+
+// points records the calls of the story, once uninterrupted.
+func (s story) points(t *testing.T, site *site) (points []string) {
+	d := s.prepare(t, site, "uninterrupted")
+	d.hook = func(when, call string) error {
+		points = append(points, when+" "+call)
+		return nil
+	}
+	must(t, func() (*estenroll.Result, error) { return s.run(d) })
+	d.tidy(s.credentials)
+	site.clear(t)
+	return points
+}
+
+func (s story) prepare(t *testing.T, site *site, name string) *device {
+	d := site.device(t, strings.ReplaceAll(s.name, " ", "-")+"-"+name)
+	for _, run := range s.before {
+		must(t, func() (*estenroll.Result, error) { return run(d) })
+	}
+	return d
+}
+
+// interrupt does harm at the n-th point of a run.
+func (d *device) interrupt(n int, h harm, run func(*device) (*estenroll.Result, error)) (at string, err error) {
+	count := 0
+	d.hook = func(when, call string) error {
+		count++
+		if count != n+1 {
+			return nil
+		}
+		at = when + " " + call
+		return h.do(at, call)
+	}
+	defer func() { d.hook = nil }()
+	_, err = run(d)
+	return at, err
+}
+
+// A run that is interrupted before or after any call into the engine and any
+// part of an exchange, by a kill or by an error, is made good by the next one:
+// the same state, and one certificate issued (DESIGN.md §7 rules 2 and 6).
+func TestInterrupted(t *testing.T) {
+	for _, s := range stories {
+		for _, h := range harms {
+			t.Run(s.name+" "+h.name, func(t *testing.T) {
+				site := newSite(t, testserver.Config{})
+				points := s.points(t, site)
+				if len(points) < 20 {
+					t.Fatalf("%d points: %q", len(points), points)
+				}
+				for n, point := range points {
+					if testing.Short() && n%7 != 0 {
+						continue
+					}
+					t.Run(fmt.Sprintf("%d %s", n, point), func(t *testing.T) {
+						d := s.prepare(t, site, fmt.Sprintf("%s-%d", h.name, n))
+						at, err := d.interrupt(n, h, s.run)
+						if at != point {
+							t.Fatalf("at %q instead of %q: error %v", at, point, err)
+						}
+						// A device that was lost after it has generated the key comes back in the run.
+						if recovers := h.name == "failed" && point == "after GenerateKey"; (err == nil) != recovers {
+							t.Fatalf("error %v", err)
+						}
+						// Once there is a Security object it points at a whole pair.
+						if status := d.status(); d.read("security.json") != "" && (status.Current == nil || status.Current.Problem != "") {
+							t.Errorf("after the harm the status is %+v, %+v", status, status.Current)
+						}
+						must(t, func() (*estenroll.Result, error) { return s.run(d) })
+						d.tidy(s.credentials)
+						if d.issued() != s.issued {
+							t.Errorf("%d certificates issued, want %d", d.issued(), s.issued)
+						}
+					})
+					site.clear(t)
+				}
+			})
+		}
+	}
+}
+
+// A run that is interrupted again and again still gets there.
+func TestInterruptedAgainAndAgain(t *testing.T) {
+	const seed = 20261124
+	random := rand.New(rand.NewPCG(seed, seed))
+	site := newSite(t, testserver.Config{})
+	for _, s := range stories {
+		for round := range 6 {
+			d := s.prepare(t, site, fmt.Sprintf("again-%d", round))
+			var log []string
+			for range 8 {
+				h := harms[random.IntN(len(harms))]
+				at, err := d.interrupt(random.IntN(16), h, s.run)
+				if err == nil {
+					break
+				}
+				log = append(log, h.name+" "+at)
+			}
+			must(t, d.enroll)
+			if journal := d.journal(); len(journal.Credentials) < s.credentials {
+				must(t, d.renew)
+			}
+			d.tidy(s.credentials)
+			if d.issued() != s.issued {
+				t.Errorf("%s, seed %d, %q: %d certificates issued, want %d", s.name, seed, log, d.issued(), s.issued)
+			}
+			site.clear(t)
+		}
+	}
+}
