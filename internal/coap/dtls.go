@@ -19,21 +19,24 @@ import (
 // Alert is the description of a TLS alert (RFC 5246 §7.2).
 type Alert uint8
 
-// The alerts that a caller tells apart.
+// The alerts that a caller may tell apart.
 const (
-	AlertCloseNotify        Alert = 0
-	AlertHandshakeFailure   Alert = 40
-	AlertBadCertificate     Alert = 42
-	AlertCertificateRevoked Alert = 44
-	AlertCertificateExpired Alert = 45
-	AlertCertificateUnknown Alert = 46
-	AlertUnknownCA          Alert = 48
-	AlertAccessDenied       Alert = 49
+	AlertCloseNotify          Alert = 0
+	AlertHandshakeFailure     Alert = 40
+	AlertNoCertificate        Alert = 41
+	AlertBadCertificate       Alert = 42
+	AlertCertificateRevoked   Alert = 44
+	AlertCertificateExpired   Alert = 45
+	AlertCertificateUnknown   Alert = 46
+	AlertUnknownCA            Alert = 48
+	AlertAccessDenied         Alert = 49
+	AlertInsufficientSecurity Alert = 71
 )
 
-// HandshakeError is a handshake that did not succeed. Err is ErrTimeout when
-// nothing was heard in time, Verify's own error when it refused the peer, and
-// what the key said when it could not sign.
+// HandshakeError is a handshake that did not succeed. Err is ErrTimeout when it
+// took too long, Verify's own error when it refused the peer, what the key said
+// when it could not sign, and the system's error (ECONNREFUSED) when the peer's
+// port is known to be closed.
 type HandshakeError struct {
 	Addr string
 	// Alert is the alert that the peer sent, nil if it sent none.
