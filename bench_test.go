@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,6 +27,12 @@ import (
 	"estenroll/est/coaps"
 	"estenroll/testserver"
 )
+
+// clock is one that the device and the server share, and that a test sets.
+type clock struct{ offset atomic.Int64 }
+
+func (c *clock) now() time.Time           { return time.Now().Add(time.Duration(c.offset.Load())) }
+func (c *clock) advance(by time.Duration) { c.offset.Add(int64(by)) }
 
 // site is a token with a factory credential and a server that issued it.
 type site struct {
@@ -121,6 +128,9 @@ type device struct {
 	// authenticated is what a session says of itself, if it is set.
 	authenticated *bool
 	closeErr      error // of a session
+	// answer takes the place of the server's answer to a CSR.
+	answer func(est.Operation) []*x509.Certificate
+	ctx    context.Context // of runs
 
 	opened, closed int           // sessions
 	open           []est.Session // what the process would lose in a kill
@@ -138,7 +148,7 @@ type sent struct {
 type killed struct{ at string }
 
 func (s *site) device(t *testing.T, name string) *device {
-	d := &device{t: t, site: s, name: name, dir: filepath.Join(t.TempDir(), "state"), now: time.Now}
+	d := &device{t: t, site: s, name: name, dir: filepath.Join(t.TempDir(), "state"), now: time.Now, ctx: t.Context()}
 	d.cfg = estenroll.Config{
 		StateDir: d.dir, Name: name, OpenEngine: d.openEngine, ParseAddress: s.parse, IDevID: s.idevid,
 		ServerURI: s.uri.String(), ServerName: s.uri.Host, ImplicitTA: s.trust, Dial: d.dial,
@@ -254,7 +264,12 @@ type watched struct {
 func (s watched) RoundTrip(ctx context.Context, req *est.Request) (*est.Response, error) {
 	return around(s.d, string(req.Operation), func() (*est.Response, error) {
 		s.d.requests = append(s.d.requests, sent{req.Operation, string(req.Body)})
-		return s.Session.RoundTrip(ctx, req)
+		response, err := s.Session.RoundTrip(ctx, req)
+		if err != nil || s.d.answer == nil || req.Operation == est.CACerts {
+			return response, err
+		}
+		body, err := est.MarshalCertsOnly(s.d.answer(req.Operation))
+		return &est.Response{ContentFormat: est.ContentFormatPKCS7CertsOnly, Body: body}, err
 	})
 }
 
@@ -295,7 +310,7 @@ func (d *device) run(do func(*estenroll.Device) error) (err error) {
 			d.t.Errorf("%d sessions were left open", left)
 		}
 	}()
-	if dev, err = estenroll.Open(d.t.Context(), d.cfg); err != nil {
+	if dev, err = estenroll.Open(d.ctx, d.cfg); err != nil {
 		return err
 	}
 	return do(dev)
@@ -303,19 +318,19 @@ func (d *device) run(do func(*estenroll.Device) error) (err error) {
 
 func (d *device) enroll() (result *estenroll.Result, err error) {
 	d.t.Helper()
-	err = d.run(func(dev *estenroll.Device) (err error) { result, err = dev.Enroll(d.t.Context()); return err })
+	err = d.run(func(dev *estenroll.Device) (err error) { result, err = dev.Enroll(d.ctx); return err })
 	return result, err
 }
 
 func (d *device) renew() (result *estenroll.Result, err error) {
 	d.t.Helper()
-	err = d.run(func(dev *estenroll.Device) (err error) { result, err = dev.Renew(d.t.Context()); return err })
+	err = d.run(func(dev *estenroll.Device) (err error) { result, err = dev.Renew(d.ctx); return err })
 	return result, err
 }
 
 func (d *device) status() (status *estenroll.Status) {
 	d.t.Helper()
-	err := d.run(func(dev *estenroll.Device) (err error) { status, err = dev.Status(d.t.Context()); return err })
+	err := d.run(func(dev *estenroll.Device) (err error) { status, err = dev.Status(d.ctx); return err })
 	if err != nil {
 		d.t.Fatal(err)
 	}
@@ -357,6 +372,16 @@ func (d *device) issued() int {
 
 func (d *device) warned(text string) bool {
 	return slices.ContainsFunc(d.events, func(e estenroll.Event) bool { return e.Warning && strings.Contains(e.Message, text) })
+}
+
+// csrs are the requests of the last run that carried a CSR.
+func (d *device) csrs() (bodies []string) {
+	for _, r := range d.requests {
+		if r.operation != est.CACerts {
+			bodies = append(bodies, r.body)
+		}
+	}
+	return bodies
 }
 
 // read returns a file of the state directory; "" if there is none.

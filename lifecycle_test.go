@@ -1,12 +1,19 @@
 package estenroll_test
 
 import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"estenroll"
+	"estenroll/engine"
+	"estenroll/est"
 	"estenroll/testserver"
 )
 
@@ -90,19 +97,193 @@ func TestRenew(t *testing.T) {
 }
 
 // An enrolled device whose certificate has expired is enrolled again, with a new
-// key, and the old pair goes with the renewal after.
+// key; the old pair and its key go with the renewal after that.
 func TestEnrollAfterExpiry(t *testing.T) {
-	d := newSite(t, testserver.Config{Lifetime: time.Hour}).device(t, "expired")
+	c := new(clock)
+	d := newSite(t, testserver.Config{Lifetime: time.Hour, Now: c.now}).device(t, "expired")
+	d.now = c.now
 	first := d.mustEnroll()
-	d.now = func() time.Time { return time.Now().Add(2 * time.Hour) }
-	before := d.snapshot()
-	// The server's clock is not ours: it issues what is expired by ours.
-	if _, err := d.enroll(); err == nil {
-		t.Error("a certificate that is expired by our clock was accepted")
-	}
+	c.advance(2 * time.Hour)
+	result := d.mustEnroll()
 	if !d.warned("expired") {
 		t.Errorf("no warning: %+v", d.events)
 	}
-	d.unchangedSince(before)
-	_ = first
+	if !result.Changed || result.Key == first.Key {
+		t.Errorf("result %+v", result)
+	}
+	d.tidy(2)
+	d.mustRenew()
+	d.tidy(2)
+	if objects := strings.Join(d.objects(), "\n"); strings.Count(objects, "private ") != 1 {
+		t.Errorf("objects:\n%s", objects)
+	}
+}
+
+// What the token has lost is enrolled again.
+func TestEnrollAfterLoss(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "lost")
+	first := d.mustEnroll()
+	site.clear(t)
+	if _, err := d.renew(); !errors.Is(err, engine.ErrNotFound) {
+		t.Errorf("renew without a pair: %v", err)
+	}
+	result := d.mustEnroll()
+	if !d.warned("not in the token any more") || result.Key == first.Key {
+		t.Errorf("result %+v, events %+v", result, d.events)
+	}
+	d.mustRenew()
+	d.tidy(2)
+}
+
+// The answer to a renewal is the certificate that the device has, or the one
+// before: nothing is changed, a warning, and no loop.
+func TestNotARenewal(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "identical")
+	previous := d.mustEnroll().Certificate
+	current := d.mustRenew().Certificate
+	for name, cert := range map[string]*x509.Certificate{"current": current, "previous": previous} {
+		t.Run(name, func(t *testing.T) {
+			d.answer = func(est.Operation) []*x509.Certificate { return []*x509.Certificate{cert} }
+			before := d.snapshot()
+			result := d.mustRenew()
+			if result.Changed || result.Kind != "renew" || !result.Certificate.Equal(current) {
+				t.Errorf("result %+v", result)
+			}
+			if !d.warned("no renewal") || len(d.csrs()) != 1 {
+				t.Errorf("%d requests, events %+v", len(d.csrs()), d.events)
+			}
+			if last := d.journal().LastAttempt; last.Result != "unchanged" {
+				t.Errorf("last attempt %+v", last)
+			}
+			d.unchangedSince(before)
+			d.tidy(2)
+		})
+	}
+	d.answer = nil
+	d.mustRenew()
+	d.tidy(2)
+}
+
+// A refused answer leaves the token and the Security object as they were, and
+// says what is wrong.
+func TestRefusedAnswer(t *testing.T) {
+	for name, c := range map[string]struct {
+		faults testserver.Faults
+		want   error
+	}{
+		"another key":   {testserver.Faults{WrongKey: true}, est.ErrKeyMismatch},
+		"expired":       {testserver.Faults{Expired: true}, est.ErrNotValidNow},
+		"not yet valid": {testserver.Faults{NotYetValid: true}, est.ErrNotValidNow},
+		"foreign chain": {testserver.Faults{ForeignChain: true}, est.ErrNotTrusted},
+		"refused here":  {testserver.Faults{RefuseAll: true}, est.ErrCredentialRefused},
+		"refused 4.01":  {testserver.Faults{RefuseAll: true, RefuseCode: "4.01"}, est.ErrCredentialRefused},
+		"refused 4.03":  {testserver.Faults{RefuseAll: true, RefuseCode: "4.03"}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			site := newSite(t, testserver.Config{})
+			d := site.device(t, "answer")
+			site.faults(t, c.faults)
+			check := func(err error, before snapshot, verified time.Time) {
+				t.Helper()
+				var status *est.StatusError
+				if c.want == nil && (!errors.As(err, &status) || status.Code != "4.03 Forbidden") || c.want != nil && !errors.Is(err, c.want) {
+					t.Errorf("error %v, want %v", err, c.want)
+				}
+				var step *estenroll.StepError
+				if !errors.As(err, &step) || step.Step != estenroll.StepRequest {
+					t.Errorf("error %v, want one of step request", err)
+				}
+				d.unchangedSince(before)
+				journal := d.journal()
+				if journal.Operation != nil || journal.LastAttempt == nil || journal.LastAttempt.Result != "failed" {
+					t.Errorf("journal %+v", journal)
+				}
+				if !journal.VerifiedNotBefore.Equal(verified) {
+					t.Errorf("the verification time moved from %s to %s", verified, journal.VerifiedNotBefore)
+				}
+			}
+			_, err := d.enroll()
+			// The Security object and the lock are what a first boot begins with.
+			first := d.snapshot()
+			if len(first.Objects) != 0 || !strings.Contains(first.Security, "object=idevid") || len(first.Files) != 2 {
+				t.Errorf("left behind: %+v", first)
+			}
+			check(err, first, time.Time{})
+
+			site.faults(t, testserver.Faults{})
+			d.mustEnroll()
+			site.faults(t, c.faults)
+			before, verified := d.snapshot(), d.journal().VerifiedNotBefore
+			_, err = d.renew()
+			check(err, before, verified)
+			d.tidy(1)
+		})
+	}
+}
+
+// What is no answer to the CSR does not end it: the key and the CSR stay, and
+// the next run sends the same bytes.
+func TestRequestKept(t *testing.T) {
+	status := &est.StatusError{Operation: est.SimpleEnroll, Code: "5.00 Internal Server Error", Class: 5}
+	for name, c := range map[string]struct {
+		at    string
+		cause error
+	}{
+		"server error":        {"after simpleenroll", status},
+		"no answer":           {"after simpleenroll", est.ErrUnreachable},
+		"not sent":            {"before simpleenroll", est.ErrUnreachable},
+		"an impostor":         {"before Dial", fmt.Errorf("%w: %w", est.ErrServerCertificate, est.ErrNotTrusted)},
+		"an old certificate":  {"before Dial", fmt.Errorf("%w: %w", est.ErrServerCertificate, est.ErrNotValidNow)},
+		"the server's clock":  {"before Dial", est.ErrCredentialNotYetValid},
+		"the token went away": {"before CertificateAddresses", &engine.Error{Op: "plan certificates", Err: engine.ErrDeviceLost}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newSite(t, testserver.Config{}).device(t, "kept")
+			d.hook = after(1, c.at, func() error { return c.cause })
+			_, err := d.enroll()
+			wantError(t, err, c.cause)
+			op := d.journal().Operation
+			if op == nil || op.Step != "request" || len(op.CSR) == 0 {
+				t.Fatalf("operation %+v", op)
+			}
+			d.hook = nil
+			if result := d.mustEnroll(); !result.Recovered || result.Key.String() != op.Key {
+				t.Errorf("result %+v", result)
+			}
+			if csrs := d.csrs(); len(csrs) != 1 || csrs[0] != string(op.CSR) {
+				t.Errorf("%d requests, or other bytes", len(csrs))
+			}
+			d.tidy(1)
+			if d.issued() != 1 {
+				t.Errorf("%d certificates issued", d.issued())
+			}
+		})
+	}
+}
+
+// Ctrl-C is the context's error, and loses nothing.
+func TestCancelled(t *testing.T) {
+	for _, at := range []string{
+		"before GenerateKey", "after GenerateKey", "before Dial", "before simpleenroll", "after simpleenroll", "after CertificateAddresses",
+		"before StoreCertificates", "after StoreCertificates",
+	} {
+		t.Run(at, func(t *testing.T) {
+			d := newSite(t, testserver.Config{}).device(t, "cancelled")
+			d.cfg.Tries = 3
+			ctx, cancel := context.WithCancel(t.Context())
+			d.ctx, d.hook = ctx, after(1, at, func() error { cancel(); return nil })
+			_, err := d.enroll()
+			wantError(t, err, context.Canceled)
+			if d.journal().Operation == nil {
+				t.Error("the operation is lost")
+			}
+			d.ctx, d.hook = t.Context(), nil
+			d.mustEnroll()
+			d.tidy(1)
+			if d.issued() != 1 {
+				t.Errorf("%d certificates issued", d.issued())
+			}
+		})
+	}
 }
