@@ -131,6 +131,8 @@ type device struct {
 	// answer takes the place of the server's answer to a CSR.
 	answer func(est.Operation) []*x509.Certificate
 	ctx    context.Context // of runs
+	// initial is a Security object that a test took down.
+	initial string
 
 	opened, closed int           // sessions
 	open           []est.Session // what the process would lose in a kill

@@ -1,0 +1,261 @@
+package estenroll_test
+
+import (
+	"crypto/x509"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"estenroll"
+	"estenroll/csr"
+	"estenroll/testserver"
+)
+
+// deferring lets the server put off each CSR n times.
+func (s *site) deferring(t *testing.T, n int, maxAge time.Duration) {
+	t.Helper()
+	s.faults(t, testserver.Faults{Defer: n, DeferMaxAge: &maxAge})
+}
+
+func (d *device) wantPending(err error) *estenroll.PendingError {
+	d.t.Helper()
+	var pending *estenroll.PendingError
+	if !errors.As(err, &pending) {
+		d.t.Fatalf("error %v, want a *PendingError", err)
+	}
+	if last := d.journal().LastAttempt; last.Result != "pending" || last.Error != "" {
+		d.t.Errorf("last attempt %+v", last)
+	}
+	return pending
+}
+
+// A pending answer is kept with its key and its CSR; the server is not asked
+// before the time that it said, and then with the same bytes (RFC 9148 §4.7).
+func TestPending(t *testing.T) {
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now})
+	d := site.device(t, "pending")
+	d.now = c.now
+	site.deferring(t, 2, 10*time.Minute)
+	_, err := d.enroll()
+	pending := d.wantPending(err)
+	if in := pending.NotBefore.Sub(c.now()); in < 9*time.Minute || in > 10*time.Minute {
+		t.Errorf("come back in %s", in)
+	}
+	if limit := pending.Deadline.Sub(c.now()); limit < 7*24*time.Hour-time.Minute || limit > 7*24*time.Hour {
+		t.Errorf("given up in %s", limit)
+	}
+	first, op := d.csrs(), d.journal().Operation
+	if len(first) != 1 || op == nil || string(op.CSR) != first[0] {
+		t.Fatalf("%d requests, operation %+v", len(first), op)
+	}
+	objects := d.objects()
+
+	c.advance(9 * time.Minute)
+	sessions := d.opened
+	_, err = d.enroll()
+	if again := d.wantPending(err); !again.NotBefore.Equal(pending.NotBefore) || d.opened != sessions {
+		t.Errorf("before its time: %v, %d sessions", again, d.opened-sessions)
+	}
+	if status := d.status(); status.Pending == nil || !status.Pending.NotBefore.Equal(pending.NotBefore) {
+		t.Errorf("status %+v", status)
+	}
+
+	c.advance(2 * time.Minute)
+	_, err = d.enroll()
+	d.wantPending(err)
+	if csrs := d.csrs(); len(csrs) != 1 || csrs[0] != first[0] {
+		t.Errorf("%d requests, or other bytes", len(csrs))
+	}
+	if got := d.objects(); strings.Join(got, "\n") != strings.Join(objects, "\n") {
+		t.Errorf("objects %q, want %q", got, objects)
+	}
+
+	c.advance(11 * time.Minute)
+	if result := d.mustEnroll(); !result.Recovered || result.Key.String() != op.Key {
+		t.Errorf("result %+v", result)
+	}
+	if csrs := d.csrs(); len(csrs) != 1 || csrs[0] != first[0] {
+		t.Errorf("%d requests, or other bytes", len(csrs))
+	}
+	d.tidy(1)
+	if d.issued() != 1 {
+		t.Errorf("%d certificates issued", d.issued())
+	}
+}
+
+// A clock that was set back does not keep the device waiting.
+func TestPendingClockSetBack(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "set-back")
+	site.deferring(t, 1, time.Minute)
+	d.now = func() time.Time { return time.Now().Add(time.Hour) }
+	_, err := d.enroll()
+	d.wantPending(err)
+	d.now = time.Now
+	d.mustEnroll()
+	d.tidy(1)
+	if d.issued() != 1 {
+		t.Errorf("%d certificates issued", d.issued())
+	}
+}
+
+// A device that boots in 1970 is told to wait, and its clock is set before it
+// asks again: nobody has waited for decades.
+func TestPendingClockSet(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "set")
+	d.cfg.BuildTime = site.born
+	site.deferring(t, 2, time.Minute)
+	d.now = func() time.Time { return time.Unix(100, 0) }
+	_, err := d.enroll()
+	d.wantPending(err)
+	c := new(clock)
+	c.advance(time.Minute)
+	d.now = c.now
+	_, err = d.enroll()
+	if left := d.wantPending(err).Deadline.Sub(c.now()); left < 6*24*time.Hour {
+		t.Errorf("given up in %s", left)
+	}
+	c.advance(2 * time.Minute)
+	d.mustEnroll()
+	d.tidy(1)
+	if d.issued() != 1 {
+		t.Errorf("%d certificates issued", d.issued())
+	}
+}
+
+// A request that stays pending for too long is given up, and what was created
+// for it is removed.
+func TestGivenUp(t *testing.T) {
+	for name, enrolled := range map[string]bool{"enroll": false, "renew": true} {
+		t.Run(name, func(t *testing.T) {
+			c := new(clock)
+			site := newSite(t, testserver.Config{Now: c.now, Lifetime: 30 * 24 * time.Hour})
+			d := site.device(t, "given-up")
+			d.now, d.cfg.PendingLimit = c.now, time.Hour
+			run, credentials := d.enroll, 1
+			var before snapshot
+			if enrolled {
+				d.mustEnroll()
+				run, credentials, before = d.renew, 2, d.snapshot()
+			}
+			site.deferring(t, 9, time.Minute)
+			_, err := run()
+			d.wantPending(err)
+			c.advance(59 * time.Minute)
+			_, err = run()
+			d.wantPending(err)
+			c.advance(2 * time.Minute)
+			sessions := d.opened
+			_, err = run()
+			wantError(t, err, estenroll.ErrGivenUp)
+			if d.opened != sessions {
+				t.Error("the server was asked once more")
+			}
+			if enrolled {
+				d.unchangedSince(before)
+			} else if objects := d.objects(); len(objects) != 0 {
+				t.Errorf("left in the token: %q", objects)
+			}
+			if journal := d.journal(); journal.Operation != nil {
+				t.Errorf("operation %+v", journal.Operation)
+			}
+			site.faults(t, testserver.Faults{})
+			must(t, run)
+			d.tidy(credentials)
+		})
+	}
+}
+
+// Another Subject or SAN in the configuration is another question: it is asked at
+// once, for the same key.
+func TestRequestChanged(t *testing.T) {
+	san, err := csr.DNSName("device.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string]func(*csr.Template){
+		"subject": func(c *csr.Template) { c.RawSubject = subject(t, "CN=renamed") },
+		"san":     func(c *csr.Template) { c.SANs = []csr.SAN{san} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			site := newSite(t, testserver.Config{})
+			d := site.device(t, "first-name")
+			site.deferring(t, 1, time.Hour)
+			_, err := d.enroll()
+			d.wantPending(err)
+			first, key := d.csrs(), d.journal().Operation.Key
+			site.faults(t, testserver.Faults{})
+			change(&d.cfg.Request)
+			result := d.mustEnroll()
+			csrs := d.csrs()
+			if len(csrs) != 1 || csrs[0] == first[0] {
+				t.Fatalf("%d requests, or the same bytes", len(csrs))
+			}
+			asked, err := x509.ParseCertificateRequest([]byte(csrs[0]))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(asked.RawSubject) != string(d.cfg.Request.RawSubject) || len(asked.DNSNames) != len(d.cfg.Request.SANs) {
+				t.Errorf("asked for %s, %q", asked.Subject, asked.DNSNames)
+			}
+			if result.Key.String() != key {
+				t.Errorf("key %s, want %s", result.Key, key)
+			}
+			d.tidy(1)
+		})
+	}
+}
+
+// A renewal that is pending ends with the certificate that it renews, or with
+// its key: the device is enrolled anew instead of asking in vain for ever.
+func TestPendingRenewalHopeless(t *testing.T) {
+	for name, lose := range map[string]func(*device, *clock){
+		"expired":     func(_ *device, c *clock) { c.advance(2 * time.Hour) },
+		"key gone":    func(d *device, _ *clock) { d.site.clear(d.t) },
+		"not current": func(d *device, _ *clock) { d.write("security.json", d.initial) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := new(clock)
+			site := newSite(t, testserver.Config{Now: c.now, Lifetime: time.Hour})
+			d := site.device(t, "hopeless")
+			d.now = c.now
+			d.hook = after(1, "before GenerateKey", func() error { d.initial = d.read("security.json"); return nil })
+			d.mustEnroll()
+			site.deferring(t, 1, time.Second)
+			_, err := d.renew()
+			d.wantPending(err)
+			site.faults(t, testserver.Faults{})
+			lose(d, c)
+			result := d.mustEnroll()
+			if !result.Changed || result.Kind != estenroll.KindEnroll || !d.warned("is given up") {
+				t.Errorf("result %+v, events %+v", result, d.events)
+			}
+			d.mustRenew()
+			d.tidy(2)
+		})
+	}
+}
+
+// A new pair whose certificate expires before it could be proven is removed, and
+// the run goes on with another request.
+func TestExpiredUnproven(t *testing.T) {
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now, Lifetime: time.Hour})
+	d := site.device(t, "unproven")
+	d.now = c.now
+	d.hook = after(2, "before Dial", func() error { return errors.New("injected") })
+	_, err := d.enroll()
+	wantError(t, err, estenroll.ErrUnproven)
+	d.hook = nil
+	c.advance(2 * time.Hour)
+	if result := d.mustEnroll(); result.Recovered || !d.warned("expired before it was proven") {
+		t.Errorf("result %+v, events %+v", result, d.events)
+	}
+	d.tidy(1)
+	if d.issued() != 2 {
+		t.Errorf("%d certificates issued", d.issued())
+	}
+}
