@@ -128,6 +128,9 @@ func loadJournal(dir string, parse addressParser) (*journal, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return &journal{Version: journalVersion}, nil
 	}
+	if errors.Is(err, durable.ErrTooLarge) || errors.Is(err, durable.ErrNotRegular) {
+		return nil, fmt.Errorf("read journal: %w: %w", err, ErrState)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read journal: %w", err)
 	}
@@ -241,12 +244,17 @@ func checkFileName(name string) error {
 
 // save writes the journal and returns when it is on the disk.
 func (j *journal) save(dir string) error {
-	data, err := json.MarshalIndent(j, "", "  ")
+	data, err := j.encode()
 	if err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
-	if err := durable.WriteFile(filepath.Join(dir, journalName), append(data, '\n'), 0o600); err != nil {
+	if err := durable.WriteFile(filepath.Join(dir, journalName), data, 0o600); err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
 	return nil
+}
+
+func (j *journal) encode() ([]byte, error) {
+	data, err := json.MarshalIndent(j, "", "  ")
+	return append(data, '\n'), err
 }

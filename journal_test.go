@@ -1,0 +1,134 @@
+package estenroll
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"estenroll/engine"
+	"estenroll/engine/pkcs11"
+)
+
+var parseAddress = engine.Drivers{"pkcs11": pkcs11.Driver}.Parse
+
+// journals are the journals that runs of this package's tests left at each step:
+// what a version of this program has written, later ones read.
+func journals(t testing.TB) map[string]string {
+	t.Helper()
+	paths, err := filepath.Glob("testdata/journal/*.json")
+	if err != nil || len(paths) == 0 {
+		t.Fatalf("no journals in testdata: %v", err)
+	}
+	all := map[string]string{}
+	for _, path := range paths {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[filepath.Base(path)] = string(data)
+	}
+	return all
+}
+
+// saved returns the bytes that a journal is saved as.
+func saved(t testing.TB, j *journal) string {
+	t.Helper()
+	data, err := j.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func TestJournalOfEachStep(t *testing.T) {
+	steps := map[Step]bool{}
+	for name, text := range journals(t) {
+		j, err := parseJournal([]byte(text), parseAddress)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if diff := cmp.Diff(text, saved(t, j)); diff != "" {
+			t.Errorf("%s is saved otherwise (-read +saved):\n%s", name, diff)
+		}
+		if j.Operation != nil {
+			steps[j.Operation.Step] = true
+		}
+	}
+	for _, step := range []Step{StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard} {
+		if !steps[step] {
+			t.Errorf("no journal of step %s", step)
+		}
+	}
+}
+
+// What this program never writes is refused, and not touched.
+func TestJournalRefused(t *testing.T) {
+	proving := journals(t)["prove.json"]
+	replace := func(old, replacement string) string {
+		if !strings.Contains(proving, old) {
+			t.Fatalf("prove.json does not contain %s", old)
+		}
+		return strings.Replace(proving, old, replacement, 1)
+	}
+	for name, c := range map[string]struct{ text, why string }{
+		"empty":             {"", "not JSON"},
+		"null":              {"null", "version 0"},
+		"version":           {replace(`"version": 1`, `"version": 2`), "this program reads version 1"},
+		"unknown field":     {replace(`"version": 1`, `"version": 1, "more": 1`), "unknown field"},
+		"more data":         {proving + "{}", "after top-level value"},
+		"more than allowed": {proving + strings.Repeat(" ", journalLimit), "too large"},
+		"unknown step":      {replace(`"step": "prove"`, `"step": "guess"`), "unknown step"},
+		"unknown kind":      {replace(`"kind": "enroll"`, `"kind": "rekey"`), "unknown kind"},
+		"a path":            {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
+		"negative wait":     {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
+		"another scheme":    {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},
+		"no address":        {replace(`"key": "pkcs11:`, `"key": "`), "no driver"},
+		"an empty chain":    {`{"version": 1, "operation": {"kind": "enroll", "step": "store", "key": "pkcs11:id=%01"}}`, "no certificate at step"},
+		"too many":          {`{"version": 1, "credentials": [` + strings.Repeat(`{},`, maxCredentials) + `{}]}`, "17 credentials"},
+		"a bare credential": {`{"version": 1, "credentials": [{"key": "pkcs11:id=%01"}]}`, "0 certificates"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, journalName)
+			if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err := loadJournal(dir, parseAddress)
+			if err == nil || !strings.Contains(err.Error(), c.why) {
+				t.Errorf("error %v, want %q", err, c.why)
+			}
+			if !errors.Is(err, ErrState) {
+				t.Errorf("error %v, want ErrState", err)
+			}
+		})
+	}
+}
+
+// A journal is refused or, saved and read again, the same.
+func FuzzJournal(f *testing.F) {
+	for _, text := range journals(f) {
+		f.Add([]byte(text))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if len(data) > 64<<10 {
+			t.Skip("the escapes of JSON can make what is saved larger than what may be read")
+		}
+		j, err := parseJournal(data, parseAddress)
+		if err != nil {
+			return
+		}
+		first := saved(t, j)
+		again, err := parseJournal([]byte(first), parseAddress)
+		if err != nil {
+			t.Fatalf("what was saved is refused: %v\n%s", err, first)
+		}
+		if diff := cmp.Diff(first, saved(t, again)); diff != "" {
+			t.Errorf("saved twice (-first +second):\n%s", diff)
+		}
+	})
+}
