@@ -10,6 +10,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"regexp"
 
 	"github.com/miekg/pkcs11"
 
@@ -196,33 +197,45 @@ func (e *Engine) StoreCertificates(ctx context.Context, at []engine.Address, cha
 // storeCertificate creates the object, reads it back, and then destroys what was
 // half-written in its place. Another certificate there is not ours to destroy.
 func (s *session) storeCertificate(u URI, cert *x509.Certificate) error {
-	handles, err := s.find(u)
+	there, err := s.certificates(u)
 	if err != nil {
 		return err
 	}
-	var broken []pkcs11.ObjectHandle
-	stored := false
-	for _, handle := range handles {
-		value, err := s.value(handle, pkcs11.CKA_VALUE)
-		if err != nil && !errors.Is(err, errUnreadable) {
-			return err
-		}
-		other, parseErr := x509.ParseCertificate(value)
-		switch {
-		case err != nil || parseErr != nil || stored && other.Equal(cert):
-			broken = append(broken, handle)
-		case other.Equal(cert):
-			stored = true
-		default:
+	for _, other := range there {
+		if !other.cert.Equal(cert) {
 			return engine.ErrExists
 		}
 	}
-	if !stored {
+	broken, err := s.halfWritten(u)
+	if err != nil {
+		return err
+	}
+	if len(there) == 0 {
 		if err := s.createCertificate(u, cert); err != nil {
 			return err
 		}
 	}
 	return s.destroy(broken...)
+}
+
+// ownLabel is the form of the labels that we give to certificates: no other
+// program's object has one by accident.
+var ownLabel = regexp.MustCompile(`(^|-)[0-9a-f]{16}$`)
+
+// halfWritten returns what a crash in the middle of the writing of a certificate
+// of ours has left: its label, perhaps not yet its id, and no value.
+func (s *session) halfWritten(u URI) ([]pkcs11.ObjectHandle, error) {
+	if !ownLabel.MatchString(u.Object) {
+		return nil, nil
+	}
+	_, broken, err := s.matches(URI{Object: u.Object, Type: engine.ClassCertificate})
+	var handles []pkcs11.ObjectHandle
+	for _, m := range broken {
+		if len(m.ID) == 0 || string(m.ID) == u.ID {
+			handles = append(handles, m.handle)
+		}
+	}
+	return handles, err
 }
 
 func (s *session) createCertificate(u URI, cert *x509.Certificate) error {
@@ -263,11 +276,18 @@ func (e *Engine) RemoveCertificates(ctx context.Context, at []engine.Address) er
 		return fail(op, nil, e.uri.ModulePath, err)
 	}
 	return e.write(ctx, op, places[0], func(s *session) error {
-		leaf, err := s.find(places[0])
+		doomed, err := s.find(places[0])
 		if err != nil {
 			return err
 		}
-		if err := s.destroy(leaf...); err != nil || len(places) == 1 {
+		for _, place := range places {
+			broken, err := s.halfWritten(place)
+			if err != nil {
+				return err
+			}
+			doomed = append(doomed, broken...)
+		}
+		if err := s.destroy(doomed...); err != nil || len(places) == 1 {
 			return err
 		}
 		all, err := s.certificates(URI{})

@@ -1,0 +1,307 @@
+// Package enginetest is the suite that every engine driver passes: each rule of
+// DESIGN.md §5 that is a driver's is a sub-test named like the rule. A driver's
+// own tests hand it a [Harness], which makes tokens and misfortunes.
+package enginetest
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"crypto"
+	"crypto/ecdsa"
+
+	"estenroll/engine"
+)
+
+// Fault is a way in which a token misbehaves.
+type Fault string
+
+// The faults that a Token may be able to inject.
+const (
+	// FaultExtractable: every key that is generated is extractable, whatever was asked for.
+	FaultExtractable Fault = "extractable"
+	// FaultUnsupported: the token cannot generate keys.
+	FaultUnsupported Fault = "unsupported"
+	// FaultFailGenerate: the token makes a pair and reports a general error.
+	FaultFailGenerate Fault = "fail-generate"
+	// FaultFinalTry, FaultLocked and FaultReadOnly are flags that the token shows.
+	FaultFinalTry Fault = "final-try"
+	FaultLocked   Fault = "locked"
+	FaultReadOnly Fault = "read-only"
+)
+
+// Token is a fresh token, without objects, and what can be done to it from
+// outside. Each call of Harness.New makes another one.
+type Token struct {
+	Driver  engine.Driver
+	Address string // with the PIN file as the source of its PIN
+	Options engine.Options
+	Module  string // the name that errors carry
+
+	// PIN is the right one, PINFile the file that holds it; the suite writes others.
+	PIN, PINFile string
+	// WithoutPIN is the address without any PIN, WithPIN the one that holds it itself.
+	WithoutPIN, WithPIN string
+
+	// Calls returns the names of the calls into the module so far, in their order.
+	Calls func(t *testing.T) []string
+	// Inject makes the token misbehave until the test ends.
+	Inject func(t *testing.T, fault Fault)
+	// LoseAfter makes the device vanish once, after the next call of a function has
+	// done its work. It is back when the module has been finalised.
+	LoseAfter func(t *testing.T, function string)
+	// Damage leaves of the certificate with a label what a crash in the middle of
+	// its writing would have left. No engine is open on the token.
+	Damage func(t *testing.T, label string)
+	// Another makes one more token of the same module.
+	Another func(t *testing.T) Token
+	// The foreign tool: another program that uses the token. Identifiers are hexadecimal.
+	GenerateEC       func(label, id string) (publicKeyDER []byte, err error)
+	WriteCertificate func(der []byte, label, id string) error
+	Delete           func(class engine.Class, id string) error
+}
+
+// Harness is what the suite needs of a driver.
+type Harness struct {
+	New func(t *testing.T) Token
+}
+
+// Run runs the suite. The tests are not parallel: a module is one for a process.
+func Run(t *testing.T, h Harness) {
+	before := runtime.NumGoroutine()
+	for _, rule := range slices.Concat(keyRules, certificateRules, pinRules, deviceRules) {
+		t.Run(rule.name, func(t *testing.T) { rule.test(&suite{T: t, Token: h.New(t)}) })
+	}
+	t.Run("no goroutine is left behind", func(t *testing.T) {
+		for range 1000 {
+			if runtime.NumGoroutine() <= before+1 { // one runs this function
+				return
+			}
+			runtime.Gosched()
+		}
+		stacks := make([]byte, 1<<20)
+		t.Errorf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, stacks[:runtime.Stack(stacks, true)])
+	})
+}
+
+type rule struct {
+	name string
+	test func(*suite)
+}
+
+// suite is one rule's test with its token.
+type suite struct {
+	*testing.T
+	Token
+}
+
+// opened is an engine with all its abilities.
+type opened struct {
+	engine.Engine
+	engine.KeyRecoverer
+	engine.KeyInspector
+	engine.CertificateStore
+	engine.Lister
+}
+
+func (s *suite) parse(address string) engine.Address {
+	s.Helper()
+	at, err := s.Driver.Parse(address)
+	if err != nil {
+		s.Fatal(err)
+	}
+	return at
+}
+
+// try opens the token at an address; the caller closes it.
+func (s *suite) try(address string, opts engine.Options) (engine.Engine, error) {
+	s.Helper()
+	return s.Driver.Open(s.Context(), s.parse(address), opts)
+}
+
+// open opens the token and closes it when the test ends.
+func (s *suite) open() opened {
+	s.Helper()
+	e, err := s.try(s.Address, s.Options)
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(func() {
+		if err := e.Close(); err != nil {
+			s.Errorf("close: %v", err)
+		}
+	})
+	o := opened{Engine: e}
+	var ok [4]bool
+	o.KeyRecoverer, ok[0] = e.(engine.KeyRecoverer)
+	o.KeyInspector, ok[1] = e.(engine.KeyInspector)
+	o.CertificateStore, ok[2] = e.(engine.CertificateStore)
+	o.Lister, ok[3] = e.(engine.Lister)
+	if ok != [4]bool{true, true, true, true} {
+		s.Fatalf("the engine lacks an ability: recover, inspect, certificates, list: %v", ok)
+	}
+	return o
+}
+
+func (s *suite) close(e opened) {
+	s.Helper()
+	if err := e.Close(); err != nil {
+		s.Fatalf("close: %v", err)
+	}
+}
+
+func (s *suite) generate(e opened, label string) (engine.Address, crypto.PublicKey) {
+	s.Helper()
+	at, err := e.NewKeyAddress(label)
+	if err != nil {
+		s.Fatal(err)
+	}
+	public, err := e.GenerateKey(s.Context(), at, engine.KeySpec{})
+	if err != nil {
+		s.Fatal(err)
+	}
+	return at, public
+}
+
+// signs wants a working signer for a public key at an address.
+func (s *suite) signs(e opened, at engine.Address, public crypto.PublicKey) crypto.Signer {
+	s.Helper()
+	signer, err := e.Signer(s.Context(), at)
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.signsWith(signer, public)
+	return signer
+}
+
+func (s *suite) signsWith(signer crypto.Signer, public crypto.PublicKey) {
+	s.Helper()
+	digest := sha256.Sum256([]byte("to be signed"))
+	signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+	if err != nil {
+		s.Fatal(err)
+	}
+	key := public.(*ecdsa.PublicKey)
+	if !ecdsa.VerifyASN1(key, digest[:], signature) || !key.Equal(signer.Public()) {
+		s.Error("the signature is not that of the key")
+	}
+}
+
+// wants wants an error that is the sentinel, has an engine's form, and does not
+// hold the PIN.
+func (s *suite) wants(err, sentinel error) {
+	s.Helper()
+	var form *engine.Error
+	switch {
+	case err == nil:
+		s.Errorf("no error, want %v", sentinel)
+	case sentinel != nil && !errors.Is(err, sentinel):
+		s.Errorf("got %v, want %v", err, sentinel)
+	case !errors.As(err, &form):
+		s.Errorf("%v is not an *engine.Error", err)
+	case s.PIN != "" && strings.Contains(err.Error(), s.PIN):
+		s.Errorf("the PIN is in %v", err)
+	}
+}
+
+func (s *suite) list(e opened) []engine.Object {
+	s.Helper()
+	objects, err := e.List(s.Context(), nil)
+	if err != nil {
+		s.Fatal(err)
+	}
+	return objects
+}
+
+// holds wants a number of objects of each class in the token.
+func (s *suite) holds(e opened, private, public, certs int) {
+	s.Helper()
+	count := map[engine.Class]int{}
+	objects := s.list(e)
+	for _, object := range objects {
+		count[object.Class]++
+	}
+	if count[engine.ClassPrivateKey] != private || count[engine.ClassPublicKey] != public || count[engine.ClassCertificate] != certs {
+		s.Errorf("got %v, want %d private, %d public, %d certificates", objects, private, public, certs)
+	}
+}
+
+func (s *suite) count(function string) int {
+	s.Helper()
+	n := 0
+	for _, name := range s.Calls(s.T) {
+		if name == function {
+			n++
+		}
+	}
+	return n
+}
+
+func (s *suite) counts(function string, want int) {
+	s.Helper()
+	if got := s.count(function); got != want {
+		s.Errorf("%d calls of %s, want %d", got, function, want)
+	}
+}
+
+func (s *suite) writePIN(content string) {
+	s.Helper()
+	if err := os.WriteFile(s.PINFile, []byte(content), 0o600); err != nil {
+		s.Fatal(err)
+	}
+}
+
+func (s *suite) place(e opened, key engine.Address, chain ...*x509.Certificate) []engine.Address {
+	s.Helper()
+	at, err := e.CertificateAddresses(s.Context(), key, chain)
+	if err != nil {
+		s.Fatal(err)
+	}
+	if len(at) != len(chain) {
+		s.Fatalf("%d addresses for %d certificates", len(at), len(chain))
+	}
+	return at
+}
+
+func (s *suite) store(e opened, key engine.Address, chain ...*x509.Certificate) []engine.Address {
+	s.Helper()
+	at := s.place(e, key, chain...)
+	if err := e.StoreCertificates(s.Context(), at, chain); err != nil {
+		s.Fatal(err)
+	}
+	for i, cert := range chain {
+		s.finds(e, at[i], cert)
+	}
+	return at
+}
+
+func (s *suite) finds(e opened, at engine.Address, want *x509.Certificate) {
+	s.Helper()
+	got, err := e.Certificate(s.Context(), at)
+	if err != nil {
+		s.Error(err)
+	} else if !got.Equal(want) {
+		s.Errorf("%s: another certificate", at)
+	}
+}
+
+func (s *suite) remove(e opened, at []engine.Address) {
+	s.Helper()
+	if err := e.RemoveCertificates(s.Context(), at); err != nil {
+		s.Fatal(err)
+	}
+}
+
+func cancelled() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}

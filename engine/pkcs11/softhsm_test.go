@@ -1,0 +1,203 @@
+//go:build cgo
+
+package pkcs11_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	p11 "github.com/miekg/pkcs11"
+
+	"estenroll/engine"
+	"estenroll/engine/enginetest"
+	"estenroll/engine/enginetest/p11crash"
+	"estenroll/engine/enginetest/softhsm"
+	"estenroll/engine/pkcs11"
+)
+
+// faulty is a fresh SoftHSM token behind two modules: p11crash, which records
+// the calls, and p11fault, which misbehaves on request. Each test has files of its
+// own of them, for a module is loaded once a process and keeps its environment.
+type faulty struct {
+	*softhsm.Token
+	module string // path of p11crash
+	log    string
+	faults string // directory
+	locks  string
+}
+
+func newFaulty(t *testing.T) *faulty {
+	t.Helper()
+	f := &faulty{Token: softhsm.New(t, softhsm.WithPIN("marker-7d20"))}
+	f.Use(t)
+	dir := t.TempDir()
+	f.faults, f.log, f.locks = filepath.Join(dir, "faults"), filepath.Join(dir, "calls"), filepath.Join(dir, "run", "locks")
+	if err := os.Mkdir(f.faults, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	modules := builtModules(t)
+	fault := filepath.Join(dir, "p11fault.so")
+	f.module = filepath.Join(dir, "p11crash.so")
+	if err := errors.Join(os.WriteFile(fault, modules.fault, 0o700), os.WriteFile(f.module, modules.crash, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("P11FAULT_MODULE", f.ModulePath)
+	t.Setenv("P11FAULT_DIR", f.faults)
+	for _, pair := range (p11crash.Module{}).Env(fault, f.log, p11crash.Point{}) {
+		name, value, _ := strings.Cut(pair, "=")
+		t.Setenv(name, value)
+	}
+	return f
+}
+
+type binaries struct{ crash, fault []byte }
+
+var built binaries
+
+// builtModules builds the two modules once. The tests that use them are not
+// parallel.
+func builtModules(t *testing.T) binaries {
+	t.Helper()
+	if built.fault != nil {
+		return built
+	}
+	headers, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "p11fault.so")
+	compile := exec.CommandContext(t.Context(), "gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra",
+		"-I", strings.TrimSpace(string(headers)), "-o", path, filepath.Join("testdata", "p11fault.c"), "-ldl")
+	if out, err := compile.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Fatalf("compile p11fault (make deps installs gcc): %v\n%s", err, out)
+	}
+	if built.crash, err = os.ReadFile(p11crash.Build(t).Path); err != nil {
+		t.Fatal(err)
+	}
+	if built.fault, err = os.ReadFile(path); err != nil {
+		t.Fatal(err)
+	}
+	return built
+}
+
+func (f *faulty) uri(label, query string) string {
+	return fmt.Sprintf("pkcs11:token=%s?module-path=%s%s", label, f.module, query)
+}
+
+func (f *faulty) options() engine.Options { return engine.Options{LockDir: f.locks} }
+
+// calls returns the functions that were called, in their order.
+func (f *faulty) calls(t *testing.T) []string {
+	t.Helper()
+	if _, err := os.Stat(f.log); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	var names []string
+	for _, point := range p11crash.ReadLog(t, f.log) {
+		if point.When == p11crash.Before {
+			names = append(names, point.Function)
+		}
+	}
+	return names
+}
+
+func (f *faulty) set(t *testing.T, name, content string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(f.faults, name), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (f *faulty) inject(t *testing.T, fault enginetest.Fault) {
+	t.Helper()
+	switch fault {
+	case enginetest.FaultExtractable:
+		f.set(t, "extractable", "")
+	case enginetest.FaultUnsupported:
+		f.set(t, "return", fmt.Sprintf("C_GenerateKeyPair before %d", p11.CKR_MECHANISM_INVALID))
+	case enginetest.FaultFailGenerate:
+		f.set(t, "return", fmt.Sprintf("C_GenerateKeyPair after %d", p11.CKR_GENERAL_ERROR))
+	case enginetest.FaultFinalTry:
+		f.set(t, "flags", fmt.Sprint(p11.CKF_USER_PIN_FINAL_TRY))
+	case enginetest.FaultLocked:
+		f.set(t, "flags", fmt.Sprint(p11.CKF_USER_PIN_LOCKED))
+	case enginetest.FaultReadOnly:
+		f.set(t, "flags", fmt.Sprint(p11.CKF_WRITE_PROTECTED))
+	default:
+		t.Fatalf("no such fault: %s", fault)
+	}
+}
+
+// damage cuts the file of a certificate off before its value, as a SIGKILL
+// inside SoftHSM's writing of it does: the attributes stand there in order.
+func (f *faulty) damage(t *testing.T, label string) {
+	t.Helper()
+	path, content := objectFile(t, f.Dir, label)
+	value := bytes.Index(content, []byte{0x30, 0x82}) // the certificate's SEQUENCE
+	if value < 0 {
+		t.Fatalf("%s: no certificate", path)
+	}
+	const head = 3 * 8 // type, kind and size of the attribute
+	if err := os.Truncate(path, int64(value-head)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// objectFile finds the file of a public object by its label.
+func objectFile(t *testing.T, dir, label string) (path string, content []byte) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*", "*.object"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if filepath.Base(file) != "token.object" && bytes.Contains(content, []byte(label)) {
+			return file, content
+		}
+	}
+	t.Fatalf("no object %q in %s", label, dir)
+	return "", nil
+}
+
+func (f *faulty) token() enginetest.Token {
+	token := enginetest.Token{
+		Driver: pkcs11.Driver, Options: f.options(), Module: f.module, PIN: f.PIN, PINFile: f.PINFile,
+		Address:    f.uri(f.Label, "&pin-source=file:"+f.PINFile),
+		WithoutPIN: f.uri(f.Label, ""), WithPIN: f.uri(f.Label, "&pin-value="+f.PIN),
+		Calls: f.calls, Inject: f.inject, Damage: f.damage,
+		LoseAfter:  func(t *testing.T, function string) { t.Helper(); f.set(t, "lose", function) },
+		GenerateEC: f.GenerateEC, WriteCertificate: f.WriteCertificate,
+		Delete: func(class engine.Class, id string) error {
+			name := map[engine.Class]string{engine.ClassPrivateKey: "privkey", engine.ClassPublicKey: "pubkey", engine.ClassCertificate: "cert"}[class]
+			_, err := f.Tool("--delete-object", "--type", name, "--id", id)
+			return err
+		},
+	}
+	token.Another = func(t *testing.T) enginetest.Token {
+		t.Helper()
+		if err := f.Add("another"); err != nil {
+			t.Fatal(err)
+		}
+		another := *f
+		anotherToken := *f.Token
+		anotherToken.Label = "another"
+		another.Token = &anotherToken
+		return another.token()
+	}
+	return token
+}
+
+// TestSoftHSM holds the driver to the rules, on SoftHSM2.
+func TestSoftHSM(t *testing.T) {
+	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token { return newFaulty(t).token() }})
+}
