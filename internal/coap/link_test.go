@@ -27,6 +27,7 @@ type wire struct {
 	out    func([]byte)
 	closed chan struct{}
 	once   sync.Once
+	ends   bool // when in is empty
 
 	mu       sync.Mutex
 	deadline time.Time
@@ -45,6 +46,9 @@ func (w *wire) Read(buf []byte) (int, error) {
 		timer := time.NewTimer(time.Until(deadline))
 		defer timer.Stop()
 		timeout = timer.C
+	}
+	if w.ends && len(w.in) == 0 {
+		return 0, io.EOF
 	}
 	select {
 	case datagram := <-w.in:

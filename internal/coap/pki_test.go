@@ -52,8 +52,8 @@ func newPKI(t testing.TB) *pki {
 	if p.ca, err = x509.ParseCertificate(der); err != nil {
 		t.Fatal(err)
 	}
-	p.server = p.issue(t, "localhost", x509.ExtKeyUsageServerAuth)
-	p.client = p.issue(t, "device", x509.ExtKeyUsageClientAuth)
+	p.server = p.issue(t, "localhost", x509.ExtKeyUsageServerAuth, time.Now().Add(time.Hour))
+	p.client = p.issue(t, "device", x509.ExtKeyUsageClientAuth, time.Now().Add(time.Hour))
 	return p
 }
 
@@ -66,7 +66,7 @@ func newKey(t testing.TB) *ecdsa.PrivateKey {
 	return key
 }
 
-func (p *pki) issue(t testing.TB, name string, usage x509.ExtKeyUsage) identity {
+func (p *pki) issue(t testing.TB, name string, usage x509.ExtKeyUsage, notAfter time.Time) identity {
 	t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
 	if err != nil {
@@ -76,7 +76,7 @@ func (p *pki) issue(t testing.TB, name string, usage x509.ExtKeyUsage) identity 
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: name},
 		DNSNames: []string{name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: notAfter,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, p.ca, &key.PublicKey, p.caKey)
