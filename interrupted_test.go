@@ -157,3 +157,68 @@ func TestInterruptedAgainAndAgain(t *testing.T) {
 		}
 	}
 }
+
+// The same where the server refuses the new pair: the removal of the new one,
+// and the fall back to the IDevID, are interrupted. When the server is itself
+// again the device gets there, and nothing is left of before.
+func TestInterruptedRefusal(t *testing.T) {
+	for _, s := range []struct {
+		name  string
+		begin []func(*device) (*estenroll.Result, error)
+		run   func(*device) (*estenroll.Result, error)
+		when  string // the server begins to refuse what it issued
+	}{
+		{"first boot", nil, (*device).enroll, "after simpleenroll"},
+		{"renewal", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).renew}, (*device).renew, "after simplereenroll"},
+	} {
+		for _, h := range harms {
+			t.Run(s.name+" "+h.name, func(t *testing.T) {
+				site := newSite(t, testserver.Config{})
+				attempt := func(n int) (d *device, points []string) {
+					site.faults(t, testserver.Faults{})
+					d = story{name: s.name, before: s.begin}.prepare(t, site, fmt.Sprintf("refused-%s-%d", h.name, n))
+					d.hook = func(when, call string) error {
+						at := when + " " + call
+						if at == s.when {
+							site.faults(t, testserver.Faults{RefuseIssued: true})
+						}
+						points = append(points, at)
+						if len(points) == n+1 {
+							return h.do(at, call)
+						}
+						return nil
+					}
+					if _, err := s.run(d); err == nil {
+						t.Errorf("point %d: no error", n)
+					}
+					return d, points
+				}
+				_, points := attempt(-1)
+				site.clear(t)
+				first := slices.Index(points, s.when)
+				for n := first; n < len(points); n++ {
+					if testing.Short() && n%5 != 0 {
+						continue
+					}
+					t.Run(fmt.Sprintf("%d %s", n, points[n]), func(t *testing.T) {
+						d, _ := attempt(n)
+						d.hook = nil
+						// Once more while the server refuses, then when it is itself again.
+						if _, err := s.run(d); err == nil {
+							t.Error("the server refuses and there is no error")
+						}
+						if status := d.status(); status.Current == nil || status.Current.Problem != "" {
+							t.Errorf("status %+v", status)
+						}
+						site.faults(t, testserver.Faults{})
+						must(t, d.enroll)
+						must(t, d.renew)
+						must(t, d.renew)
+						d.tidy(2)
+					})
+					site.clear(t)
+				}
+			})
+		}
+	}
+}
