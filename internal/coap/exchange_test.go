@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -319,6 +320,63 @@ func TestClosed(t *testing.T) {
 				}
 				if _, err := conn.Do(t.Context(), get); !errors.Is(err, coap.ErrClosed) {
 					t.Errorf("a later exchange: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// unplugged is a link whose network refuses the first datagrams.
+type unplugged struct {
+	*wire
+	refused int
+	err     error
+}
+
+func (u *unplugged) Write(datagram []byte) (int, error) {
+	if u.refused > 0 {
+		u.refused--
+		return 0, u.err
+	}
+	return u.wire.Write(datagram)
+}
+
+// A network that is down for a moment costs a retransmission; one that stays
+// down is named; a port that is closed ends the connection.
+func TestNetworkDown(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		refused int
+		err     error
+		want    []error
+	}{
+		"for a moment":  {2, syscall.ENETUNREACH, nil},
+		"for good":      {5, syscall.ENETUNREACH, []error{coap.ErrTimeout, context.DeadlineExceeded, syscall.ENETUNREACH}},
+		"a closed port": {1, syscall.ECONNREFUSED, []error{coap.ErrClosed, syscall.ECONNREFUSED}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				p := newPeer(t)
+				conn, err := coap.NewClient(&unplugged{p.wire, test.refused, test.err}, plain())
+				if err != nil {
+					t.Fatal(err)
+				}
+				done := do(t.Context(), conn, get)
+				if test.want == nil {
+					p.respond(codes.Content, nil)
+				}
+				got := <-done
+				if (got.err == nil) != (test.want == nil) {
+					t.Errorf("got %v, %v", got.resp, got.err)
+				}
+				for _, want := range test.want {
+					if !errors.Is(got.err, want) {
+						t.Errorf("got %v, want %v", got.err, want)
+					}
+				}
+				if err := conn.Close(); err != nil {
+					t.Error(err)
 				}
 			})
 		})
