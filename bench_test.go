@@ -128,6 +128,8 @@ type device struct {
 	// authenticated is what a session says of itself, if it is set.
 	authenticated *bool
 	closeErr      error // of a session
+	// elsewhere is connected to in place of the server.
+	elsewhere string
 	// answer takes the place of the server's answer to a CSR.
 	answer func(est.Operation) []*x509.Certificate
 	ctx    context.Context // of runs
@@ -244,9 +246,17 @@ func (e spied) RemoveCertificates(ctx context.Context, at []engine.Address) erro
 
 func (d *device) dial(ctx context.Context, with estenroll.Connection) (est.Session, error) {
 	return around(d, "Dial", func() (est.Session, error) {
+		uri, timeout := d.site.uri, 20*time.Second
+		if d.elsewhere != "" {
+			timeout = time.Second
+			var err error
+			if uri, err = coaps.ParseURI("coaps://" + d.elsewhere); err != nil {
+				return nil, err
+			}
+		}
 		session, err := coaps.Dial(ctx, coaps.Config{
-			URI: d.site.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now,
-			AckTimeout: 500 * time.Millisecond, FlightInterval: 500 * time.Millisecond, HandshakeTimeout: 20 * time.Second,
+			URI: uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now,
+			AckTimeout: 500 * time.Millisecond, FlightInterval: 500 * time.Millisecond, HandshakeTimeout: timeout,
 		})
 		if err != nil {
 			return nil, err

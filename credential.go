@@ -44,11 +44,11 @@ func (d *Device) openIDevID(ctx context.Context) (*pair, error) {
 	at := d.cfg.IDevID
 	signer, err := d.engine.Signer(ctx, at.Key)
 	if err != nil {
-		return nil, fmt.Errorf("open IDevID key: %w: %w", err, ErrIDevID)
+		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
 	cert, err := d.store.Certificate(ctx, at.Certificate)
 	if err != nil {
-		return nil, fmt.Errorf("read IDevID certificate: %w: %w", err, ErrIDevID)
+		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
 	if !samePublicKey(cert.PublicKey, signer.Public()) {
 		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", at.Certificate, at.Key, ErrIDevID)
@@ -60,13 +60,13 @@ func (d *Device) openIDevID(ctx context.Context) (*pair, error) {
 func (d *Device) openCredential(ctx context.Context, c credential) (*pair, error) {
 	signer, err := d.engine.Signer(ctx, c.Key.Address)
 	if err != nil {
-		return nil, fmt.Errorf("open key: %w", err)
+		return nil, err
 	}
 	p := &pair{name: "current", key: c.Key.Address, signer: signer, trust: d.cfg.ImplicitTA}
 	for _, at := range c.Certificates {
 		cert, err := d.store.Certificate(ctx, at.Address)
 		if err != nil {
-			return nil, fmt.Errorf("read certificate: %w", err)
+			return nil, err
 		}
 		p.chain = append(p.chain, cert)
 	}

@@ -158,6 +158,37 @@ func TestInterruptedAgainAndAgain(t *testing.T) {
 	}
 }
 
+// Recover finishes what is left, and does nothing where nothing is.
+func TestRecover(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "recovered")
+	recoverIt := func() (result *estenroll.Result) {
+		t.Helper()
+		if err := d.run(func(dev *estenroll.Device) (err error) { result, err = dev.Recover(t.Context()); return err }); err != nil {
+			t.Fatal(err)
+		}
+		return result
+	}
+	if result := recoverIt(); result != nil || d.read("security.json") != "" {
+		t.Errorf("before the first boot: %+v", result)
+	}
+	if _, err := d.interrupt(20, harms[0], (*device).enroll); err == nil {
+		t.Fatal("not killed")
+	}
+	if result := recoverIt(); result == nil || !result.Recovered || !result.Changed {
+		t.Errorf("result %+v", result)
+	}
+	d.tidy(1)
+	if result := recoverIt(); result != nil {
+		t.Errorf("a second time: %+v", result)
+	}
+	// What is not a pair, or not there, is no IDevID.
+	d.cfg.IDevID.Certificate = d.site.address(t, "pkcs11:object=nothing;type=cert")
+	d.site.clear(t)
+	_, err := d.enroll()
+	wantError(t, err, estenroll.ErrIDevID)
+	wantError(t, err, engine.ErrNotFound)
+}
+
 // The same where the server refuses the new pair: the removal of the new one,
 // and the fall back to the IDevID, are interrupted. When the server is itself
 // again the device gets there, and nothing is left of before.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"strings"
 	"testing"
 
@@ -62,6 +63,40 @@ func TestProofUndecided(t *testing.T) {
 			if d.issued() != 1 {
 				t.Errorf("%d certificates issued", d.issued())
 			}
+		})
+	}
+}
+
+// The same on real sockets: nobody listens, or nobody answers.
+func TestProofUnreachable(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	for name, closed := range map[string]bool{"refused": true, "silent": false} {
+		t.Run(name, func(t *testing.T) {
+			silent, err := net.ListenPacket("udp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer silent.Close()
+			if closed {
+				if err := silent.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			d := site.device(t, name)
+			d.cfg.Tries = 2
+			d.hook = after(2, "before Dial", func() error { d.elsewhere = silent.LocalAddr().String(); return nil })
+			_, err = d.enroll()
+			wantError(t, err, estenroll.ErrUnproven)
+			wantError(t, err, est.ErrUnreachable)
+			d.hook, d.elsewhere = nil, ""
+			if result := d.mustEnroll(); !result.Recovered {
+				t.Errorf("result %+v", result)
+			}
+			d.tidy(1)
+			if d.issued() != 1 {
+				t.Errorf("%d certificates issued", d.issued())
+			}
+			site.clear(t)
 		})
 	}
 }
