@@ -130,7 +130,7 @@ type device struct {
 	closeErr      error // of a session
 	// elsewhere is connected to in place of the server.
 	elsewhere string
-	// answer takes the place of the server's answer to a CSR.
+	// answer takes the place of the server's answer; nil leaves it.
 	answer func(est.Operation) []*x509.Certificate
 	ctx    context.Context // of runs
 	// initial is a Security object that a test took down.
@@ -277,10 +277,14 @@ func (s watched) RoundTrip(ctx context.Context, req *est.Request) (*est.Response
 	return around(s.d, string(req.Operation), func() (*est.Response, error) {
 		s.d.requests = append(s.d.requests, sent{req.Operation, string(req.Body)})
 		response, err := s.Session.RoundTrip(ctx, req)
-		if err != nil || s.d.answer == nil || req.Operation == est.CACerts {
+		if err != nil || s.d.answer == nil {
 			return response, err
 		}
-		body, err := est.MarshalCertsOnly(s.d.answer(req.Operation))
+		certs := s.d.answer(req.Operation)
+		if certs == nil {
+			return response, nil
+		}
+		body, err := est.MarshalCertsOnly(certs)
 		return &est.Response{ContentFormat: est.ContentFormatPKCS7CertsOnly, Body: body}, err
 	})
 }

@@ -144,7 +144,12 @@ func TestNotARenewal(t *testing.T) {
 	current := d.mustRenew().Certificate
 	for name, cert := range map[string]*x509.Certificate{"current": current, "previous": previous} {
 		t.Run(name, func(t *testing.T) {
-			d.answer = func(est.Operation) []*x509.Certificate { return []*x509.Certificate{cert} }
+			d.answer = func(operation est.Operation) []*x509.Certificate {
+				if operation == est.CACerts {
+					return nil
+				}
+				return []*x509.Certificate{cert}
+			}
 			before := d.snapshot()
 			result := d.mustRenew()
 			if result.Changed || result.Kind != "renew" || !result.Certificate.Equal(current) {
@@ -262,17 +267,74 @@ func TestRequestKept(t *testing.T) {
 	}
 }
 
+// The CA certificates of a server judge the session that they came through: if
+// they do not vouch for the server, it gets no CSR (RFC 9148 §3).
+func TestCACertsDoNotVouch(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "voucher")
+	d.answer = func(operation est.Operation) []*x509.Certificate {
+		if operation == est.CACerts {
+			return []*x509.Certificate{site.server.FactoryRoot()}
+		}
+		return nil
+	}
+	_, err := d.enroll()
+	wantError(t, err, est.ErrServerCertificate)
+	wantError(t, err, est.ErrNotTrusted)
+	if csrs := d.csrs(); len(csrs) != 0 {
+		t.Errorf("%d CSRs were sent", len(csrs))
+	}
+	d.answer = nil
+	d.mustEnroll()
+	d.tidy(1)
+}
+
+// Status says what is wrong with a credential, and changes nothing.
+func TestStatusProblem(t *testing.T) {
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now, Lifetime: time.Hour})
+	d := site.device(t, "problem")
+	d.now = c.now
+	if status := d.status(); status.Enrolled || status.Current != nil {
+		t.Errorf("before the first boot: %+v", status)
+	}
+	d.mustEnroll()
+	before := d.snapshot()
+	problem := func() string {
+		t.Helper()
+		status := d.status()
+		if !status.Enrolled || status.Current == nil {
+			t.Fatalf("status %+v", status)
+		}
+		return status.Current.Problem
+	}
+	d.cfg.BuildTime = time.Unix(0, 0)
+	d.now = func() time.Time { return time.Now().Add(2 * time.Hour) }
+	if got := problem(); got != "expired" {
+		t.Errorf("problem %q", got)
+	}
+	d.unchangedSince(before)
+	site.clear(t)
+	if got := problem(); !strings.HasPrefix(got, "not in the token") {
+		t.Errorf("problem %q", got)
+	}
+}
+
 // Ctrl-C is the context's error, and loses nothing.
 func TestCancelled(t *testing.T) {
 	for _, at := range []string{
 		"before GenerateKey", "after GenerateKey", "before Dial", "before simpleenroll", "after simpleenroll", "after CertificateAddresses",
-		"before StoreCertificates", "after StoreCertificates",
+		"before StoreCertificates", "after StoreCertificates", "proof: before Dial", "proof: after Dial", "proof: before cacerts",
 	} {
 		t.Run(at, func(t *testing.T) {
+			at, n := at, 1
+			if call, ok := strings.CutPrefix(at, "proof: "); ok {
+				at, n = call, 2
+			}
 			d := newSite(t, testserver.Config{}).device(t, "cancelled")
 			d.cfg.Tries = 3
 			ctx, cancel := context.WithCancel(t.Context())
-			d.ctx, d.hook = ctx, after(1, at, func() error { cancel(); return nil })
+			d.ctx, d.hook = ctx, after(n, at, func() error { cancel(); return nil })
 			_, err := d.enroll()
 			wantError(t, err, context.Canceled)
 			if d.journal().Operation == nil {
