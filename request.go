@@ -1,0 +1,311 @@
+package estenroll
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"estenroll/csr"
+	"estenroll/engine"
+	"estenroll/est"
+)
+
+// authenticator is the pair that authenticates the request.
+func (d *Device) authenticator(ctx context.Context) (*pair, error) {
+	if d.journal.Operation.Kind == KindEnroll {
+		return d.openIDevID(ctx)
+	}
+	c, enrolled := d.current()
+	if !enrolled {
+		return nil, ErrNotEnrolled
+	}
+	return d.openCredential(ctx, c)
+}
+
+// request exchanges the CSR for certificates. A result ends the operation.
+func (d *Device) request(ctx context.Context) (*Result, error) {
+	op := d.journal.Operation
+	auth, err := d.authenticator(ctx)
+	if err != nil {
+		return nil, &StepError{Step: StepRequest, Err: err}
+	}
+	if err := d.buildCSR(ctx, auth); err != nil {
+		return nil, &StepError{Step: StepRequest, Err: err}
+	}
+	if err := d.stillPending(ctx); err != nil {
+		return nil, err
+	}
+	var got *answer
+	err = d.timed(StepRequest, func() (string, error) {
+		if got, err = retry(ctx, d, func() (*answer, error) { return d.exchange(ctx, auth) }); err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("%s at %s: a certificate valid until %s", operationOf(op.Kind), d.cfg.ServerURI,
+			got.chain[0].NotAfter.UTC().Format(time.RFC3339)), nil
+	})
+	if err != nil {
+		return nil, d.requestFailed(ctx, err)
+	}
+	if op.Kind == KindRenew {
+		if unchanged := d.notRenewed(auth.chain[0], got.chain[0]); unchanged {
+			return d.unchanged(auth)
+		}
+	}
+	return d.accept(ctx, auth, got)
+}
+
+// stillPending returns the pending answer again until its time has come:
+// "the client MUST wait at least as long as" the server said (RFC 9148 §4.7).
+func (d *Device) stillPending(ctx context.Context) error {
+	op := d.journal.Operation
+	if op.AskedAt.IsZero() {
+		return nil
+	}
+	now := d.cfg.Now()
+	if floor, _ := d.clockFloor(); op.StartedAt.Before(floor) && !now.Before(floor) {
+		// The clock was known to be behind then and was set since: between the two
+		// lie decades that nobody waited.
+		op.StartedAt, op.Deadline = now, now.Add(d.cfg.PendingLimit)
+	}
+	if now.After(op.Deadline) {
+		return d.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("asked first at %s: %w", op.StartedAt.UTC().Format(time.RFC3339), ErrGivenUp)})
+	}
+	// A clock that was set back would keep the device waiting: ask then.
+	if notBefore := op.AskedAt.Add(op.RetryAfter); now.Before(notBefore) && !now.Before(op.AskedAt) {
+		return &PendingError{NotBefore: notBefore, Deadline: op.Deadline}
+	}
+	return nil
+}
+
+// buildCSR makes the CSR once and keeps it in the journal: every repetition, in
+// this run or the next, sends the same bytes.
+func (d *Device) buildCSR(ctx context.Context, auth *pair) error {
+	op := d.journal.Operation
+	template := d.cfg.Request
+	switch {
+	case op.Kind == KindRenew:
+		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
+		template = csr.ForReenrollment(auth.chain[0])
+	case len(template.RawSubject) == 0:
+		template.RawSubject = auth.chain[0].RawSubject
+	}
+	wanted, err := digestOf(template)
+	if err != nil {
+		return err
+	}
+	if len(op.CSR) > 0 && bytes.Equal(wanted, op.Wanted) {
+		return nil
+	}
+	return d.timed(StepRequest, func() (string, error) {
+		signer, err := d.engine.Signer(ctx, op.Key.Address)
+		if err != nil {
+			return "", err
+		}
+		if op.CSR, err = csr.Build(d.cfg.Rand, template, signer); err != nil {
+			return "", err
+		}
+		// Another question: what the server said of the old one does not hold for it.
+		op.Wanted, op.AskedAt, op.RetryAfter = wanted, time.Time{}, 0
+		op.Deadline = d.cfg.Now().Add(d.cfg.PendingLimit)
+		return "built the CSR, signed in the token", d.save()
+	})
+}
+
+func digestOf(template csr.Template) ([]byte, error) {
+	san, err := template.SANExtension()
+	if err != nil {
+		return nil, err
+	}
+	h := sha256.New()
+	h.Write(template.RawSubject)
+	fmt.Fprintf(h, "%t", san.Critical)
+	h.Write(san.Value)
+	return h.Sum(nil), nil
+}
+
+// answer is what the server gave and we judged.
+type answer struct {
+	chain   []*x509.Certificate // leaf first
+	anchors *est.TrustAnchors
+	server  *x509.Certificate
+}
+
+func operationOf(kind Kind) est.Operation {
+	if kind == KindRenew {
+		return est.SimpleReenroll
+	}
+	return est.SimpleEnroll
+}
+
+// exchange is one session: crts, the live session judged by the Explicit TA,
+// then sen or sren (RFC 9148 §3).
+func (d *Device) exchange(ctx context.Context, auth *pair) (*answer, error) {
+	op := d.journal.Operation
+	session, err := d.dial(ctx, auth)
+	if err != nil {
+		return nil, err
+	}
+	defer d.closeSession(session)
+	client := est.Client{Session: session}
+	caCerts, err := client.CACerts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	anchors, err := est.NewTrustAnchors(caCerts)
+	if err != nil {
+		return nil, err
+	}
+	now, err := d.verificationTime()
+	if err != nil {
+		return nil, err
+	}
+	if err := anchors.VerifyServer(session.PeerChain(), d.cfg.ServerName, now); err != nil {
+		return nil, fmt.Errorf("judge the server by its own cacerts: %w", err)
+	}
+	request, err := x509.ParseCertificateRequest(op.CSR)
+	if err != nil {
+		return nil, fmt.Errorf("read the CSR of the journal: %w: %w", err, ErrState)
+	}
+	enroll := client.SimpleEnroll
+	if op.Kind == KindRenew {
+		enroll = client.SimpleReenroll
+	}
+	d.sent = true
+	issued, err := enroll(ctx, op.CSR)
+	if err != nil {
+		return nil, err
+	}
+	chain, err := anchors.VerifyIssued(issued, request.PublicKey, now)
+	if err != nil {
+		return nil, err
+	}
+	return &answer{chain: chain, anchors: anchors, server: session.PeerChain()[0]}, nil
+}
+
+func (d *Device) dial(ctx context.Context, as *pair) (est.Session, error) {
+	now, err := d.verificationTime()
+	if err != nil {
+		return nil, err
+	}
+	connection := as.connection()
+	connection.Now = func() time.Time { return now }
+	return d.cfg.Dial(ctx, connection)
+}
+
+// closeSession ends a session. A failure does not undo what was received: an
+// answer must not be taken for a failed request because of it.
+func (d *Device) closeSession(session est.Session) {
+	if err := session.Close(); err != nil {
+		d.warn("close session with %s: %v", d.cfg.ServerURI, err)
+	}
+}
+
+// retry repeats an exchange that got no answer, and nothing else, a bounded
+// number of times; the CSR in the journal makes the repetition safe.
+func retry[T any](ctx context.Context, d *Device, try func() (T, error)) (T, error) {
+	pause := backoff.NewExponentialBackOff()
+	pause.InitialInterval = d.cfg.RetryInterval
+	pause.Multiplier = 2
+	attempt := func() (T, error) {
+		got, err := try()
+		if err != nil && !errors.Is(err, est.ErrUnreachable) {
+			err = backoff.Permanent(err)
+		}
+		return got, err
+	}
+	got, err := backoff.Retry(ctx, attempt, backoff.WithBackOff(pause), backoff.WithMaxTries(d.cfg.Tries), backoff.WithMaxElapsedTime(0),
+		backoff.WithNotify(func(err error, wait time.Duration) {
+			d.say(StepRequest, "no answer (%v): again in %s", err, wait.Round(time.Millisecond))
+		}))
+	// Measured: backoff v5.0.3 leaves its wrapper around the last try's error.
+	var permanent *backoff.PermanentError
+	if errors.As(err, &permanent) {
+		err = permanent.Unwrap()
+	}
+	return got, err
+}
+
+// requestFailed decides what a failed request leaves: all of it where the next
+// run goes on with the same CSR, nothing where the answer was final.
+func (d *Device) requestFailed(ctx context.Context, err error) error {
+	op := d.journal.Operation
+	var pending *est.PendingError
+	var status *est.StatusError
+	switch {
+	case errors.As(err, &pending):
+		op.AskedAt, op.RetryAfter = d.cfg.Now(), pending.RetryAfter
+		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline}, d.save())
+	case ctx.Err() != nil, errors.Is(err, est.ErrUnreachable), isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
+		return err
+	case errors.Is(err, est.ErrServerCertificate), errors.Is(err, est.ErrCredentialNotYetValid):
+		// Not an answer to the CSR: whoever stands in the server's place must not
+		// end a request that is pending with the server.
+		return err
+	case errors.As(err, &status) && status.Temporary():
+		return err
+	case d.sent && !isAnswer(err):
+		// Whoever sits on the network can present a wrong certificate or forge an
+		// alert of the handshake: that must not cost a request under decision.
+		return err
+	}
+	return d.discard(ctx, err)
+}
+
+// isAnswer reports an error that only the authenticated server can have caused.
+func isAnswer(err error) bool {
+	var status *est.StatusError
+	var response *est.ResponseError
+	return errors.As(err, &status) || errors.As(err, &response) || errors.Is(err, est.ErrKeyMismatch) ||
+		(errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow)) && !errors.Is(err, est.ErrServerCertificate)
+}
+
+func isEngineError(err error) bool {
+	var engineErr *engine.Error
+	return errors.As(err, &engineErr)
+}
+
+// notRenewed reports whether the answer is the certificate we have, or, unless
+// forced, one that does not last longer (DESIGN.md §7 rule 5).
+func (d *Device) notRenewed(old, issued *x509.Certificate) bool {
+	return old.Equal(issued) || !d.journal.Operation.Force && !issued.NotAfter.After(old.NotAfter)
+}
+
+func (d *Device) unchanged(current *pair) (*Result, error) {
+	c, _ := d.current()
+	d.warn("the server answered with a certificate that is no renewal of the current one (until %s): nothing is changed",
+		current.chain[0].NotAfter.UTC().Format(time.RFC3339))
+	d.journal.Operation = nil
+	return &Result{Kind: KindRenew, Certificate: current.chain[0], CertificateAddress: c.Certificates[0].Address, Key: c.Key.Address}, d.save()
+}
+
+// accept writes down the answer and where it will be stored.
+func (d *Device) accept(ctx context.Context, auth *pair, got *answer) (*Result, error) {
+	op := d.journal.Operation
+	addresses, err := d.store.CertificateAddresses(ctx, op.Key.Address, got.chain)
+	if err != nil {
+		return nil, &StepError{Step: StepStore, Err: err}
+	}
+	for _, known := range d.journal.Credentials {
+		if known.sameLeaf(addresses[0]) {
+			return d.unchanged(auth) // the previous one, once more
+		}
+	}
+	op.Chain, op.Certificates = nil, nil
+	for i, cert := range got.chain {
+		op.Chain = append(op.Chain, cert.Raw)
+		op.Certificates = append(op.Certificates, reference{Address: addresses[i]})
+	}
+	if op.ExplicitTA, err = d.saveExplicitTA(got.anchors); err != nil {
+		return nil, &StepError{Step: StepStore, Err: err}
+	}
+	op.ServerCertificate = got.server.Raw
+	d.sawVerified(got.server.NotBefore)
+	d.sawVerified(got.chain[0].NotBefore)
+	return nil, d.advance(StepStore)
+}

@@ -1,0 +1,116 @@
+package estenroll
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+
+	"estenroll/engine"
+)
+
+// keepPrevious is how many pairs older than the current one stay until the
+// next completed renewal.
+const keepPrevious = 1
+
+// retire removes what is older than the previous pair and ends the operation.
+func (d *Device) retire(ctx context.Context) (*Result, error) {
+	op := d.journal.Operation
+	err := d.timed(StepRetire, func() (string, error) {
+		retired := 0
+		for len(d.journal.Credentials) > 1+keepPrevious {
+			last := len(d.journal.Credentials) - 1
+			old := d.journal.Credentials[last]
+			d.journal.Credentials = d.journal.Credentials[:last]
+			if err := d.removeCredential(ctx, old.Certificates, old.Key.Address); err != nil {
+				// The record of the attempt is saved next: it must not forget this one.
+				d.journal.Credentials = append(d.journal.Credentials, old)
+				return "", err
+			}
+			retired++
+		}
+		d.journal.Operation = nil
+		if err := d.save(); err != nil {
+			return "", err
+		}
+		message := "nothing is old enough to go"
+		if retired > 0 {
+			message = fmt.Sprintf("removed %d certificates older than the previous one", retired)
+		}
+		return message, d.removeUnreferencedFiles()
+	})
+	if err != nil {
+		return nil, err
+	}
+	leaf, err := x509.ParseCertificate(op.Chain[0])
+	if err != nil {
+		return nil, fmt.Errorf("read the certificate of the journal: %w: %w", err, ErrState)
+	}
+	return &Result{Kind: op.Kind, Changed: true, Certificate: leaf, CertificateAddress: op.Certificates[0].Address, Key: op.Key.Address}, nil
+}
+
+// removeCredential destroys certificates and, when no kept certificate and no
+// Security instance uses it, their key.
+func (d *Device) removeCredential(ctx context.Context, certs []reference, key engine.Address) error {
+	if len(certs) > 0 {
+		if err := d.store.RemoveCertificates(ctx, addresses(certs)); err != nil {
+			return err
+		}
+	}
+	if d.keyInUse(key) {
+		return nil
+	}
+	if err := d.engine.RemoveKey(ctx, key); err != nil && !errors.Is(err, engine.ErrNotFound) {
+		return err
+	}
+	return nil
+}
+
+func (d *Device) keyInUse(key engine.Address) bool {
+	if key == d.cfg.IDevID.Key {
+		return true
+	}
+	for _, c := range d.journal.Credentials {
+		if c.Key.Address == key {
+			return true
+		}
+	}
+	for _, instance := range d.security.All() {
+		if at, ok := instance.PrivateKey.Engine(); ok && at == key {
+			return true
+		}
+	}
+	return false
+}
+
+// discard removes what the operation created, ends it and returns the cause.
+func (d *Device) discard(ctx context.Context, cause error) error {
+	op := d.journal.Operation
+	if cause != nil {
+		op.Reason = truncate(cause.Error(), 512)
+	}
+	if err := d.advance(StepDiscard); err != nil {
+		return errors.Join(cause, err)
+	}
+	// Ctrl-C does not stop the cleaning up: it is short, and asked for.
+	ctx = context.WithoutCancel(ctx)
+	key := engine.Address(nil)
+	if op.NewKey {
+		key = op.Key.Address
+	}
+	if err := d.removeOperation(ctx, op, key); err != nil {
+		return errors.Join(cause, &StepError{Step: StepDiscard, Err: err})
+	}
+	d.journal.Operation = nil
+	return errors.Join(cause, d.save(), d.removeUnreferencedFiles())
+}
+
+func (d *Device) removeOperation(ctx context.Context, op *operation, key engine.Address) error {
+	if key != nil {
+		return d.removeCredential(ctx, op.Certificates, key)
+	}
+	if len(op.Certificates) == 0 {
+		return nil
+	}
+	return d.store.RemoveCertificates(ctx, addresses(op.Certificates))
+}

@@ -1,0 +1,69 @@
+package estenroll
+
+import (
+	"context"
+	"crypto/x509"
+	"fmt"
+
+	"estenroll/engine"
+)
+
+func (op *operation) chain() ([]*x509.Certificate, error) {
+	chain := make([]*x509.Certificate, len(op.Chain))
+	for i, der := range op.Chain {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("read the certificate of the journal: %w: %w", err, ErrState)
+		}
+		chain[i] = cert
+	}
+	return chain, nil
+}
+
+func (op *operation) credential() credential {
+	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA}
+}
+
+func addresses(refs []reference) []engine.Address {
+	out := make([]engine.Address, len(refs))
+	for i, r := range refs {
+		out[i] = r.Address
+	}
+	return out
+}
+
+func (d *Device) storeCertificates(ctx context.Context) error {
+	op := d.journal.Operation
+	return d.timed(StepStore, func() (string, error) {
+		chain, err := op.chain()
+		if err != nil {
+			return "", err
+		}
+		if err := d.store.StoreCertificates(ctx, addresses(op.Certificates), chain); err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("stored the certificate and its chain (%d) in the token: %s", len(chain)-1, op.Certificates[0]), d.advance(StepProve)
+	})
+}
+
+// commit makes the Security object point at the new pair.
+func (d *Device) commit() error {
+	op := d.journal.Operation
+	return d.timed(StepCommit, func() (string, error) {
+		if err := d.pointSecurityAt(op.Key.Address, op.Certificates[0].Address, op.ServerCertificate); err != nil {
+			return "", err
+		}
+		d.adopt(op.credential())
+		return fmt.Sprintf("security instance /0/%d points at the new pair", d.cfg.Security.Instance), d.advance(StepRetire)
+	})
+}
+
+// adopt puts a credential at the head of the list, once.
+func (d *Device) adopt(c credential) {
+	for _, known := range d.journal.Credentials {
+		if known.sameLeaf(c.Certificates[0].Address) {
+			return
+		}
+	}
+	d.journal.Credentials = append([]credential{c}, d.journal.Credentials...)
+}
