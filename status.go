@@ -135,6 +135,9 @@ func (d *Device) problemOf(ctx context.Context, c credential, cert *x509.Certifi
 		return "the certificate is not that of the key", nil
 	}
 	now, err := d.verificationTime()
+	if errors.Is(err, ErrClock) {
+		return "whether it is valid cannot be said: " + err.Error(), nil
+	}
 	if err != nil {
 		return "", err
 	}
