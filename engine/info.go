@@ -1,10 +1,10 @@
 package engine
 
 import (
-	"bytes"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 )
 
 // An info is a credential by reference: it says where a credential is, in an
@@ -13,7 +13,10 @@ import (
 type info struct {
 	address Address
 	file    string
-	buffer  []byte
+	// A pointer to a string, which fmt never follows inside a value that it prints
+	// (one to a slice it does, for a wrong verb): even as an unexported field of
+	// somebody's struct a pre-shared key is not shown.
+	buffer *string
 }
 
 // IsZero reports whether the info has no source.
@@ -26,7 +29,12 @@ func (i info) Engine() (Address, bool) { return i.address, i.address != nil }
 func (i info) File() (string, bool) { return i.file, i.file != "" }
 
 // Buffer returns a copy of the bytes, if they are the source.
-func (i info) Buffer() ([]byte, bool) { return bytes.Clone(i.buffer), i.buffer != nil }
+func (i info) Buffer() ([]byte, bool) {
+	if i.buffer == nil {
+		return nil, false
+	}
+	return []byte(*i.buffer), true
+}
 
 // String names the source and never shows a buffer.
 func (i info) String() string {
@@ -36,13 +44,13 @@ func (i info) String() string {
 	case i.file != "":
 		return "file " + i.file
 	case i.buffer != nil:
-		return fmt.Sprintf("buffer of %d bytes", len(i.buffer))
+		return fmt.Sprintf("buffer of %d bytes", len(*i.buffer))
 	}
 	return "none"
 }
 
-// GoString is String: %#v shows no buffer either.
-func (i info) GoString() string { return i.String() }
+// Format writes String for every verb: %d would show the buffer.
+func (i info) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, i.String()) }
 
 // Infos of each kind (LwM2M Core 1.2 §E.1, resources 3, 4 and 5). They differ in
 // type so that one cannot stand where another is meant.
@@ -71,7 +79,7 @@ func CertificateChainFromFile(path string) CertificateChainInfo {
 
 // CertificateChainFromBuffer holds a copy of DER certificates, leaf first.
 func CertificateChainFromBuffer(der []byte) CertificateChainInfo {
-	return CertificateChainInfo{info{buffer: nonNil(der)}}
+	return CertificateChainInfo{info{buffer: clone(der)}}
 }
 
 // Certificates parses the buffer.
@@ -79,7 +87,7 @@ func (i CertificateChainInfo) Certificates() ([]*x509.Certificate, error) {
 	if i.buffer == nil {
 		return nil, errors.New("certificate chain info: not a buffer")
 	}
-	certs, err := x509.ParseCertificates(i.buffer)
+	certs, err := x509.ParseCertificates([]byte(*i.buffer))
 	if err != nil {
 		return nil, fmt.Errorf("certificate chain info: %w", err)
 	}
@@ -99,7 +107,7 @@ func PSKKeyFromEngine(at Address) PSKKeyInfo { return PSKKeyInfo{info{address: a
 func PSKKeyFromFile(path string) PSKKeyInfo { return PSKKeyInfo{info{file: path}} }
 
 // PSKKeyFromBuffer holds a copy of a pre-shared key.
-func PSKKeyFromBuffer(key []byte) PSKKeyInfo { return PSKKeyInfo{info{buffer: nonNil(key)}} }
+func PSKKeyFromBuffer(key []byte) PSKKeyInfo { return PSKKeyInfo{info{buffer: clone(key)}} }
 
 // PSKIdentityFromEngine refers to an identity in an engine.
 func PSKIdentityFromEngine(at Address) PSKIdentityInfo { return PSKIdentityInfo{info{address: at}} }
@@ -109,7 +117,10 @@ func PSKIdentityFromFile(path string) PSKIdentityInfo { return PSKIdentityInfo{i
 
 // PSKIdentityFromBuffer holds a copy of an identity.
 func PSKIdentityFromBuffer(identity []byte) PSKIdentityInfo {
-	return PSKIdentityInfo{info{buffer: nonNil(identity)}}
+	return PSKIdentityInfo{info{buffer: clone(identity)}}
 }
 
-func nonNil(b []byte) []byte { return append([]byte{}, b...) }
+func clone(b []byte) *string {
+	s := string(b)
+	return &s
+}

@@ -40,8 +40,9 @@ type URI struct {
 	ModulePath string // absolute
 	PINSource  string // absolute path of the file that holds the PIN
 
-	// A handle, for fmt follows no pointer inside a value it prints: even as an
-	// unexported field of somebody's struct the PIN is not shown.
+	// A handle, which is a pointer to a string inside: fmt never follows one inside
+	// a value that it prints, so that the PIN is not shown even as an unexported
+	// field of somebody's struct.
 	pin unique.Handle[string]
 }
 

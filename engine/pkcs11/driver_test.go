@@ -1,0 +1,420 @@
+//go:build cgo
+
+package pkcs11_test
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"math/big"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/ThalesGroup/crypto11"
+	p11 "github.com/miekg/pkcs11"
+
+	"estenroll/engine"
+	"estenroll/engine/enginetest/softhsm"
+	"estenroll/engine/pkcs11"
+)
+
+func parse(t *testing.T, address string) engine.Address {
+	t.Helper()
+	at, err := pkcs11.Driver.Parse(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at
+}
+
+func selfSigned(t *testing.T, public crypto.PublicKey, signer crypto.Signer) *x509.Certificate {
+	t.Helper()
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(4711), Subject: pkix.Name{CommonName: "TEST ONLY"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, public, signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+// crypto11, which is not ours, uses a key that we made, and we use one that it
+// made, both in one process. It has initialised the module, so that we do not
+// finalise it under its feet.
+func TestCrypto11(t *testing.T) {
+	token := softhsm.New(t)
+	token.Use(t)
+	other, err := crypto11.Configure(&crypto11.Config{Path: token.ModulePath, TokenLabel: token.Label, Pin: token.PIN})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	e := open(t, token.URI(), options(t))
+
+	// ours
+	at, public := generate(t, e, "ours")
+	theirs, err := other.FindKeyPair([]byte(at.(pkcs11.URI).ID), []byte("ours"))
+	if err != nil || theirs == nil {
+		t.Fatalf("crypto11 does not find our key: %v", err)
+	}
+	if err := sign(theirs); err != nil {
+		t.Error(err)
+	}
+	if !public.(*ecdsa.PublicKey).Equal(theirs.Public()) {
+		t.Error("another public key")
+	}
+	signer, err := e.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := selfSigned(t, public, signer)
+	certs := []*x509.Certificate{cert}
+	places, err := e.CertificateAddresses(t.Context(), at, certs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.StoreCertificates(t.Context(), places, certs); err != nil {
+		t.Fatal(err)
+	}
+	place := places[0].(pkcs11.URI)
+	found, err := other.FindCertificate([]byte(place.ID), []byte(place.Object), nil)
+	if err != nil || !cert.Equal(found) {
+		t.Errorf("crypto11 does not find our certificate: %v", err)
+	}
+
+	// theirs
+	id := []byte{0xca, 0xfe}
+	made, err := other.GenerateECDSAKeyPairWithLabel(id, []byte("theirs"), elliptic.P384())
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err = e.Signer(t.Context(), parse(t, "pkcs11:object=theirs;id=%CA%FE"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sign(signer); err != nil {
+		t.Error(err)
+	}
+	if !made.Public().(*ecdsa.PublicKey).Equal(signer.Public()) {
+		t.Error("another public key")
+	}
+	if err := other.ImportCertificateWithLabel(id, []byte("imported"), selfSigned(t, made.Public(), made)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Certificate(t.Context(), parse(t, "pkcs11:object=imported;id=%CA%FE")); err != nil {
+		t.Error(err)
+	}
+
+	// and after our Close it goes on
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := sign(made); err != nil {
+		t.Errorf("after our Close: %v", err)
+	}
+}
+
+// A PIN that the token has not looked at, since the process is logged in, is not
+// taken for an accepted one.
+func TestUnverifiedPIN(t *testing.T) {
+	f := newFaulty(t)
+	first := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	second := open(t, f.uri(f.Label, "&pin-value=wrong"), f.options())
+	at, _ := generate(t, second, "name")
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	signer, err := second.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.set(t, "lose", "C_Sign")
+	if err := sign(signer); err != nil { // with the PIN that was accepted, the first one's
+		t.Error(err)
+	}
+	if err := second.Close(); err != nil {
+		t.Fatal(err)
+	}
+	_, err = pkcs11.Driver.Open(t.Context(), parse(t, f.uri(f.Label, "&pin-value=wrong")), f.options())
+	if !errors.Is(err, engine.ErrPINIncorrect) {
+		t.Errorf("got %v, want ErrPINIncorrect", err)
+	}
+}
+
+// A general error of a session that is alive is no loss: the module is not
+// finalised, and its name is in the error.
+func TestGeneralError(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	at, _ := generate(t, e, "name")
+	signer, err := e.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.set(t, "return", fmt.Sprintf("C_SignInit before %d", p11.CKR_GENERAL_ERROR))
+	err = sign(signer)
+	if err == nil || errors.Is(err, engine.ErrDeviceLost) || !strings.Contains(err.Error(), "CKR_GENERAL_ERROR") || !strings.Contains(err.Error(), f.module) {
+		t.Errorf("got %v", err)
+	}
+	if slices.Contains(f.calls(t), "C_Finalize") {
+		t.Error("the module was finalised")
+	}
+	if err := sign(signer); err != nil {
+		t.Error(err)
+	}
+	// a signature that is begun and not ended blocks the session
+	f.set(t, "return", fmt.Sprintf("C_Sign before %d", p11.CKR_GENERAL_ERROR))
+	if err := sign(signer); err == nil {
+		t.Error("no error")
+	}
+	if err := sign(signer); err != nil {
+		t.Errorf("the session stays blocked: %v", err)
+	}
+}
+
+// Some modules return EC_POINT without the OCTET STRING around it.
+func TestRawPoint(t *testing.T) {
+	f := newFaulty(t)
+	f.set(t, "raw-point", "")
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	at, public := generate(t, e, "name")
+	signer, err := e.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sign(signer); err != nil || !public.(*ecdsa.PublicKey).Equal(signer.Public()) {
+		t.Error(err)
+	}
+}
+
+// A factory may have put the certificate beside the private key, and no public one.
+func TestPublicKeyFromCertificate(t *testing.T) {
+	token := softhsm.New(t)
+	token.Use(t)
+	ca, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = token.StoreIDevID(func(der []byte) ([]byte, error) {
+		public, err := x509.ParsePKIXPublicKey(der)
+		if err != nil {
+			return nil, err
+		}
+		return selfSigned(t, public, issuer{ca}).Raw, nil
+	})
+	if err == nil {
+		_, err = token.Tool("--delete-object", "--type", "pubkey", "--id", softhsm.IDevIDID)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := open(t, token.URI(), options(t))
+	at := parse(t, "pkcs11:object=idevid;type=private")
+	signer, err := e.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sign(signer); err != nil {
+		t.Error(err)
+	}
+}
+
+// A public half that is not the private one's is found out at the first
+// signature, not by a server; of two public halves none is guessed.
+func TestHalvesOfTwoKeys(t *testing.T) {
+	token := softhsm.New(t)
+	token.Use(t)
+	_, err := token.GenerateEC("first", "01")
+	if err == nil {
+		_, err = token.Tool("--delete-object", "--type", "privkey", "--id", "01")
+	}
+	if err == nil {
+		_, err = token.GenerateEC("second", "01")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := open(t, token.URI(), options(t))
+	var ambiguous *engine.AmbiguousError
+	if _, err := e.Signer(t.Context(), parse(t, "pkcs11:id=%01")); !errors.As(err, &ambiguous) {
+		t.Errorf("got %v, want an *engine.AmbiguousError", err)
+	}
+	if _, err := token.Tool("--delete-object", "--type", "pubkey", "--label", "second"); err != nil {
+		t.Fatal(err)
+	}
+	signer, err := e.Signer(t.Context(), parse(t, "pkcs11:id=%01"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := sign(signer); err == nil || !strings.Contains(err.Error(), "does not verify") {
+		t.Errorf("got %v, want a signature that does not verify", err)
+	}
+	at := parse(t, "pkcs11:object=second;id=%01;type=private")
+	if _, err := e.RecoverKey(t.Context(), at); !errors.Is(err, engine.ErrNotFound) {
+		t.Errorf("got %v, want ErrNotFound", err)
+	}
+	if objects, err := e.List(t.Context(), nil); err != nil || len(objects) != 0 {
+		t.Errorf("left behind: %v, %v", objects, err)
+	}
+}
+
+// issuer is a CA's key that signs a certificate of another's key as if it were
+// its own.
+type issuer struct{ crypto.Signer }
+
+// What is wrong with a module or a token is an error of its own, and no crash.
+func TestOpenRefused(t *testing.T) {
+	token := softhsm.New(t)
+	token.Use(t)
+	dir := t.TempDir()
+	write := func(name string, content []byte) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, content, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	module, err := os.ReadFile(token.ModulePath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	libraries, err := filepath.Glob("/lib/x86_64-linux-gnu/libm.so.6")
+	if err != nil || len(libraries) == 0 {
+		t.Fatalf("no library that is no module: %v", err)
+	}
+	for _, tc := range []struct {
+		name, path string
+		want       error
+	}{
+		{"missing", filepath.Join(dir, "missing.so"), engine.ErrModule},
+		{"missing, and the file system says so", filepath.Join(dir, "missing.so"), os.ErrNotExist},
+		{"directory", dir, engine.ErrModule},
+		{"text", write("text.so", []byte("not a module\n")), engine.ErrModule},
+		{"empty", write("empty.so", nil), engine.ErrModule},
+		{"cut short", write("short.so", module[:len(module)/2]), engine.ErrModule},
+		{"its header alone", write("header.so", module[:64]), engine.ErrModule},
+		{"a library that is no module", libraries[0], engine.ErrModule},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := pkcs11.Driver.Open(t.Context(), parse(t, "pkcs11:token=device?module-path="+tc.path), options(t))
+			var form *engine.Error
+			if !errors.Is(err, tc.want) || !errors.As(err, &form) || !strings.Contains(err.Error(), tc.path) {
+				t.Errorf("got %v, want %v", err, tc.want)
+			}
+		})
+	}
+	t.Run("no module", func(t *testing.T) {
+		if _, err := pkcs11.Driver.Open(t.Context(), parse(t, "pkcs11:token=device"), options(t)); !errors.Is(err, engine.ErrModule) {
+			t.Errorf("got %v, want ErrModule", err)
+		}
+	})
+	t.Run("two tokens of one label", func(t *testing.T) {
+		if err := token.Add(token.Label); err != nil {
+			t.Fatal(err)
+		}
+		_, err := pkcs11.Driver.Open(t.Context(), parse(t, token.URI()), options(t))
+		var ambiguous *engine.AmbiguousError
+		if !errors.As(err, &ambiguous) || strings.Count(err.Error(), "serial") != 2 {
+			t.Errorf("got %v, want an *engine.AmbiguousError with both serial numbers", err)
+		}
+	})
+}
+
+// A SIGKILL inside SoftHSM's own writing leaves a file cut off anywhere: whatever
+// is left of one object, the others are found.
+func TestObjectCutAnywhere(t *testing.T) {
+	token := softhsm.New(t)
+	token.Use(t)
+	opts := options(t)
+	e := open(t, token.URI(), opts)
+	at, _ := generate(t, e, "whole")
+	signer, err := e.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole := objectFiles(t, token.Dir)
+	torn, tornPublic := generate(t, e, "torn")
+	certs := []*x509.Certificate{selfSigned(t, tornPublic, issuer{signer})}
+	places, err := e.CertificateAddresses(t.Context(), torn, certs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.StoreCertificates(t.Context(), places, certs); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for path, content := range objectFiles(t, token.Dir) {
+		if _, intact := whole[path]; intact {
+			continue
+		}
+		for size := 0; size < len(content); size += 13 {
+			if err := os.WriteFile(path, content[:size], 0o600); err != nil {
+				t.Fatal(err)
+			}
+			e := open(t, token.URI(), opts)
+			objects, err := e.List(t.Context(), nil)
+			if err != nil {
+				t.Errorf("cut at %d of %d: %v", size, len(content), err)
+			}
+			if len(objects) < 4 {
+				t.Errorf("cut at %d of %d: only %v", size, len(content), objects)
+			}
+			if signer, err := e.Signer(t.Context(), at); err != nil {
+				t.Errorf("cut at %d of %d: %v", size, len(content), err)
+			} else if err := sign(signer); err != nil {
+				t.Errorf("cut at %d of %d: %v", size, len(content), err)
+			}
+			// the torn ones themselves give an error or work: no crash, no other's
+			if signer, err := e.Signer(t.Context(), torn); err == nil {
+				_ = sign(signer)
+			}
+			if cert, err := e.Certificate(t.Context(), places[0]); err == nil && !cert.Equal(certs[0]) {
+				t.Errorf("cut at %d of %d: another certificate", size, len(content))
+			}
+			if err := e.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(path, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func objectFiles(t *testing.T, dir string) map[string][]byte {
+	t.Helper()
+	paths, err := filepath.Glob(filepath.Join(dir, "*", "*.object"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string][]byte{}
+	for _, path := range paths {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if filepath.Base(path) != "token.object" {
+			files[path] = bytes.Clone(content)
+		}
+	}
+	return files
+}
