@@ -144,9 +144,11 @@ const ClassToken Class = "token"
 
 // Object is one object of a token's listing.
 type Object struct {
-	Class   Class
-	Label   string
-	ID      []byte
+	Class Class
+	Label string
+	ID    []byte
+	// Address is nil where there is neither label nor id, or one that no address
+	// can hold.
 	Address Address
 	// Err says why the object's attributes could not be read: half-written
 	// objects exist after a crash. Class, Label and ID are then what was readable.

@@ -167,6 +167,14 @@ var certificateRules = []rule{
 		s.holds(e, 1, 1, 2)
 		s.remove(e, at)
 		s.holds(e, 1, 1, 1)
+		// twins, which no reference tells apart, are not shared
+		if err := s.WriteCertificate(c.cert.Raw, "of the factory", "c0ffee"); err != nil {
+			s.Fatal(err)
+		}
+		at = s.store(e, key, s.leaf(c, public), c.cert)
+		s.holds(e, 1, 1, 4)
+		s.remove(e, at)
+		s.holds(e, 1, 1, 2)
 	}},
 	{"CA certificates that issued each other go together", func(s *suite) {
 		e := s.open()
@@ -221,5 +229,3 @@ var certificateRules = []rule{
 		s.counts("C_SetAttributeValue", 0)
 	}},
 }
-
-func certs(list ...*x509.Certificate) []*x509.Certificate { return list }

@@ -2,6 +2,7 @@ package enginetest
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"os"
 	"path/filepath"
@@ -33,15 +34,19 @@ var deviceRules = []rule{
 	{"creation is never repeated after a device error", func(s *suite) {
 		e := s.open()
 		at, public := s.generate(e, "name")
-		leaf := s.leaf(s.newCA("root", nil), public)
-		place := s.place(e, at, leaf)
+		root := s.newCA("root", nil)
+		leaf := s.leaf(root, public)
+		places := s.place(e, at, leaf, root.cert)
 		s.LoseAfter(s.T, "C_CreateObject")
-		err := e.StoreCertificates(s.Context(), place, certs(leaf))
+		err := e.StoreCertificates(s.Context(), places, []*x509.Certificate{leaf, root.cert})
 		s.wants(err, engine.ErrDeviceLost)
 		s.counts("C_CreateObject", 1)
-		s.store(e, at, leaf) // which finds it
-		s.counts("C_CreateObject", 1)
-		s.holds(e, 1, 1, 1)
+		s.finds(e, places[1], root.cert) // the chain first: a leaf that is there has its chain
+		_, err = e.Certificate(s.Context(), places[0])
+		s.wants(err, engine.ErrNotFound)
+		s.store(e, at, leaf, root.cert) // which finds the one and creates the other
+		s.counts("C_CreateObject", 2)
+		s.holds(e, 1, 1, 2)
 	}},
 	{"destruction is never repeated after a device error", func(s *suite) {
 		e := s.open()

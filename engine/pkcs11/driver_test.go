@@ -157,6 +157,43 @@ func TestUnverifiedPIN(t *testing.T) {
 	}
 }
 
+// A PIN that was changed by somebody else is tried once after the loss of the
+// device, and never again; the new one is read from the source.
+func TestPINChangedMeanwhile(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	at, _ := generate(t, e, "name")
+	signer, err := e.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("NEW_PIN", "another-pin")
+	if _, err := f.Tool("--change-pin", "--new-pin", "env:NEW_PIN"); err != nil {
+		t.Fatal(err)
+	}
+	f.set(t, "lose", "C_Sign")
+	for _, want := range []error{engine.ErrPINIncorrect, engine.ErrPINNotRetried, engine.ErrPINNotRetried} {
+		if err := sign(signer); !errors.Is(err, want) || !errors.Is(err, engine.ErrDeviceLost) {
+			t.Errorf("got %v, want %v", err, want)
+		}
+	}
+	logins := 0
+	for _, call := range f.calls(t) {
+		if call == "C_Login" {
+			logins++
+		}
+	}
+	if logins != 2 {
+		t.Errorf("%d logins, want the first and one more", logins)
+	}
+	if err := os.WriteFile(f.PINFile, []byte("another-pin\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := sign(signer); err != nil {
+		t.Error(err)
+	}
+}
+
 // A general error of a session that is alive is no loss: the module is not
 // finalised, and its name is in the error.
 func TestGeneralError(t *testing.T) {
@@ -262,21 +299,75 @@ func TestHalvesOfTwoKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := sign(signer); err == nil || !strings.Contains(err.Error(), "does not verify") {
+	if err := sign(signer); err == nil || !strings.Contains(err.Error(), "token's signature does not verify") {
 		t.Errorf("got %v, want a signature that does not verify", err)
 	}
-	at := parse(t, "pkcs11:object=second;id=%01;type=private")
-	if _, err := e.RecoverKey(t.Context(), at); !errors.Is(err, engine.ErrNotFound) {
-		t.Errorf("got %v, want ErrNotFound", err)
+}
+
+// A pair whose halves do not belong together does not survive recovery.
+func TestRecoverHalvesOfTwoKeys(t *testing.T) {
+	token := softhsm.New(t)
+	token.Use(t)
+	e := open(t, token.URI(), options(t))
+	at, _ := generate(t, e, "name")
+	_, other := generate(t, e, "other")
+	if _, err := e.RecoverKey(t.Context(), at); err != nil {
+		t.Fatal(err)
 	}
-	if objects, err := e.List(t.Context(), nil); err != nil || len(objects) != 0 {
-		t.Errorf("left behind: %v, %v", objects, err)
+	der, err := x509.MarshalPKIXPublicKey(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "other.der")
+	if err := os.WriteFile(file, der, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	id := fmt.Sprintf("%x", at.(pkcs11.URI).ID)
+	for _, args := range [][]string{
+		{"--delete-object", "--type", "pubkey", "--id", id},
+		{"--write-object", file, "--type", "pubkey", "--id", id, "--label", "name"},
+	} {
+		if _, err := token.Tool(args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err = e.RecoverKey(t.Context(), at)
+	if !errors.Is(err, engine.ErrNotFound) || !strings.Contains(err.Error(), "does not verify") {
+		t.Errorf("got %v, want ErrNotFound, since the signature does not verify", err)
+	}
+	if objects, err := e.List(t.Context(), nil); err != nil || len(objects) != 2 {
+		t.Errorf("left: %v, %v, want the other pair", objects, err)
 	}
 }
 
 // issuer is a CA's key that signs a certificate of another's key as if it were
 // its own.
 type issuer struct{ crypto.Signer }
+
+// An object of another program may have a label that no address can hold, or none.
+func TestStrangeLabels(t *testing.T) {
+	token := softhsm.New(t)
+	token.Use(t)
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := selfSigned(t, key.Public(), key)
+	for _, label := range []string{"\xff", ""} {
+		if err := token.WriteCertificate(cert.Raw, label, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	objects, err := open(t, token.URI(), options(t)).List(t.Context(), nil)
+	if err != nil || len(objects) != 2 {
+		t.Fatalf("%v, %v", objects, err)
+	}
+	for _, object := range objects {
+		if object.Address != nil || object.Err != nil {
+			t.Errorf("%q: %v, %v, want no address", object.Label, object.Address, object.Err)
+		}
+	}
+}
 
 // What is wrong with a module or a token is an error of its own, and no crash.
 func TestOpenRefused(t *testing.T) {

@@ -74,8 +74,9 @@ func loadModule(path string) (*module, error) {
 	return m, nil
 }
 
-// checkModule refuses what dlopen would refuse without a reason, and a file that
-// was cut short, whose missing pages would end the process with a signal.
+// checkModule refuses what dlopen would refuse without a reason, and a library
+// that was cut short, whose missing pages would end the process with a signal: the
+// table of sections that debug/elf reads is at its end.
 func checkModule(path string) error {
 	status, err := os.Stat(path)
 	if err != nil {
@@ -87,17 +88,11 @@ func checkModule(path string) error {
 	if runtime.GOOS != "linux" {
 		return nil
 	}
-	file, err := elf.Open(path)
+	library, err := elf.Open(path)
 	if err != nil {
-		return fmt.Errorf("it is not a library: %w", err)
+		return fmt.Errorf("it is not a library, or is cut short: %w", err)
 	}
-	defer file.Close() // nothing was written
-	for _, program := range file.Progs {
-		if program.Type == elf.PT_LOAD && program.Off+program.Filesz > uint64(status.Size()) {
-			return errors.New("it is cut short")
-		}
-	}
-	return nil
+	return library.Close()
 }
 
 // enter waits for the module. The caller leaves it.

@@ -1,9 +1,12 @@
+//go:build cgo
+
 package pkcs11
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"syscall"
 	"time"
@@ -50,20 +53,23 @@ func readPINFile(path string) (pin []byte, source engine.PINSource, err error) {
 	}
 	source = engine.PINSource{Path: path, Inode: stat.Ino, Size: info.Size(), ChangedAt: time.Unix(stat.Ctim.Unix()).UTC()}
 	buffer := make([]byte, maxPINFile+1)
-	n, err := file.Read(buffer)
-	if err != nil && n == 0 && info.Size() > 0 {
+	defer func() {
+		if err != nil {
+			clear(buffer)
+		}
+	}()
+	// All of it: half a PIN is a wrong one.
+	n, err := io.ReadFull(file, buffer)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 		return nil, source, err
 	}
-	// What an editor ends a line with is not the PIN.
-	pin = bytes.TrimRight(buffer[:n], "\r\n")
+	pin = bytes.TrimRight(buffer[:n], "\r\n") // what an editor ends a line with is not the PIN
 	switch {
 	case n > maxPINFile:
-		clear(buffer)
 		return nil, source, fmt.Errorf("%s: more than %d bytes", path, maxPINFile)
 	case len(pin) == 0:
 		return nil, source, fmt.Errorf("%s is empty: %w", path, engine.ErrPINMissing)
 	case bytes.ContainsAny(pin, "\r\n\x00"):
-		clear(buffer)
 		return nil, source, errors.New(path + ": more than one line")
 	}
 	return pin, source, nil

@@ -100,8 +100,7 @@ func (t *token) login(session pkcs11.SessionHandle, flags uint, at URI, opts eng
 
 // choosePIN returns the PIN to try, or the reason why none is tried.
 func (t *token) choosePIN(flags uint, at URI, opts engine.Options) (pin []byte, source engine.PINSource, err error) {
-	known := t.pin != nil
-	if known {
+	if t.pin != nil {
 		pin = t.pin
 	} else if pin, source, err = readPIN(at, opts.AddressSource); err != nil {
 		return nil, source, err
@@ -112,8 +111,6 @@ func (t *token) choosePIN(flags uint, at URI, opts engine.Options) (pin []byte, 
 		reason = engine.ErrPINLocked
 	case flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
 		reason = engine.ErrPINFinalTry
-	case known:
-		return pin, source, nil
 	case !opts.RefusedPIN.IsZero() && opts.RefusedPIN.Same(source):
 		reason = engine.ErrPINNotRetried
 	}
