@@ -67,7 +67,7 @@ func (r *returned) Unwrap() []error {
 
 // explain puts an error that comes straight from the module into the engine's words.
 func explain(err error) error {
-	if code, ok := err.(pkcs11.Error); ok { //nolint:errorlint // the bare value only
+	if code, ok := err.(pkcs11.Error); ok { // the bare value: a wrapped one is explained already
 		return &returned{code, sentinels[code]}
 	}
 	return err
