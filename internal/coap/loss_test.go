@@ -13,10 +13,12 @@ import (
 	"estenroll/internal/coap/coaptest"
 )
 
-// patient does not give up, and asks again soon.
-func patient(cfg coap.Config) coap.Config {
-	cfg.AckTimeout = 50 * time.Millisecond
-	cfg.FlightInterval = 50 * time.Millisecond
+// soon is when a lost datagram is sent again: it should not cost a test much.
+const soon = 50 * time.Millisecond
+
+// patient does not give up, and asks again after a time.
+func patient(cfg coap.Config, after time.Duration) coap.Config {
+	cfg.AckTimeout, cfg.FlightInterval = after, after
 	cfg.MaxRetransmit = 9
 	cfg.ExchangeTimeout = time.Minute
 	cfg.HandshakeTimeout = time.Minute
@@ -24,14 +26,14 @@ func patient(cfg coap.Config) coap.Config {
 }
 
 // enrol is the traffic of an enrolment, handshake included: GET crts and POST
-// sen of RFC 9148, through a proxy with these faults. The handler must have run
-// once for each.
-func enrol(t *testing.T, p *pki, separate bool, faults coaptest.Faults) *coaptest.Proxy {
+// sen of RFC 9148, through a proxy with these faults, whose counts before the
+// close it returns. The handler must have run once for each.
+func enrol(t *testing.T, p *pki, separate bool, after time.Duration, faults coaptest.Faults) coaptest.Counters {
 	t.Helper()
 	bodies := map[string][]byte{"/crts": vector(t, "crts-response-281.der"), "/sen": vector(t, "sen-response-281.der")}
 	csr := vector(t, "sen-request-286.der")
 	handled := make(chan string, 100)
-	serverConfig, clientConfig := patient(p.serverConfig()), patient(p.clientConfig())
+	serverConfig, clientConfig := patient(p.serverConfig(), after), patient(p.clientConfig(), after)
 	serverConfig.BlockSize, clientConfig.BlockSize = 256, 256
 	if separate {
 		serverConfig.ProcessingDelay = time.Millisecond
@@ -47,7 +49,7 @@ func enrol(t *testing.T, p *pki, separate bool, faults coaptest.Faults) *coaptes
 	conn, err := coap.Dial(t.Context(), proxy.Addr(), clientConfig)
 	if err != nil {
 		t.Error(err)
-		return proxy
+		return proxy.Counters()
 	}
 	for _, req := range []*coap.Request{{Method: codes.GET, Path: "/crts"}, {Method: codes.POST, Path: "/sen", Body: csr}} {
 		resp, err := conn.Do(t.Context(), req)
@@ -57,6 +59,7 @@ func enrol(t *testing.T, p *pki, separate bool, faults coaptest.Faults) *coaptes
 			t.Errorf("%s: %v with %d bytes", req.Path, resp.Code, len(resp.Body))
 		}
 	}
+	counters := proxy.Counters()
 	if err := conn.Close(); err != nil {
 		t.Error(err)
 	}
@@ -67,7 +70,7 @@ func enrol(t *testing.T, p *pki, separate bool, faults coaptest.Faults) *coaptes
 	if fmt.Sprint(got) != "[GET /crts true POST /sen true]" {
 		t.Errorf("the handler ran for %v", got)
 	}
-	return proxy
+	return counters
 }
 
 // Each single datagram, of the handshake too, is lost, doubled or late once.
@@ -77,7 +80,8 @@ func TestEachDatagram(t *testing.T) {
 	for kind, separate := range map[string]bool{"piggybacked": false, "separate": true} {
 		t.Run(kind, func(t *testing.T) {
 			t.Parallel()
-			counters := enrol(t, p, separate, coaptest.Faults{}).Counters()
+			// Unhurried, so that nothing is sent twice: a point too many would never be hit.
+			counters := enrol(t, p, separate, 10*time.Second, coaptest.Faults{})
 			total := counters.ToServer.Datagrams + counters.ToClient.Datagrams
 			if total < 16 {
 				t.Fatalf("only %d datagrams", total)
@@ -87,16 +91,21 @@ func TestEachDatagram(t *testing.T) {
 					for n := 1; n <= total; n++ {
 						t.Run(fmt.Sprint(n), func(t *testing.T) {
 							t.Parallel()
-							c := enrol(t, p, separate, coaptest.Faults{Hook: func(d coaptest.Datagram) coaptest.Action {
-								if d.Number == n {
-									return action
+							// On a busy machine a separate response may come in the ACK for
+							// once, and be two datagrams less. The last ACK may be under way
+							// still when the datagrams are counted.
+							for range 3 {
+								c := enrol(t, p, separate, soon, coaptest.Faults{Hook: func(d coaptest.Datagram) coaptest.Action {
+									if d.Number == n {
+										return action
+									}
+									return coaptest.Pass
+								}})
+								if c.Lost+c.Duplicated+c.Delayed == 1 || n == total {
+									return
 								}
-								return coaptest.Pass
-							}}).Counters()
-							// The two close_notify at the end may be under way still.
-							if c.Lost+c.Duplicated+c.Delayed != 1 && n < total-1 {
-								t.Errorf("there was no datagram %d: %+v", n, c)
 							}
+							t.Errorf("there was no datagram %d", n)
 						})
 					}
 				})
@@ -112,8 +121,7 @@ func TestLossyNetwork(t *testing.T) {
 	for seed := uint64(1); seed <= 12; seed++ {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
-			proxy := enrol(t, p, seed%2 == 0, coaptest.Faults{Seed: seed, Loss: 0.1, Duplicate: 0.1, Reorder: 0.1})
-			t.Logf("%+v", proxy.Counters())
+			t.Logf("%+v", enrol(t, p, seed%2 == 0, soon, coaptest.Faults{Seed: seed, Loss: 0.1, Duplicate: 0.1, Reorder: 0.1}))
 		})
 	}
 }
@@ -123,7 +131,7 @@ func TestLossyNetwork(t *testing.T) {
 func TestLossySmallBlocks(t *testing.T) {
 	t.Parallel()
 	p := newPKI(t)
-	serverConfig, clientConfig := patient(p.serverConfig()), patient(p.clientConfig())
+	serverConfig, clientConfig := patient(p.serverConfig(), soon), patient(p.clientConfig(), soon)
 	serverConfig.BlockSize, clientConfig.BlockSize = 16, 16
 	handled := make(chan bool, 100)
 	addr := serve(t, serverConfig, func(ctx context.Context, req *coap.Request) *coap.Response {

@@ -74,7 +74,7 @@ type Config struct {
 	// nothing is being handled. Default: 5m.
 	IdleTimeout time.Duration
 	// MaxConnections bounds the connections of a server, unfinished handshakes
-	// included. Default: 128.
+	// included: one that was abandoned counts until HandshakeTimeout. Default: 128.
 	MaxConnections int
 
 	// Logger receives what has no caller to go to. Default: none.
