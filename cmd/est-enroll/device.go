@@ -43,9 +43,7 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 			if s.retryPIN {
 				refused = engine.PINSource{}
 			}
-			waiting, cancel := context.WithTimeout(ctx, s.lockWait)
-			defer cancel()
-			return drivers.Open(waiting, token, engine.Options{LockDir: s.lockDir, AddressSource: s.engineSource, RefusedPIN: refused})
+			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockWait: s.lockWait, AddressSource: s.engineSource, RefusedPIN: refused})
 		},
 		ParseAddress: drivers.Parse,
 		NoFallback:   s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval,
