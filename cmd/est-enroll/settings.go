@@ -54,7 +54,6 @@ type settings struct {
 	quiet, verbose         bool
 	engineSource           engine.PINSource // where the engine's address was read
 	engineFromArgs         bool
-	warnings               []string
 }
 
 // onlyFlags are no settings of a file or an environment.
