@@ -354,7 +354,6 @@ func (s *session) spy(ts *testscript.TestScript, _ []string) error {
 	return nil
 }
 
-
 // checkLogins N compares with the C_Login calls that the spy saw.
 func (s *session) checkLogins(_ *testscript.TestScript, args []string) error {
 	data, err := os.ReadFile(filepath.Join(s.work, "spy.log"))
