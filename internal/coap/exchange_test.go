@@ -326,6 +326,35 @@ func TestClosed(t *testing.T) {
 	}
 }
 
+// A response that came counts, whatever ended right after it: a server may close
+// once it has answered.
+func TestClosedAfterResponse(t *testing.T) {
+	t.Parallel()
+	for name, separate := range map[string]bool{"piggybacked": false, "separate": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for range 50 { // a select among what is ready is random
+				synctest.Test(t, func(t *testing.T) {
+					p := newPeer(t)
+					done := do(t.Context(), p.client(plain()), get)
+					m := p.next()
+					answer := &message.Message{Type: message.Acknowledgement, Code: codes.Content, MessageID: m.MessageID, Token: m.Token, Payload: []byte("all")}
+					if separate {
+						p.send(&message.Message{Type: message.Acknowledgement, MessageID: m.MessageID})
+						answer.Type, answer.MessageID = message.Confirmable, 7
+					}
+					synctest.Wait()
+					p.wire.ends = true
+					p.send(answer)
+					if got := <-done; got.err != nil || string(got.resp.Body) != "all" {
+						t.Fatalf("got %v, %v", got.resp, got.err)
+					}
+				})
+			}
+		})
+	}
+}
+
 // unplugged is a link whose network refuses the first datagrams.
 type unplugged struct {
 	*wire
