@@ -330,6 +330,10 @@ func TestMisbehavingServer(t *testing.T) {
 		"2.31 without the option":       {req: post, steps: []step{{codes.Continue, nil, nil}}, check: block1Error},
 		"2.31 of another block":         {req: post, steps: []step{next(1)}, check: block1Error},
 		"2.31 with larger blocks":       {req: post, steps: []step{{codes.Continue, nil, []message.Option{block1(0, true, 128)}}}, check: block1Error},
+		"2.31 with the first size again": {req: post, steps: []step{
+			{codes.Continue, nil, []message.Option{block1(0, true, 32)}}, {codes.Continue, nil, []message.Option{block1(2, true, 64)}},
+			{codes.Continue, nil, []message.Option{block1(3, true, 32)}}, {codes.Changed, nil, []message.Option{block1(4, false, 32)}},
+		}, want: &coap.Response{Code: codes.Changed}},
 		"2.04 before the last block":    {req: post, steps: []step{{codes.Changed, nil, []message.Option{block1(0, true, 64)}}}, check: block1Error},
 		"an error before the last":      {req: post, steps: []step{next(0), {codes.Forbidden, []byte("no"), nil}}, want: &coap.Response{Code: codes.Forbidden, Body: []byte("no")}},
 		"a last answer without Block1":  {req: post, steps: []step{next(0), next(1), {codes.Changed, nil, nil}}, want: &coap.Response{Code: codes.Changed}},
