@@ -265,6 +265,22 @@ func TestUnexpected(t *testing.T) {
 	}
 }
 
+// Replies are kept for the last messages only, however many a peer sends.
+func TestMemoryIsBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(t)
+		conn := p.client(plain())
+		for mid := range int32(500) {
+			p.send(&message.Message{Type: message.Confirmable, Code: codes.Content, MessageID: mid, Token: []byte{1}})
+			p.next() // a Reset
+		}
+		if got := conn.Remembered(); got != 128 {
+			t.Errorf("%d messages are remembered, want the last 128", got)
+		}
+	})
+}
+
 // Requests take turns (NSTART 1), and each message has a token of its own.
 func TestTurns(t *testing.T) {
 	t.Parallel()
