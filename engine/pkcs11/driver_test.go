@@ -195,6 +195,33 @@ func TestPINChangedMeanwhile(t *testing.T) {
 	}
 }
 
+// After the loss of the device the PIN is for the same token only: another with
+// its label, which may count its tries, does not see it.
+func TestAnotherTokenInItsPlace(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	tokens, err := filepath.Glob(filepath.Join(f.Dir, "*"))
+	if err != nil || len(tokens) != 1 {
+		t.Fatalf("tokens: %v, %v", tokens, err)
+	}
+	if err := errors.Join(os.RemoveAll(tokens[0]), f.Add(f.Label)); err != nil {
+		t.Fatal(err)
+	}
+	f.set(t, "lose", "C_FindObjectsInit")
+	if _, err := e.List(t.Context(), nil); !errors.Is(err, engine.ErrDeviceLost) {
+		t.Errorf("got %v, want ErrDeviceLost", err)
+	}
+	logins := 0
+	for _, call := range f.calls(t) {
+		if call == "C_Login" {
+			logins++
+		}
+	}
+	if logins != 1 {
+		t.Errorf("%d logins, want 1", logins)
+	}
+}
+
 // The login is the process's: when another part of it logs out, private keys are
 // hidden and not gone. Nothing is destroyed because it cannot be seen.
 func TestLoggedOut(t *testing.T) {
