@@ -37,6 +37,6 @@ fuzz: deps
 	@set -e; for dir in $$($(GO) list -f '{{.Dir}}' ./...); do \
 		for target in $$(grep -hos '^func Fuzz[A-Za-z0-9]*' $$dir/*_test.go | cut -d' ' -f2); do \
 			echo "$$target in $${dir##*/}"; \
-			(cd $$dir && $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x .); \
+			(cd $$dir && $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x .); \
 		done; \
 	done

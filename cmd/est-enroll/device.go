@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"estenroll"
 	"estenroll/csr"
@@ -30,7 +32,7 @@ func (s *settings) openDevice(ctx context.Context, out *output) (*estenroll.Devi
 }
 
 func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
-	if err := s.required(); err != nil {
+	if err := cmp.Or(s.required(), s.inRange()); err != nil {
 		return cfg, err
 	}
 	token, err := s.tokenAddress(out)
@@ -88,6 +90,34 @@ func (s *settings) required() error {
 	}
 	if len(missing) > 0 {
 		return fmt.Errorf("missing settings: %s", strings.Join(slices.Sorted(slices.Values(missing)), ", "))
+	}
+	return nil
+}
+
+// inRange refuses numbers that would only fail later, or that mean nothing.
+func (s *settings) inRange() error {
+	if s.blockSize < 16 || s.blockSize > 1024 || s.blockSize&(s.blockSize-1) != 0 {
+		return fmt.Errorf("block-size: %d is none of 16, 32, 64, 128, 256, 512 and 1024", s.blockSize)
+	}
+	if s.maxRetransmit < 0 {
+		return fmt.Errorf("max-retransmit: %d is negative", s.maxRetransmit)
+	}
+	if s.tries == 0 {
+		return errors.New("tries: want at least 1")
+	}
+	if s.shortServerID == 0 || s.shortServerID == 65535 {
+		return fmt.Errorf("short-server-id: %d is not from 1 to 65534", s.shortServerID) // LwM2M Core 1.2 §E.1
+	}
+	for name, d := range map[string]time.Duration{
+		"pending-limit": s.pendingLimit, "retry-interval": s.retryInterval, "ack-timeout": s.ackTimeout,
+		"handshake-timeout": s.handshakeTimeout, "lock-wait": s.lockWait,
+	} {
+		if d <= 0 {
+			return fmt.Errorf("%s: %s is not longer than nothing", name, d)
+		}
+	}
+	if s.exchangeTimeout < 0 {
+		return fmt.Errorf("exchange-timeout: %s is negative", s.exchangeTimeout)
 	}
 	return nil
 }
