@@ -195,6 +195,23 @@ func TestPINChangedMeanwhile(t *testing.T) {
 	}
 }
 
+// What a module cannot do is ErrUnsupported, with the module's name and its code.
+func TestUnsupported(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	for _, code := range []p11.Error{p11.CKR_MECHANISM_INVALID, p11.CKR_ATTRIBUTE_VALUE_INVALID, p11.CKR_TEMPLATE_INCONSISTENT, p11.CKR_CURVE_NOT_SUPPORTED} {
+		at, err := e.NewKeyAddress("name")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.set(t, "return", fmt.Sprintf("C_GenerateKeyPair before %d", uint(code)))
+		_, err = e.GenerateKey(t.Context(), at, engine.KeySpec{})
+		if !errors.Is(err, engine.ErrUnsupported) || !errors.Is(err, code) || !strings.Contains(err.Error(), f.module) {
+			t.Errorf("%v: got %v", code, err)
+		}
+	}
+}
+
 // After the loss of the device the PIN is for the same token only: another with
 // its label, which may count its tries, does not see it.
 func TestAnotherTokenInItsPlace(t *testing.T) {
