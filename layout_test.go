@@ -16,7 +16,7 @@ var rooms = map[string][]string{
 		"github.com/cenkalti/backoff/v5",
 	},
 	"estenroll/cmd/est-enroll": {
-		"estenroll", "estenroll/csr", "estenroll/engine", "estenroll/engine/pkcs11", "estenroll/est", "estenroll/est/coaps", "estenroll/internal/durable",
+		"estenroll", "estenroll/csr", "estenroll/engine", "estenroll/engine/pkcs11", "estenroll/est", "estenroll/est/coaps", "estenroll/internal/durable", "estenroll/lwm2m",
 		"github.com/spf13/cobra", "github.com/spf13/pflag", "go.yaml.in/yaml/v3", "golang.org/x/term",
 	},
 	"estenroll/cmd/est-testserver": {"estenroll/csr", "estenroll/internal/durable", "estenroll/testserver", "github.com/spf13/cobra"},

@@ -22,6 +22,7 @@ var (
 	ErrPINNotRetried = errors.New("the PIN was refused before and its source has not changed since")
 	ErrPINMissing    = errors.New("no PIN is given")
 	ErrLocked        = errors.New("another process writes to the token")
+	ErrBuild         = errors.New("this build of the program cannot open it")
 	ErrModule        = errors.New("the module cannot be loaded")
 )
 

@@ -62,7 +62,7 @@ type matrix struct {
 }
 
 func newMatrix(t *testing.T) *matrix {
-	m := &matrix{bin: builtPrograms(t), module: p11crash.Build(t), token: softhsm.New(t)}
+	m := &matrix{bin: builtPrograms(t), module: p11crash.Build(t), token: softhsm.New(t, softhsm.WithPIN(markerPIN))}
 	m.server = &session{token: m.token, bin: m.bin, work: t.TempDir(), factory: true}
 	m.server.config = filepath.Join(m.server.work, "unused.yaml")
 	if err := m.server.startServer(nil); err != nil {
@@ -178,6 +178,12 @@ func (m *matrix) crash(t *testing.T, story crashStory, template string, at p11cr
 	}
 	issued := m.issuances(t)[issuedBefore:]
 	wrong := d.judge(t, story, issued)
+	if strings.Contains(killed+out, markerPIN) {
+		wrong.add("the PIN is in the output")
+	}
+	for _, path := range findMarker(filepath.Join(d.dir, "state")) {
+		wrong.add("the PIN is in %s", path)
+	}
 	*orphans += wrong.orphans
 	if len(issued) != want {
 		wrong.add("the server issued %d certificates, want %d", len(issued), want)

@@ -6,6 +6,8 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -52,11 +54,11 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 		RequireClock: s.requireClock, Progress: out.progress,
 		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
 	}
-	if cfg.IDevID.Key, err = drivers.Parse(s.idevidKey); err != nil {
-		return cfg, fmt.Errorf("idevid-key: %w", err)
+	if cfg.IDevID.Key, err = objectAddress("idevid-key", s.idevidKey); err != nil {
+		return cfg, err
 	}
-	if cfg.IDevID.Certificate, err = drivers.Parse(s.idevidCert); err != nil {
-		return cfg, fmt.Errorf("idevid-certificate: %w", err)
+	if cfg.IDevID.Certificate, err = objectAddress("idevid-certificate", s.idevidCert); err != nil {
+		return cfg, err
 	}
 	if cfg.IDevID.Chain, err = readCertificates("idevid-chain", s.idevidChain); err != nil {
 		return cfg, err
@@ -105,6 +107,14 @@ func (s *settings) inRange() error {
 	if s.tries == 0 {
 		return errors.New("tries: want at least 1")
 	}
+	switch {
+	case s.stateDir == "":
+		return errors.New("state-dir: empty")
+	case !filepath.IsAbs(s.lockDir):
+		return errors.New("lock-dir: want an absolute path, the same for all users of the token")
+	case s.credential == "" || len(s.credential) > 64:
+		return errors.New("credential: want a name of 1 to 64 bytes")
+	}
 	if s.shortServerID == 0 || s.shortServerID == 65535 {
 		return fmt.Errorf("short-server-id: %d is not from 1 to 65534", s.shortServerID) // LwM2M Core 1.2 §E.1
 	}
@@ -134,8 +144,25 @@ func (s *settings) tokenAddress(out *output) (engine.Address, error) {
 			return nil, errors.New("engine: a PIN in an argument list is readable by every user: change it, and name its file with pin-source=file:… instead")
 		}
 		out.progress(estenroll.Event{Warning: true, Message: "the PIN stands in the clear in " + s.engineSource.Path + ": pin-source=file:… keeps it in a file of its own"})
+	} else if ok {
+		if info, err := os.Stat(uri.PINSource); err == nil && info.Mode().Perm()&0o077 != 0 {
+			out.progress(estenroll.Event{Warning: true, Message: "the PIN file " + uri.PINSource + " is open to other users: chmod 600"})
+		}
 	}
 	return token, nil
+}
+
+// objectAddress parses the address of an object: how to reach and open the token
+// is said in one place, the engine's address.
+func objectAddress(setting, text string) (engine.Address, error) {
+	at, err := drivers.Parse(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", setting, err)
+	}
+	if uri, ok := at.(pkcs11.URI); ok && (uri.ModulePath != "" || uri.PINSource != "" || uri.HasPINValue()) {
+		return nil, fmt.Errorf("%s: module-path, pin-source and pin-value belong in engine", setting)
+	}
+	return at, nil
 }
 
 func (s *settings) request(template *csr.Template) (err error) {

@@ -17,7 +17,7 @@ func enrollCommand(s *settings, out *output) *cobra.Command {
 with the factory credential (IDevID), stores it in the HSM, proves it to the
 server and makes the Security object point at it. On a device that is enrolled
 it does nothing and exits 0. It first finishes what an interrupted run left.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
 				result, err := device.Enroll(ctx)

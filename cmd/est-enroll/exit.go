@@ -3,10 +3,14 @@ package main
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"syscall"
 
 	"estenroll"
 	"estenroll/engine"
 	"estenroll/est"
+	"estenroll/internal/durable"
+	"estenroll/lwm2m"
 )
 
 // Exit codes are part of the interface: the README and --help list them.
@@ -51,15 +55,39 @@ func judge(err error, interrupted bool) judgement {
 	var status *est.StatusError
 	var response *est.ResponseError
 	var engineErr *engine.Error
+	var security lwm2m.ValidationError
 	switch {
+	case errors.As(err, &security):
+		return judgement{exitUsage, "check security-instance, security-server, security-server-certificate and short-server-id"}
 	case isUsage(err):
 		return judgement{exitUsage, "est-enroll --help shows every setting"}
+	case errors.As(err, &engineErr) && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)):
+		return judgement{exitToken, "check that this user can read the file that pin-source names, and can write to lock-dir"}
 	case errors.As(err, &engineErr):
 		return judgement{exitToken, "look at the token: pkcs11-tool --module MODULE --list-token-slots"}
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	}
-	return judgement{exitTryLater, ""}
+	for _, known := range fileJudgements {
+		if errors.Is(err, known.is) {
+			return known.judgement
+		}
+	}
+	return judgement{exitTryLater, "run it again with -v; if it fails alike, it is a defect of this program or of the machine"}
+}
+
+// fileJudgements are for errors of files that are nothing more particular.
+var fileJudgements = []struct {
+	is error
+	judgement
+}{
+	{fs.ErrPermission, judgement{exitUsage, "run as the user that owns the state directory, or give the directory to this one"}},
+	{syscall.ENOSPC, judgement{exitTryLater, "make room on the disk; what was begun is gone on with then"}},
+	{syscall.EROFS, judgement{exitUsage, "the file system is mounted read-only: state-dir must be writable"}},
+	{syscall.ENOTDIR, judgement{exitUsage, "state-dir must be a directory"}},
+	{fs.ErrExist, judgement{exitUsage, "state-dir must be a directory"}},
+	{durable.ErrNotRegular, judgement{exitUsage, "something else stands where a file of the state directory belongs: move it away"}},
+	{durable.ErrNotLockFile, judgement{exitUsage, "something else stands where a lock file belongs: move it away"}},
 }
 
 // judgements are looked through in order: an error may be several things.
@@ -73,14 +101,15 @@ var judgements = []struct {
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
 	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
 	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},
-	{estenroll.ErrState, judgement{exitUsage, "the state directory was changed by something else: restore it, or move it away and enrol again"}},
+	{estenroll.ErrState, judgement{exitUsage, "something else has changed that file: restore it, or move that one file away, and the device goes on with what the others say"}},
 	{engine.ErrPINNotRetried, judgement{exitToken, "write the right PIN to its source, or insist with --retry-pin: each try of a wrong PIN may be the last"}},
 	{engine.ErrPINIncorrect, judgement{exitToken, "correct the PIN at its source; it is not tried again until the source changes or with --retry-pin"}},
 	{engine.ErrPINLocked, judgement{exitToken, "the security officer must unlock the token: pkcs11-tool --init-pin --login --login-type so"}},
 	{engine.ErrPINFinalTry, judgement{exitToken, "log in once by hand with the right PIN: pkcs11-tool --login --list-objects"}},
 	{engine.ErrPINMissing, judgement{exitToken, "name the PIN's file in the engine's address: …?pin-source=file:/path"}},
+	{engine.ErrBuild, judgement{exitToken, "build it again with CGO_ENABLED=1 and a C compiler: make build"}},
 	{engine.ErrModule, judgement{exitToken, "install the HSM's PKCS#11 module and name its file as module-path in the engine's address"}},
-	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots"}},
+	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots; a token whose files a power cut has emptied is gone, and with it its keys"}},
 	{engine.ErrLocked, judgement{exitTryLater, "wait for the other program"}},
 	{engine.ErrDeviceLost, judgement{exitTryLater, "connect the device again"}},
 	{estenroll.ErrIDevID, judgement{exitToken, "check idevid-key and idevid-certificate against: pkcs11-tool --module MODULE --login --list-objects"}},

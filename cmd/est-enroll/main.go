@@ -5,6 +5,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/signal"
@@ -12,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func main() {
@@ -28,7 +31,9 @@ module (HSM) and never leaves it, and renews it, over EST (RFC 7030) carried by
 CoAPs (RFC 9148). What it enrols is described by the entries of the LwM2M
 Security object in the state directory.
 
-A run that is killed at any moment loses nothing: the next one goes on.
+A run that is killed between any two calls into the PKCS#11 module loses nothing:
+the next one goes on. What a module loses when it is killed inside its own writes
+to the token, no program above it can give back.
 
 Settings come from flags, then the environment (EST_ENROLL_STATE_DIR for
 --state-dir), then the configuration file, which is YAML with the names of the
@@ -57,6 +62,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
+		Args:          cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				// Not repeated: it may be a PIN in the wrong place.
+				return &usageError{errors.New("unknown command: there are enroll, renew and status")}
+			}
+			return cmd.Help()
+		},
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			began = true
 			out.quiet, out.verbose = s.quiet, s.verbose
@@ -64,6 +77,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		},
 	}
 	s.register(root.PersistentFlags())
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(err) })
 	root.AddCommand(enrollCommand(&s, out), renewCommand(&s, out), statusCommand(&s, out))
 	root.SetArgs(args)
 	root.SetOut(stdout)
@@ -73,9 +87,33 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		err = &usageError{err}
 	}
 	if err == nil {
+		err = out.lost
+	}
+	if err == nil {
 		return exitDone
 	}
 	return out.fail(err, ctx.Err() != nil)
+}
+
+// flagError says what is wrong with a flag without its value.
+func flagError(err error) error {
+	var invalid *pflag.InvalidValueError
+	var unknown *pflag.NotExistError
+	switch {
+	case errors.As(err, &invalid):
+		return fmt.Errorf("--%s: want %s", invalid.GetFlag().Name, wanted(invalid.GetFlag()))
+	case errors.As(err, &unknown) && unknown.GetSpecifiedShortnames() != "":
+		return fmt.Errorf("unknown flag: -%s", unknown.GetSpecifiedName())
+	}
+	return err
+}
+
+// noArguments is cobra.NoArgs, without repeating what was given.
+func noArguments(_ *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return errors.New("want no argument beside the flags")
+	}
+	return nil
 }
 
 func version() string {

@@ -7,6 +7,7 @@ package main
 // but this file writes to either.
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,6 +23,8 @@ import (
 
 type output struct {
 	stdout, stderr io.Writer
+	// lost is the first error of writing a result.
+	lost           error
 	terminal       bool
 	quiet, verbose bool
 }
@@ -54,14 +57,20 @@ func (o *output) line(text string) {
 
 // result prints a line of the outcome.
 func (o *output) result(format string, args ...any) {
-	if !o.quiet {
-		_, _ = fmt.Fprintf(o.stdout, format+"\n", args...)
+	if o.quiet {
+		return
+	}
+	if _, err := fmt.Fprintf(o.stdout, format+"\n", args...); err != nil && o.lost == nil {
+		o.lost = fmt.Errorf("write the result: %w", err)
 	}
 }
 
 // fail prints an error with what to do about it and returns the exit code.
 func (o *output) fail(err error, interrupted bool) int {
 	judged := judge(err, interrupted)
+	if judged.code == exitInterrupted && errors.Is(err, context.Canceled) {
+		err = errors.New("interrupted") // where, is in the journal
+	}
 	if judged.code == exitPending {
 		// Not an error: the one thing that is said even so, unless quiet.
 		if !o.quiet {

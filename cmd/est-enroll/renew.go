@@ -18,7 +18,7 @@ func renewCommand(s *settings, out *output) *cobra.Command {
 the request, and keeps the current certificate as the previous one. It renews
 now, whatever the age of the certificate: scheduling is not there yet, so
 --force is required. It first finishes what an interrupted run left.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !force {
 				return &usageError{errors.New("renew: scheduling is not there yet: renew --force renews now")}

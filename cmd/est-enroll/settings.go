@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -123,7 +126,7 @@ func (s *settings) fromEnvironment(flags *pflag.FlagSet, given map[string]bool, 
 			s.engineSource = engine.PINSource{Path: "environment " + name}
 		}
 		if err := f.Value.Set(value); err != nil {
-			failure = &usageError{fmt.Errorf("environment %s: want a %s", name, f.Value.Type())}
+			failure = &usageError{fmt.Errorf("environment %s: want %s", name, wanted(f))}
 		}
 	})
 	return failure
@@ -159,7 +162,7 @@ func (s *settings) fromFile(flags *pflag.FlagSet, given map[string]bool) error {
 		for _, value := range entry.values {
 			// The value is not repeated: it may be an address with a PIN.
 			if err := flag.Value.Set(value); err != nil {
-				return &usageError{fmt.Errorf("configuration %s: line %d: %s: want a %s", path, entry.line, entry.key, flag.Value.Type())}
+				return &usageError{fmt.Errorf("configuration %s: line %d: %s: want %s", path, entry.line, entry.key, wanted(flag))}
 			}
 		}
 		if entry.key == "engine" {
@@ -173,6 +176,24 @@ func (s *settings) fromFile(flags *pflag.FlagSet, given map[string]bool) error {
 	return nil
 }
 
+var (
+	yamlLine    = regexp.MustCompile(`line \d+`)
+	settingName = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,39}$`)
+)
+
+// wanted says what kind of value a setting takes.
+func wanted(f *pflag.Flag) string {
+	switch f.Value.Type() {
+	case "duration":
+		return "a duration, such as 30s or 1h"
+	case "bool":
+		return "true or false"
+	case "uint", "uint16", "int":
+		return "a whole number"
+	}
+	return "a text"
+}
+
 type configEntry struct {
 	key    string
 	line   int
@@ -182,12 +203,19 @@ type configEntry struct {
 // parseConfig reads a YAML mapping of scalars and lists of scalars. Its errors
 // name lines and keys, never values.
 func parseConfig(data []byte) ([]configEntry, error) {
-	var document yaml.Node
-	if err := yaml.Unmarshal(data, &document); err != nil {
-		return nil, fmt.Errorf("not YAML: %s", strings.TrimPrefix(err.Error(), "yaml: "))
-	}
-	if len(document.Content) == 0 {
+	decoder := yaml.NewDecoder(bytes.NewReader(data))
+	var document, second yaml.Node
+	if err := decoder.Decode(&document); errors.Is(err, io.EOF) {
 		return nil, nil
+	} else if err != nil {
+		// The library's text quotes what it read.
+		if line := yamlLine.FindString(err.Error()); line != "" {
+			return nil, fmt.Errorf("%s: not YAML", line)
+		}
+		return nil, errors.New("not YAML")
+	}
+	if err := decoder.Decode(&second); !errors.Is(err, io.EOF) {
+		return nil, errors.New("a second document: want one")
 	}
 	mapping := document.Content[0]
 	if mapping.Kind != yaml.MappingNode {
@@ -197,6 +225,9 @@ func parseConfig(data []byte) ([]configEntry, error) {
 	seen := map[string]int{}
 	for i := 0; i+1 < len(mapping.Content); i += 2 {
 		key, value := mapping.Content[i], mapping.Content[i+1]
+		if !settingName.MatchString(key.Value) {
+			return nil, fmt.Errorf("line %d: a key that is no setting's name", key.Line)
+		}
 		if before, twice := seen[key.Value]; twice {
 			return nil, fmt.Errorf("line %d: key %q is set on line %d already", key.Line, key.Value, before)
 		}

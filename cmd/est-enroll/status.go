@@ -16,7 +16,7 @@ func statusCommand(s *settings, out *output) *cobra.Command {
 		Long: `Status shows what the Security object points at, the certificates and the key's
 attributes as the token reports them, and an operation that waits to be gone on
 with. The addresses (RFC 7512) hold no PIN. It asks no server.`,
-		Args: cobra.NoArgs,
+		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
 				status, err := device.Status(ctx)

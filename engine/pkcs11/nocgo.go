@@ -12,5 +12,5 @@ import (
 // open says what is missing: a PKCS#11 module is a C library.
 func open(_ context.Context, token engine.Address, _ engine.Options) (engine.Engine, error) {
 	return nil, &engine.Error{Op: "open token", Address: token, Err: fmt.Errorf(
-		"this program was built without cgo, which calls PKCS#11 modules: build it with CGO_ENABLED=1 and a C compiler: %w", engine.ErrUnsupported)}
+		"built without cgo, which calls PKCS#11 modules: %w", engine.ErrBuild)}
 }

@@ -160,10 +160,16 @@ func classify(ctx context.Context, err error) error {
 	case errors.Is(err, est.ErrServerCertificate):
 		return err
 	case errors.Is(err, coap.ErrTimeout), errors.Is(err, coap.ErrClosed), errors.Is(err, coap.ErrReset), isNetwork(err):
-		return fmt.Errorf("%w: %w", err, est.ErrUnreachable)
+		return &unreachableError{err}
 	}
 	return err
 }
+
+// unreachableError is an est.ErrUnreachable whose cause says enough.
+type unreachableError struct{ cause error }
+
+func (e *unreachableError) Error() string   { return e.cause.Error() }
+func (e *unreachableError) Unwrap() []error { return []error{e.cause, est.ErrUnreachable} }
 
 // RoundTrip implements est.Session.
 func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Response, error) {
