@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
+	"errors"
 	"math/big"
 	"slices"
 	"strings"
@@ -175,6 +176,22 @@ var certificateRules = []rule{
 		s.holds(e, 1, 1, 4)
 		s.remove(e, at)
 		s.holds(e, 1, 1, 2)
+	}},
+	{"the removal of a leaf is no guess among different ones", func(s *suite) {
+		e := s.open()
+		c := s.newCA("root", nil)
+		for _, name := range []string{"one", "two"} {
+			_, public := s.generate(e, name)
+			if err := s.WriteCertificate(s.leaf(c, public).Raw, "factory", "c0ffee"); err != nil {
+				s.Fatal(err)
+			}
+		}
+		at := []engine.Address{s.parse("pkcs11:object=factory;id=%C0%FF%EE;type=cert")}
+		var ambiguous *engine.AmbiguousError
+		if err := e.RemoveCertificates(s.Context(), at); !errors.As(err, &ambiguous) {
+			s.Errorf("got %v, want an *engine.AmbiguousError", err)
+		}
+		s.holds(e, 2, 2, 2)
 	}},
 	{"CA certificates that issued each other go together", func(s *suite) {
 		e := s.open()

@@ -55,6 +55,14 @@ func (s *session) certificates(u URI) ([]certificate, error) {
 	return certs, nil
 }
 
+func certificateMatches(certs []certificate) []match {
+	matches := make([]match, len(certs))
+	for i, c := range certs {
+		matches[i] = c.match
+	}
+	return matches
+}
+
 // Certificate implements engine.CertificateStore.
 func (e *Engine) Certificate(ctx context.Context, at engine.Address) (*x509.Certificate, error) {
 	const op = "read certificate"
@@ -69,11 +77,7 @@ func (e *Engine) Certificate(ctx context.Context, at engine.Address) (*x509.Cert
 		case err != nil:
 			return err
 		case len(found) > 1:
-			var matches []match
-			for _, c := range found {
-				matches = append(matches, c.match)
-			}
-			return ambiguous(u, matches)
+			return ambiguous(u, certificateMatches(found))
 		case len(found) == 1:
 			cert = found[0].cert
 			return nil
@@ -276,6 +280,15 @@ func (e *Engine) RemoveCertificates(ctx context.Context, at []engine.Address) er
 		return fail(op, nil, e.uri.ModulePath, err)
 	}
 	return e.write(ctx, op, places[0], func(s *session) error {
+		leaves, err := s.certificates(places[0])
+		if err != nil {
+			return err
+		}
+		for _, leaf := range leaves {
+			if !leaf.cert.Equal(leaves[0].cert) {
+				return ambiguous(places[0], certificateMatches(leaves))
+			}
+		}
 		doomed, err := s.find(places[0])
 		if err != nil {
 			return err

@@ -15,30 +15,37 @@ import (
 
 // sentinels maps return values to the engine's errors (PKCS #11 v2.40 §5.1).
 var sentinels = map[pkcs11.Error]error{
-	pkcs11.CKR_PIN_INCORRECT:            engine.ErrPINIncorrect,
-	pkcs11.CKR_PIN_INVALID:              engine.ErrPINIncorrect,
-	pkcs11.CKR_PIN_LEN_RANGE:            engine.ErrPINIncorrect,
-	pkcs11.CKR_PIN_LOCKED:               engine.ErrPINLocked,
-	pkcs11.CKR_TOKEN_WRITE_PROTECTED:    engine.ErrTokenReadOnly,
-	pkcs11.CKR_SESSION_READ_ONLY:        engine.ErrTokenReadOnly,
-	pkcs11.CKR_DEVICE_MEMORY:            engine.ErrTokenFull,
-	pkcs11.CKR_TOKEN_NOT_RECOGNIZED:     engine.ErrTokenNotFound,
-	pkcs11.CKR_FUNCTION_NOT_SUPPORTED:   engine.ErrUnsupported,
-	pkcs11.CKR_MECHANISM_INVALID:        engine.ErrUnsupported,
-	pkcs11.CKR_MECHANISM_PARAM_INVALID:  engine.ErrUnsupported,
-	pkcs11.CKR_CURVE_NOT_SUPPORTED:      engine.ErrUnsupported,
-	pkcs11.CKR_DOMAIN_PARAMS_INVALID:    engine.ErrUnsupported,
-	pkcs11.CKR_ATTRIBUTE_TYPE_INVALID:   engine.ErrUnsupported,
-	pkcs11.CKR_OBJECT_HANDLE_INVALID:    engine.ErrNotFound, // another process destroyed it
-	pkcs11.CKR_KEY_HANDLE_INVALID:       engine.ErrNotFound,
-	pkcs11.CKR_DEVICE_REMOVED:           engine.ErrDeviceLost,
-	pkcs11.CKR_DEVICE_ERROR:             engine.ErrDeviceLost,
-	pkcs11.CKR_TOKEN_NOT_PRESENT:        engine.ErrDeviceLost,
-	pkcs11.CKR_SLOT_ID_INVALID:          engine.ErrDeviceLost,
-	pkcs11.CKR_SESSION_HANDLE_INVALID:   engine.ErrDeviceLost,
-	pkcs11.CKR_SESSION_CLOSED:           engine.ErrDeviceLost,
-	pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED: engine.ErrDeviceLost,
-	pkcs11.CKR_USER_NOT_LOGGED_IN:       engine.ErrDeviceLost,
+	pkcs11.CKR_PIN_INCORRECT:           engine.ErrPINIncorrect,
+	pkcs11.CKR_PIN_INVALID:             engine.ErrPINIncorrect,
+	pkcs11.CKR_PIN_LEN_RANGE:           engine.ErrPINIncorrect,
+	pkcs11.CKR_PIN_LOCKED:              engine.ErrPINLocked,
+	pkcs11.CKR_TOKEN_WRITE_PROTECTED:   engine.ErrTokenReadOnly,
+	pkcs11.CKR_SESSION_READ_ONLY:       engine.ErrTokenReadOnly,
+	pkcs11.CKR_DEVICE_MEMORY:           engine.ErrTokenFull,
+	pkcs11.CKR_TOKEN_NOT_RECOGNIZED:    engine.ErrTokenNotFound,
+	pkcs11.CKR_FUNCTION_NOT_SUPPORTED:  engine.ErrUnsupported,
+	pkcs11.CKR_MECHANISM_INVALID:       engine.ErrUnsupported,
+	pkcs11.CKR_MECHANISM_PARAM_INVALID: engine.ErrUnsupported,
+	pkcs11.CKR_CURVE_NOT_SUPPORTED:     engine.ErrUnsupported,
+	pkcs11.CKR_DOMAIN_PARAMS_INVALID:   engine.ErrUnsupported,
+	pkcs11.CKR_ATTRIBUTE_TYPE_INVALID:  engine.ErrUnsupported,
+	// what modules that are older than CKR_CURVE_NOT_SUPPORTED say of a curve or a policy
+	pkcs11.CKR_ATTRIBUTE_VALUE_INVALID:    engine.ErrUnsupported,
+	pkcs11.CKR_TEMPLATE_INCONSISTENT:      engine.ErrUnsupported,
+	pkcs11.CKR_KEY_SIZE_RANGE:             engine.ErrUnsupported,
+	pkcs11.CKR_KEY_TYPE_INCONSISTENT:      engine.ErrUnsupported, // a key that is not for ECDSA
+	pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED: engine.ErrUnsupported, // one that must not sign
+	pkcs11.CKR_ACTION_PROHIBITED:          engine.ErrUnsupported, // an object that must not be destroyed
+	pkcs11.CKR_OBJECT_HANDLE_INVALID:      engine.ErrNotFound,    // another process destroyed it
+	pkcs11.CKR_KEY_HANDLE_INVALID:         engine.ErrNotFound,
+	pkcs11.CKR_DEVICE_REMOVED:             engine.ErrDeviceLost,
+	pkcs11.CKR_DEVICE_ERROR:               engine.ErrDeviceLost,
+	pkcs11.CKR_TOKEN_NOT_PRESENT:          engine.ErrDeviceLost,
+	pkcs11.CKR_SLOT_ID_INVALID:            engine.ErrDeviceLost,
+	pkcs11.CKR_SESSION_HANDLE_INVALID:     engine.ErrDeviceLost,
+	pkcs11.CKR_SESSION_CLOSED:             engine.ErrDeviceLost,
+	pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED:   engine.ErrDeviceLost,
+	pkcs11.CKR_USER_NOT_LOGGED_IN:         engine.ErrDeviceLost,
 }
 
 // returned is an error of the module in the engine's words.

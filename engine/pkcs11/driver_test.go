@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"math/big"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -191,6 +192,110 @@ func TestPINChangedMeanwhile(t *testing.T) {
 	}
 	if err := sign(signer); err != nil {
 		t.Error(err)
+	}
+}
+
+// What a module cannot do is ErrUnsupported, with the module's name and its code.
+func TestUnsupported(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	for _, code := range []p11.Error{p11.CKR_MECHANISM_INVALID, p11.CKR_ATTRIBUTE_VALUE_INVALID, p11.CKR_TEMPLATE_INCONSISTENT, p11.CKR_CURVE_NOT_SUPPORTED} {
+		at, err := e.NewKeyAddress("name")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.set(t, "return", fmt.Sprintf("C_GenerateKeyPair before %d", uint(code)))
+		_, err = e.GenerateKey(t.Context(), at, engine.KeySpec{})
+		if !errors.Is(err, engine.ErrUnsupported) || !errors.Is(err, code) || !strings.Contains(err.Error(), f.module) {
+			t.Errorf("%v: got %v", code, err)
+		}
+	}
+}
+
+// After the loss of the device the PIN is for the same token only: another with
+// its label, which may count its tries, does not see it.
+func TestAnotherTokenInItsPlace(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	tokens, err := filepath.Glob(filepath.Join(f.Dir, "*"))
+	if err != nil || len(tokens) != 1 {
+		t.Fatalf("tokens: %v, %v", tokens, err)
+	}
+	if err := errors.Join(os.RemoveAll(tokens[0]), f.Add(f.Label)); err != nil {
+		t.Fatal(err)
+	}
+	f.set(t, "lose", "C_FindObjectsInit")
+	if _, err := e.List(t.Context(), nil); !errors.Is(err, engine.ErrDeviceLost) {
+		t.Errorf("got %v, want ErrDeviceLost", err)
+	}
+	logins := 0
+	for _, call := range f.calls(t) {
+		if call == "C_Login" {
+			logins++
+		}
+	}
+	if logins != 1 {
+		t.Errorf("%d logins, want 1", logins)
+	}
+}
+
+// The login is the process's: when another part of it logs out, private keys are
+// hidden and not gone. Nothing is destroyed because it cannot be seen.
+func TestLoggedOut(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	at, public := generate(t, e, "name")
+	signer, err := e.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := p11.New(f.module) // the same library
+	logout := func() {
+		t.Helper()
+		slots, err := other.GetSlotList(true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		session, err := other.OpenSession(slots[0], p11.CKF_SERIAL_SESSION)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(other.Logout(session), other.CloseSession(session)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, do := range map[string]func() error{
+		"sign": func() error { return sign(signer) },
+		"open": func() error { _, err := e.Signer(t.Context(), at); return err },
+		"recover": func() error {
+			got, err := e.RecoverKey(t.Context(), at)
+			if err == nil && !public.(*ecdsa.PublicKey).Equal(got) {
+				err = errors.New("another key")
+			}
+			return err
+		},
+		"list": func() error {
+			objects, err := e.List(t.Context(), nil)
+			if err == nil && len(objects) != 2 {
+				err = fmt.Errorf("%d objects", len(objects))
+			}
+			return err
+		},
+	} {
+		logout()
+		if err := do(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	logout()
+	if err := e.RemoveKey(t.Context(), at); err != nil {
+		t.Error(err)
+	}
+	if objects, err := e.List(t.Context(), nil); err != nil || len(objects) != 0 {
+		t.Errorf("left: %v, %v", objects, err)
+	}
+	if slices.Contains(f.calls(t), "C_Finalize") {
+		t.Error("the module was finalised under the other part")
 	}
 }
 
@@ -390,6 +495,16 @@ func TestOpenRefused(t *testing.T) {
 	if err != nil || len(libraries) == 0 {
 		t.Fatalf("no library that is no module: %v", err)
 	}
+	library := func(name, source string) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		compile := exec.CommandContext(t.Context(), "gcc", "-shared", "-fPIC", "-o", path, "-x", "c", "-")
+		compile.Stdin = strings.NewReader(source)
+		if out, err := compile.CombinedOutput(); err != nil {
+			t.Fatalf("compile %s (make deps installs gcc): %v\n%s", name, err, out)
+		}
+		return path
+	}
 	for _, tc := range []struct {
 		name, path string
 		want       error
@@ -402,6 +517,8 @@ func TestOpenRefused(t *testing.T) {
 		{"cut short", write("short.so", module[:len(module)/2]), engine.ErrModule},
 		{"its header alone", write("header.so", module[:64]), engine.ErrModule},
 		{"a library that is no module", libraries[0], engine.ErrModule},
+		{"a module that refuses its functions", library("fails.so", "unsigned long C_GetFunctionList(void **l) { return 5; }"), engine.ErrModule},
+		{"a module without functions", library("null.so", "unsigned long C_GetFunctionList(void **l) { *l = 0; return 0; }"), engine.ErrModule},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, err := pkcs11.Driver.Open(t.Context(), parse(t, "pkcs11:token=device?module-path="+tc.path), options(t))

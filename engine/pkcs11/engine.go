@@ -253,6 +253,7 @@ func (e *Engine) once(ctx context.Context, locked, write bool, do func(*session)
 	if e.closed {
 		return engine.ErrClosed
 	}
+	e.token.leaveIfLoggedOut()
 	if !e.token.connected() {
 		if !locked {
 			return errReopen
@@ -267,7 +268,7 @@ func (e *Engine) once(ctx context.Context, locked, write bool, do func(*session)
 	if write && e.token.readOnly {
 		return engine.ErrTokenReadOnly
 	}
-	s := &session{module: e.module, handle: e.token.session, token: e.label}
+	s := &session{module: e.module, handle: e.token.session, token: e.label, connection: e.token.connection}
 	if err = do(s); err == nil || !s.lost(err) {
 		return err
 	}

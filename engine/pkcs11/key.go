@@ -231,7 +231,7 @@ func (e *Engine) Signer(ctx context.Context, at engine.Address) (crypto.Signer, 
 		if err != nil {
 			return err
 		}
-		k.handle, k.generation = private.handle, e.module.generation
+		k.handle, k.connection = private.handle, s.connection
 		k.public, err = s.publicHalf(private)
 		return err
 	})
@@ -280,7 +280,7 @@ type signer struct {
 
 	// Guarded by the module's gate.
 	handle     pkcs11.ObjectHandle
-	generation int // of the module, when the handle was found
+	connection int // of the token, when the handle was found
 }
 
 var _ crypto.Signer = (*signer)(nil)
@@ -297,12 +297,12 @@ func (k *signer) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) (signa
 	}
 	// crypto.Signer has no context, and the call could not be interrupted.
 	err = k.engine.read(context.Background(), op, k.uri, func(s *session) error {
-		if k.generation != s.module.generation { // handles end with their session
+		if k.connection != s.connection { // handles end with their session
 			private, err := s.one(k.uri)
 			if err != nil {
 				return err
 			}
-			k.handle, k.generation = private.handle, s.module.generation
+			k.handle, k.connection = private.handle, s.connection
 		}
 		signature, err = s.sign(k.handle, k.public, digest)
 		return err

@@ -2,6 +2,30 @@
 
 package pkcs11
 
+/*
+#cgo LDFLAGS: -ldl
+#include <dlfcn.h>
+#include <stdlib.h>
+
+// probe loads a module and asks for its functions, as miekg/pkcs11 does without
+// looking at the answer. It returns why that cannot work, or NULL. The library
+// stays loaded.
+static const char *probe(const char *path)
+{
+	void *library = dlopen(path, RTLD_LAZY);
+	if (!library)
+		return dlerror();
+	unsigned long (*get)(void **) = (unsigned long (*)(void **))dlsym(library, "C_GetFunctionList");
+	if (!get)
+		return "it is no PKCS #11 module: it has no C_GetFunctionList";
+	void *list = NULL;
+	if (get(&list) != 0 || !list)
+		return "its C_GetFunctionList gives no functions";
+	return NULL;
+}
+*/
+import "C"
+
 import (
 	"context"
 	"debug/elf"
@@ -12,6 +36,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"unsafe"
 
 	"github.com/miekg/pkcs11"
 
@@ -65,9 +90,12 @@ func loadModule(path string) (*module, error) {
 	if err := checkModule(resolved); err != nil {
 		return nil, fmt.Errorf("%w: %w", engine.ErrModule, err)
 	}
+	if err := probe(resolved); err != nil {
+		return nil, fmt.Errorf("%w: %w", engine.ErrModule, err)
+	}
 	ctx := pkcs11.New(resolved)
-	if ctx == nil { // without a reason
-		return nil, fmt.Errorf("%w: it is no PKCS #11 module, or a library that it needs is missing", engine.ErrModule)
+	if ctx == nil {
+		return nil, fmt.Errorf("%w: it was loaded once and not again", engine.ErrModule)
 	}
 	m := &module{path: resolved, gate: make(chan struct{}, 1), ctx: ctx, tokens: map[tokenID]*token{}, refused: map[tokenID][]engine.Secret{}}
 	modules.byPath[resolved] = m
@@ -93,6 +121,20 @@ func checkModule(path string) error {
 		return fmt.Errorf("it is not a library, or is cut short: %w", err)
 	}
 	return library.Close()
+}
+
+// probe refuses a library from which miekg/pkcs11 would take a null pointer for
+// the list of functions, and crash: a module that lacks its configuration may
+// give one.
+func probe(path string) error {
+	runtime.LockOSThread() // what dlerror returns is the thread's
+	defer runtime.UnlockOSThread()
+	name := C.CString(path)
+	defer C.free(unsafe.Pointer(name))
+	if reason := C.probe(name); reason != nil {
+		return errors.New(C.GoString(reason))
+	}
+	return nil
 }
 
 // enter waits for the module. The caller leaves it.

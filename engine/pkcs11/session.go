@@ -18,6 +18,8 @@ type session struct {
 	module *module
 	handle pkcs11.SessionHandle
 	token  string // label
+	// connection is the token's when the session was opened.
+	connection int
 	// changed says that the token was asked to change something: what is not
 	// repeated after the loss of the device.
 	changed bool

@@ -24,7 +24,9 @@ type token struct {
 
 	session    pkcs11.SessionHandle
 	generation int // of the module, when the session was opened
+	connection int // counts sessions: the handles of an earlier one are void
 	readOnly   bool
+	private    bool // a login is required
 
 	// pin is one that the token has accepted in this process. It is used once more
 	// after each loss of the device, on this same token.
@@ -34,6 +36,21 @@ type token struct {
 // connected reports whether the session can be used.
 func (t *token) connected() bool {
 	return t.session != 0 && t.module.initialized && t.generation == t.module.generation
+}
+
+// leaveIfLoggedOut closes a session whose login another part of this process has
+// ended: there is one login for all of them (PKCS #11 v2.40 §5.6). The token would
+// hide private keys as if they were gone, and what is left of a pair be destroyed.
+func (t *token) leaveIfLoggedOut() {
+	if !t.connected() || !t.private {
+		return
+	}
+	info, err := t.module.ctx.GetSessionInfo(t.session)
+	if err != nil || info.State != pkcs11.CKS_RO_PUBLIC_SESSION && info.State != pkcs11.CKS_RW_PUBLIC_SESSION {
+		return // an error shows again at the call that is wanted
+	}
+	_ = t.module.ctx.CloseSession(t.session) // it is not used again
+	t.session = 0
 }
 
 // connect finds the token again, by its serial number, opens the session and logs
@@ -60,6 +77,8 @@ func (t *token) connect(at URI, opts engine.Options) error {
 		return err
 	}
 	t.session, t.generation = session, t.module.generation
+	t.connection++
+	t.private = s.flags&pkcs11.CKF_LOGIN_REQUIRED != 0
 	return nil
 }
 

@@ -144,7 +144,7 @@ func (t *transfer) uploadOnce(ctx context.Context) (answer *part, again bool, er
 	// RFC 7959 §4: the size of the whole body, in the first block only.
 	opts.size1 = pointer(uint32(len(body)))
 
-	for offset := 0; ; {
+	for offset, initial := 0, t.size; ; {
 		end := min(offset+t.size, len(body))
 		sent := block{num: offset / t.size, more: end < len(body), size: t.size}
 		opts.block1 = &sent
@@ -170,8 +170,9 @@ func (t *transfer) uploadOnce(ctx context.Context) (answer *part, again bool, er
 		switch {
 		case echo != nil && echo.num != sent.num:
 			return nil, false, block1Error("answered %v to %v", echo, sent)
-		case echo != nil && echo.size > sent.size:
-			// RFC 7959 §2.3: only "a smaller size" may be asked for.
+		case echo != nil && echo.size > initial:
+			// RFC 7959 §2.3: it is "the same or smaller than the one used in the
+			// initial exchange".
 			return nil, false, block1Error("answered %v to %v", echo, sent)
 		case !sent.more && answer.code == codes.Continue:
 			return nil, false, block1Error("2.31 to the last block")
@@ -185,7 +186,7 @@ func (t *transfer) uploadOnce(ctx context.Context) (answer *part, again bool, er
 		offset = end
 		// RFC 7959 §2.3: the blocks to come have the smaller size, and their
 		// numbers count the whole body in it.
-		t.size = echo.size
+		t.size = min(t.size, echo.size)
 	}
 }
 

@@ -301,6 +301,10 @@ func TestMisbehavingServer(t *testing.T) {
 		"whole, smaller on the way": {req: get, steps: []step{
 			content(numbers(100)[:64], block2(0, true, 64)), content(numbers(100)[64:96], block2(2, true, 32)), content(numbers(100)[96:], block2(3, false, 32)),
 		}, want: &coap.Response{Code: codes.Content, Body: numbers(100)}},
+		"2.31 with the size of the first block again": {req: post, steps: []step{
+			{codes.Continue, nil, []message.Option{block1(0, true, 32)}}, {codes.Continue, nil, []message.Option{block1(2, true, 64)}},
+			{codes.Continue, nil, []message.Option{block1(3, true, 32)}}, {codes.Changed, nil, []message.Option{block1(4, false, 32)}},
+		}, want: &coap.Response{Code: codes.Changed}},
 		"whole, without the option":     {req: get, steps: []step{content(numbers(200))}, want: &coap.Response{Code: codes.Content, Body: numbers(200)}},
 		"another ETag":                  {req: get, steps: []step{content(numbers(64), etag(1), block2(0, true, 64)), content(numbers(9), etag(2), block2(1, false, 64))}, check: block2Error},
 		"the ETag gone":                 {req: get, steps: []step{content(numbers(64), etag(1), block2(0, true, 64)), content(numbers(9), block2(1, false, 64))}, check: block2Error},
@@ -353,8 +357,13 @@ func TestMisbehavingServer(t *testing.T) {
 				done := do(t.Context(), p.client(cfg), test.req)
 				tags := map[string][]string{} // of the blocks of each upload
 				var uploads []string
+				tokens := map[string]bool{}
 				for _, s := range test.steps {
 					m := p.respond(s.code, s.payload, s.opts...)
+					if tokens[string(m.Token)] || len(m.Token) != 8 {
+						t.Errorf("the token %x is no fresh one of 8 bytes", m.Token)
+					}
+					tokens[string(m.Token)] = true
 					if b1 := value(m, message.Block1); b1 != nil {
 						tag := string(value(m, message.RequestTag))
 						if num, _, _, _ := coap.DecodeBlock(b1); num == 0 {

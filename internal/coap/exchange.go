@@ -250,16 +250,22 @@ func (c *Conn) exchange(ctx context.Context, code Code, opts message.Options, pa
 		c.mu.Unlock()
 	}()
 	err := c.transmit(ctx, &message.Message{Code: code, Token: token, Options: opts, Payload: payload})
-	if err != nil {
-		return nil, err
+	if err == nil {
+		select {
+		case m := <-response:
+			return m, nil
+		case <-ctx.Done():
+			err = contextError(ctx)
+		case <-c.done:
+			err = c.closedError()
+		}
 	}
+	// A server may close right after it has answered: what came counts.
 	select {
 	case m := <-response:
 		return m, nil
-	case <-ctx.Done():
-		return nil, contextError(ctx)
-	case <-c.done:
-		return nil, c.closedError()
+	default:
+		return nil, err
 	}
 }
 

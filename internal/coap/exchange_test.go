@@ -265,6 +265,22 @@ func TestUnexpected(t *testing.T) {
 	}
 }
 
+// Replies are kept for the last messages only, however many a peer sends.
+func TestMemoryIsBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := newPeer(t)
+		conn := p.client(plain())
+		for mid := range int32(500) {
+			p.send(&message.Message{Type: message.Confirmable, Code: codes.Content, MessageID: mid, Token: []byte{1}})
+			p.next() // a Reset
+		}
+		if got := conn.Remembered(); got != 128 {
+			t.Errorf("%d messages are remembered, want the last 128", got)
+		}
+	})
+}
+
 // Requests take turns (NSTART 1), and each message has a token of its own.
 func TestTurns(t *testing.T) {
 	t.Parallel()
@@ -322,6 +338,35 @@ func TestClosed(t *testing.T) {
 					t.Errorf("a later exchange: %v", err)
 				}
 			})
+		})
+	}
+}
+
+// A response that came counts, whatever ended right after it: a server may close
+// once it has answered.
+func TestClosedAfterResponse(t *testing.T) {
+	t.Parallel()
+	for name, separate := range map[string]bool{"piggybacked": false, "separate": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for range 50 { // a select among what is ready is random
+				synctest.Test(t, func(t *testing.T) {
+					p := newPeer(t)
+					done := do(t.Context(), p.client(plain()), get)
+					m := p.next()
+					answer := &message.Message{Type: message.Acknowledgement, Code: codes.Content, MessageID: m.MessageID, Token: m.Token, Payload: []byte("all")}
+					if separate {
+						p.send(&message.Message{Type: message.Acknowledgement, MessageID: m.MessageID})
+						answer.Type, answer.MessageID = message.Confirmable, 7
+					}
+					synctest.Wait()
+					p.wire.ends = true
+					p.send(answer)
+					if got := <-done; got.err != nil || string(got.resp.Body) != "all" {
+						t.Fatalf("got %v, %v", got.resp, got.err)
+					}
+				})
+			}
 		})
 	}
 }

@@ -37,3 +37,10 @@ func DecodeBlock(value []byte) (num int, more bool, size int, ok bool) {
 	b, ok := decodeBlock(value)
 	return b.num, b.more, b.size, ok
 }
+
+// Remembered is the number of messages whose replies are kept.
+func (c *Conn) Remembered() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return max(len(c.remembered.replies), len(c.remembered.order))
+}
