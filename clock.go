@@ -26,7 +26,7 @@ func BuildTime() time.Time {
 	return constant
 }
 
-// verificationTime is the latest of the system clock, the build's commit time
+// verificationTime is the latest of the system clock, the build's time
 // and the newest notBefore this device has verified: a device without a battery
 // boots in 1970. Only verified certificates move it forward, since one wrong
 // jump would poison the device for ever.
@@ -52,7 +52,7 @@ func (d *Device) clockFloor() (floor time.Time, source string) {
 	if d.journal.VerifiedNotBefore.After(d.cfg.BuildTime) {
 		return d.journal.VerifiedNotBefore, "the newest certificate this device has verified"
 	}
-	return d.cfg.BuildTime, "the build's commit time"
+	return d.cfg.BuildTime, "the build's time"
 }
 
 // sawVerified moves the verification time's floor; the caller saves the journal.

@@ -78,7 +78,7 @@ func (d *Device) openCredential(ctx context.Context, c credential) (*pair, error
 		// RFC 9148 §3, RFC 7030 §4.1.3.
 		anchors, err := d.loadExplicitTA(c.ExplicitTA)
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, ErrState):
 			d.warn("%v: the server is judged by the configured trust anchors until the next renewal", err)
 		case err != nil:
 			return nil, err

@@ -31,7 +31,7 @@ func TestClock1970(t *testing.T) {
 	}
 	d.cfg.RequireClock = false
 	result := d.mustEnroll()
-	if !d.warned("the system clock says 1970-01-01T00:00:00Z: verifying with") || !d.warned("the build's commit time") {
+	if !d.warned("the system clock says 1970-01-01T00:00:00Z: verifying with") || !d.warned("the build's time") {
 		t.Errorf("events %+v", d.events)
 	}
 	d.tidy(1)
@@ -231,8 +231,8 @@ func TestSecurityLost(t *testing.T) {
 	})
 }
 
-// Without its Explicit TA the device judges the server by what is configured,
-// says so, and has one again after the next renewal.
+// Without its Explicit TA, or with one that is garbage, the device judges the
+// server by what is configured, says so, and has one again after the next renewal.
 func TestExplicitTALost(t *testing.T) {
 	d := newSite(t, testserver.Config{}).device(t, "anchorless")
 	d.mustEnroll()
@@ -242,9 +242,20 @@ func TestExplicitTALost(t *testing.T) {
 		t.Errorf("events %+v", d.events)
 	}
 	d.tidy(2)
-	d.write(d.journal().Credentials[0].ExplicitTA, "garbage")
-	_, err := d.renew()
-	wantError(t, err, estenroll.ErrState)
+	for name, content := range map[string]string{"not a certificate": "garbage", "too large": strings.Repeat("x", 1<<20)} {
+		d.write(d.journal().Credentials[0].ExplicitTA, content)
+		if result := d.mustEnroll(); result.Changed || !d.warned("judged by the configured trust anchors") {
+			t.Errorf("%s: enroll: result %+v, events %+v", name, result, d.events)
+		}
+		d.mustRenew()
+		if !d.warned("judged by the configured trust anchors") {
+			t.Errorf("%s: renew: events %+v", name, d.events)
+		}
+		d.tidy(2)
+		if got := d.read(d.journal().Credentials[0].ExplicitTA); !strings.HasPrefix(got, "-----BEGIN CERTIFICATE-----") {
+			t.Errorf("%s: the renewal left %.20q", name, got)
+		}
+	}
 }
 
 // A kill between the commit and its record: the Security object points at the

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -39,10 +40,13 @@ func (d *Device) saveExplicitTA(anchors *est.TrustAnchors) (string, error) {
 	return name, nil
 }
 
-// loadExplicitTA reads what saveExplicitTA wrote.
+// loadExplicitTA reads what saveExplicitTA wrote. ErrState if it is something else.
 func (d *Device) loadExplicitTA(name string) (*est.TrustAnchors, error) {
 	path := filepath.Join(d.cfg.StateDir, name)
 	data, err := durable.ReadFile(path, taFileLimit)
+	if errors.Is(err, durable.ErrTooLarge) || errors.Is(err, durable.ErrNotRegular) {
+		return nil, fmt.Errorf("read Explicit TA: %w: %w", err, ErrState)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read Explicit TA: %w", err)
 	}
@@ -50,7 +54,11 @@ func (d *Device) loadExplicitTA(name string) (*est.TrustAnchors, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read Explicit TA %s: %w: %w", path, err, ErrState)
 	}
-	return est.NewTrustAnchors(certs)
+	anchors, err := est.NewTrustAnchors(certs)
+	if err != nil {
+		return nil, fmt.Errorf("read Explicit TA %s: %w: %w", path, err, ErrState)
+	}
+	return anchors, nil
 }
 
 // ParseTrustAnchors parses certificates in PEM, or one or more in DER.
