@@ -24,7 +24,10 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
+	"syscall"
 	"time"
 
 	"estenroll/csr"
@@ -176,7 +179,8 @@ func (c *Config) setDefaults() {
 
 // Open locks the state directory, reads what it holds and opens the token. A
 // PIN that the token refuses is remembered by its source, so that the next run
-// does not spend another try on it. ErrBusy, ErrState, *engine.PINError.
+// does not spend another try on it. ErrOwner, ErrBusy, ErrState,
+// *engine.PINError.
 func Open(ctx context.Context, cfg Config) (*Device, error) {
 	cfg.setDefaults()
 	d := &Device{cfg: cfg}
@@ -190,6 +194,9 @@ func (d *Device) open(ctx context.Context) error {
 	if err := os.MkdirAll(d.cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("create state directory: %w", err)
 	}
+	if err := d.checkStateDir(); err != nil {
+		return err
+	}
 	if err := d.acquire(ctx); err != nil {
 		return err
 	}
@@ -200,6 +207,25 @@ func (d *Device) open(ctx context.Context) error {
 		return err
 	}
 	return d.openEngine(ctx)
+}
+
+// checkStateDir refuses a directory of another user and warns of one that others can enter.
+func (d *Device) checkStateDir() error {
+	status, err := os.Stat(d.cfg.StateDir)
+	if err != nil {
+		return fmt.Errorf("check state directory: %w", err)
+	}
+	if stat, ok := status.Sys().(*syscall.Stat_t); ok && int(stat.Uid) != os.Geteuid() {
+		owner := strconv.Itoa(int(stat.Uid))
+		if known, err := user.LookupId(owner); err == nil {
+			owner = known.Username
+		}
+		return fmt.Errorf("open %s: %w: it belongs to user %s: run as that user", d.cfg.StateDir, ErrOwner, owner)
+	}
+	if perm := status.Mode().Perm(); perm&0o077 != 0 {
+		d.warn("the state directory %s has mode %04o: it is open to others, 0700 is enough", d.cfg.StateDir, perm)
+	}
+	return nil
 }
 
 func (d *Device) acquire(ctx context.Context) error {

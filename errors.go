@@ -10,6 +10,9 @@ import (
 var (
 	// ErrNotEnrolled says that there is no enrolled credential (LDevID) to renew.
 	ErrNotEnrolled = errors.New("the device is not enrolled")
+	// ErrExpired says that the certificate to renew has expired: only a new
+	// enrolment helps.
+	ErrExpired = errors.New("the current certificate has expired")
 	// ErrBusy says that another run holds the state directory.
 	ErrBusy = errors.New("another run is at work")
 	// ErrRefused says that the new pair was refused by the server it is for.
@@ -21,6 +24,9 @@ var (
 	ErrClock = errors.New("the system clock is behind what this device has verified")
 	// ErrState says that the state directory holds something this program did not write.
 	ErrState = errors.New("the state is not usable")
+	// ErrOwner says that the state directory belongs to another user: files of
+	// this run would lock that user's runs out.
+	ErrOwner = errors.New("the state directory is another user's")
 	// ErrGivenUp says that a pending request passed its deadline and was dropped.
 	ErrGivenUp = errors.New("the request was pending for too long and is given up")
 	// ErrIDevID says that the factory credential is missing or not a pair.

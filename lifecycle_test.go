@@ -104,6 +104,13 @@ func TestEnrollAfterExpiry(t *testing.T) {
 	d.now = c.now
 	first := d.mustEnroll()
 	c.advance(2 * time.Hour)
+	before, sessions := d.snapshot(), d.opened
+	_, err := d.renew()
+	wantError(t, err, estenroll.ErrExpired)
+	if d.opened != sessions || d.journal().Operation != nil {
+		t.Errorf("the renewal was begun: %d sessions", d.opened-sessions)
+	}
+	d.unchangedSince(before)
 	result := d.mustEnroll()
 	if !d.warned("expired") {
 		t.Errorf("no warning: %+v", d.events)
@@ -125,7 +132,7 @@ func TestEnrollAfterLoss(t *testing.T) {
 	d := site.device(t, "lost")
 	first := d.mustEnroll()
 	site.clear(t)
-	if _, err := d.renew(); !errors.Is(err, engine.ErrNotFound) {
+	if _, err := d.renew(); !errors.Is(err, engine.ErrNotFound) || !errors.Is(err, estenroll.ErrNotEnrolled) {
 		t.Errorf("renew without a pair: %v", err)
 	}
 	result := d.mustEnroll()

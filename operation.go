@@ -48,7 +48,8 @@ func (d *Device) Enroll(ctx context.Context) (*Result, error) {
 
 // Renew gets a new certificate for the same key, authenticated by the current
 // one (simplereenroll). It does so whether the current certificate is near its
-// end or not. ErrNotEnrolled, and as Enroll.
+// end or not. ErrNotEnrolled, also where the token has lost the key or the
+// certificate, ErrExpired, and as Enroll.
 func (d *Device) Renew(ctx context.Context) (*Result, error) {
 	return d.attempt(KindRenew, func() (*Result, error) {
 		recovered, err := d.recover(ctx)
@@ -158,8 +159,19 @@ func (d *Device) startRenew(ctx context.Context) error {
 	if !enrolled {
 		return ErrNotEnrolled
 	}
-	if _, err := d.openCredential(ctx, c); err != nil {
+	p, err := d.openCredential(ctx, c)
+	if errors.Is(err, engine.ErrNotFound) {
+		return fmt.Errorf("%w: %w", ErrNotEnrolled, err)
+	}
+	if err != nil {
 		return err
+	}
+	now, err := d.verificationTime()
+	if err != nil {
+		return err
+	}
+	if end := p.chain[0].NotAfter; now.After(end) {
+		return fmt.Errorf("valid until %s: %w", end.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	d.adopt(c) // the journal may have been lost
 	d.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: c.Key, Force: true})

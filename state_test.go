@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/user"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -338,5 +339,57 @@ func TestStateDirImpossible(t *testing.T) {
 	d.cfg.StateDir = filepath.Join(file, "state")
 	if _, err := estenroll.Open(t.Context(), d.cfg); err == nil {
 		t.Error("no error")
+	}
+}
+
+// The state directory of another user is refused before anything is written to
+// it: the files of this run would lock that user out.
+func TestStateDirOwner(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "stranger")
+	owner := "root"
+	if os.Geteuid() == 0 {
+		if err := os.Mkdir(d.dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chown(d.dir, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		owner = "65534"
+		if nobody, err := user.LookupId(owner); err == nil {
+			owner = nobody.Username
+		}
+	} else {
+		d.dir = "/"
+		d.cfg.StateDir = d.dir
+	}
+	before, err := os.ReadDir(d.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = d.enroll()
+	wantError(t, err, estenroll.ErrOwner)
+	if err != nil && !strings.Contains(err.Error(), "belongs to user "+owner+": run as that user") {
+		t.Errorf("the error does not name the owner: %v", err)
+	}
+	if left, err := os.ReadDir(d.dir); err != nil || len(left) != len(before) {
+		t.Errorf("the directory was changed: %v, %v", left, err)
+	}
+}
+
+// A state directory that is open to others is a warning, once a run.
+func TestStateDirOpen(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "open")
+	d.mustEnroll()
+	if d.warned("open to others") {
+		t.Errorf("events %+v", d.events)
+	}
+	for _, mode := range []os.FileMode{0o750, 0o705, 0o777} {
+		if err := os.Chmod(d.dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		d.mustRenew()
+		if !d.warned(fmt.Sprintf("has mode %04o: it is open to others", mode)) {
+			t.Errorf("mode %o: events %+v", mode, d.events)
+		}
 	}
 }
