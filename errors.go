@@ -50,7 +50,7 @@ func (e *StepError) Unwrap() error { return e.Err }
 // (RFC 9148 §4.7, RFC 7030 §4.2.3).
 type PendingError struct {
 	NotBefore time.Time
-	// Deadline is when the request is given up.
+	// Deadline is when the request is given up: by a pending answer after it.
 	Deadline time.Time
 }
 

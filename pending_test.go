@@ -151,8 +151,8 @@ func TestGivenUp(t *testing.T) {
 			sessions := d.opened
 			_, err = run()
 			wantError(t, err, estenroll.ErrGivenUp)
-			if d.opened != sessions {
-				t.Error("the server was asked once more")
+			if d.opened != sessions+1 {
+				t.Errorf("the server was asked %d times before the request was given up, want once", d.opened-sessions)
 			}
 			if enrolled {
 				d.unchangedSince(before)
@@ -166,6 +166,32 @@ func TestGivenUp(t *testing.T) {
 			must(t, run)
 			d.tidy(credentials)
 		})
+	}
+}
+
+// A server that says to come back after the deadline is asked then, once.
+func TestPendingPastDeadline(t *testing.T) {
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now})
+	d := site.device(t, "patient")
+	d.now, d.cfg.PendingLimit = c.now, time.Hour
+	site.deferring(t, 1, 3*time.Hour)
+	_, err := d.enroll()
+	d.wantPending(err)
+	c.advance(2 * time.Hour)
+	sessions := d.opened
+	_, err = d.enroll()
+	d.wantPending(err)
+	if d.opened != sessions {
+		t.Error("the server was asked before its time")
+	}
+	c.advance(2 * time.Hour)
+	if result := d.mustEnroll(); !result.Recovered {
+		t.Errorf("result %+v", result)
+	}
+	d.tidy(1)
+	if d.issued() != 1 {
+		t.Errorf("%d certificates issued", d.issued())
 	}
 }
 

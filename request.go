@@ -38,7 +38,7 @@ func (d *Device) request(ctx context.Context) (*Result, error) {
 	if err := d.buildCSR(ctx, auth); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	if err := d.stillPending(ctx); err != nil {
+	if err := d.stillPending(); err != nil {
 		return nil, err
 	}
 	var got *answer
@@ -62,7 +62,7 @@ func (d *Device) request(ctx context.Context) (*Result, error) {
 
 // stillPending returns the pending answer again until its time has come:
 // "the client MUST wait at least as long as" the server said (RFC 9148 §4.7).
-func (d *Device) stillPending(ctx context.Context) error {
+func (d *Device) stillPending() error {
 	op := d.journal.Operation
 	if op.AskedAt.IsZero() {
 		return nil
@@ -72,9 +72,6 @@ func (d *Device) stillPending(ctx context.Context) error {
 		// The clock was known to be behind then and was set since: between the two
 		// lie decades that nobody waited.
 		op.StartedAt, op.Deadline = now, now.Add(d.cfg.PendingLimit)
-	}
-	if now.After(op.Deadline) {
-		return d.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("asked first at %s: %w", op.StartedAt.UTC().Format(time.RFC3339), ErrGivenUp)})
 	}
 	// A clock that was set back would keep the device waiting: ask then.
 	if notBefore := op.AskedAt.Add(op.RetryAfter); now.Before(notBefore) && !now.Before(op.AskedAt) {
@@ -239,7 +236,12 @@ func (d *Device) requestFailed(ctx context.Context, err error) error {
 	var status *est.StatusError
 	switch {
 	case errors.As(err, &pending):
-		op.AskedAt, op.RetryAfter = d.cfg.Now(), pending.RetryAfter
+		asked, now := !op.AskedAt.IsZero(), d.cfg.Now()
+		if asked && now.After(op.Deadline) {
+			// Only now: the server may have said to come back after the deadline.
+			return d.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("asked first at %s: %w", op.StartedAt.UTC().Format(time.RFC3339), ErrGivenUp)})
+		}
+		op.AskedAt, op.RetryAfter = now, pending.RetryAfter
 		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline}, d.save())
 	case ctx.Err() != nil, errors.Is(err, est.ErrUnreachable), isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
