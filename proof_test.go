@@ -208,6 +208,31 @@ func (d *device) refuseAfter(faults testserver.Faults) {
 	d.hook = after(1, "after simplereenroll", func() error { return d.site.server.SetFaults(faults) })
 }
 
+// Ctrl-C while a refused pair is removed: it is removed whole.
+func TestDiscardCancelled(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "discarded")
+	ctx, cancel := context.WithCancel(t.Context())
+	d.ctx = ctx
+	d.hook = func(when, call string) error {
+		switch when + " " + call {
+		case "after simpleenroll":
+			return site.server.SetFaults(testserver.Faults{RefuseIssued: true})
+		case "before RemoveCertificates":
+			cancel()
+		}
+		return nil
+	}
+	_, err := d.enroll()
+	wantError(t, err, estenroll.ErrRefused)
+	if ctx.Err() == nil {
+		t.Fatal("nothing was removed")
+	}
+	if op, left := d.journal().Operation, d.objects(); op != nil || len(left) != 0 {
+		t.Errorf("operation %+v, left in the token %q", op, left)
+	}
+}
+
 // The server refuses everything: that says nothing of the new pair, and nothing
 // is removed.
 func TestAllPairsRefused(t *testing.T) {
