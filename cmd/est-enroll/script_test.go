@@ -207,6 +207,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"hold-lock":     plain(s.holdLock),
 		"other-ca":      plain(otherCA),
 		"status-uris":   plain(statusURIs),
+		"until-expired": plain(untilExpired),
 	}
 }
 
@@ -460,4 +461,18 @@ func statusURIs(ts *testscript.TestScript, _ []string) error {
 	ts.Setenv("KEY", status.Current.Key)
 	ts.Setenv("CERTIFICATE", status.Current.Certificate)
 	return nil
+}
+
+// untilExpired waits for what status says, not for a time: at most twenty seconds.
+func untilExpired(ts *testscript.TestScript, _ []string) error {
+	for range 200 {
+		if err := ts.Exec("est-enroll", "status"); err != nil {
+			return err
+		}
+		if strings.Contains(ts.ReadFile("stdout"), "expired") {
+			return nil
+		}
+		<-time.After(100 * time.Millisecond)
+	}
+	return errors.New("the certificate does not expire")
 }
