@@ -115,6 +115,29 @@ func (d *Device) current() (credential, bool) {
 
 // pointSecurityAt makes the Security object refer to a pair: the commit point.
 func (d *Device) pointSecurityAt(key, cert engine.Address, serverCertificate []byte) error {
+	next := d.securityWith(key, cert, serverCertificate)
+	if err := next.Save(filepath.Join(d.cfg.StateDir, securityName)); err != nil {
+		return fmt.Errorf("write Security object: %w", err)
+	}
+	d.security = next
+	return nil
+}
+
+// checkSecurity judges the Security object as the commit will make it, before
+// anything is created or asked that a wrong setting would waste.
+func (d *Device) checkSecurity() error {
+	if err := d.securityWith(d.cfg.IDevID.Key, d.cfg.IDevID.Certificate, nil).Validate(); err != nil {
+		return fmt.Errorf("check Security object: %w", err)
+	}
+	return nil
+}
+
+// securityWith returns the Security object with our instance pointing at a pair.
+func (d *Device) securityWith(key, cert engine.Address, serverCertificate []byte) *lwm2m.SecurityObject {
+	next := new(lwm2m.SecurityObject)
+	for id, instance := range d.security.All() {
+		next.Set(id, instance)
+	}
 	instance, _ := d.security.Instance(d.cfg.Security.Instance)
 	instance.ServerURI = d.cfg.Security.ServerURI
 	instance.ShortServerID = d.cfg.Security.ShortServerID
@@ -131,11 +154,8 @@ func (d *Device) pointSecurityAt(key, cert engine.Address, serverCertificate []b
 		usage := lwm2m.TrustAnchorAssertion
 		instance.ServerPublicKey, instance.CertificateUsage = d.cfg.ImplicitTA.Certificates()[0].Raw, &usage
 	}
-	d.security.Set(d.cfg.Security.Instance, instance)
-	if err := d.security.Save(filepath.Join(d.cfg.StateDir, securityName)); err != nil {
-		return fmt.Errorf("write Security object: %w", err)
-	}
-	return nil
+	next.Set(d.cfg.Security.Instance, instance)
+	return next
 }
 
 // prepare makes sure that the Security object points at a usable credential

@@ -32,7 +32,16 @@ type Result struct {
 // *PendingError, ErrRefused, ErrUnproven, and what est and engine report.
 func (d *Device) Enroll(ctx context.Context) (*Result, error) {
 	return d.attempt(KindEnroll, func() (*Result, error) {
+		renewal := d.journal.Operation != nil && d.journal.Operation.Kind == KindRenew
 		recovered, err := d.recover(ctx)
+		if err != nil && renewal && ctx.Err() == nil && !isEngineError(err) {
+			// The device is enrolled: that its renewal waits, or failed, is no
+			// failure of an enrolment.
+			if usable, usableErr := d.usable(ctx); usableErr == nil && usable != nil {
+				d.warn("the renewal that was begun is not done: %v", err)
+				return usable, nil
+			}
+		}
 		if err != nil || recovered != nil && recovered.Changed {
 			return recovered, err
 		}
@@ -143,6 +152,9 @@ func (d *Device) usable(ctx context.Context) (*Result, error) {
 }
 
 func (d *Device) startEnroll(ctx context.Context) error {
+	if err := d.checkSecurity(); err != nil {
+		return err
+	}
 	if _, err := d.prepare(ctx); err != nil {
 		return err
 	}
@@ -155,6 +167,9 @@ func (d *Device) startEnroll(ctx context.Context) error {
 }
 
 func (d *Device) startRenew(ctx context.Context) error {
+	if err := d.checkSecurity(); err != nil {
+		return err
+	}
 	c, enrolled := d.current()
 	if !enrolled {
 		return ErrNotEnrolled

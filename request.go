@@ -31,6 +31,9 @@ func (d *Device) authenticator(ctx context.Context) (*pair, error) {
 // request exchanges the CSR for certificates. A result ends the operation.
 func (d *Device) request(ctx context.Context) (*Result, error) {
 	op := d.journal.Operation
+	if err := d.checkSecurity(); err != nil {
+		return nil, &StepError{Step: StepRequest, Err: err}
+	}
 	auth, err := d.authenticator(ctx)
 	if err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
