@@ -74,8 +74,7 @@ func (d *Device) openCredential(ctx context.Context, c credential) (*pair, error
 		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", c.Certificates[0], c.Key, ErrState)
 	}
 	if c.ExplicitTA != "" {
-		// "…the EST client uses the Explicit TA database in new sessions":
-		// RFC 9148 §3, RFC 7030 §4.1.3.
+		// New sessions use the Explicit TA (RFC 9148 §3, RFC 7030 §4.1.3).
 		anchors, err := d.loadExplicitTA(c.ExplicitTA)
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, ErrState):

@@ -64,7 +64,7 @@ func (d *Device) request(ctx context.Context) (*Result, error) {
 }
 
 // stillPending returns the pending answer again until its time has come:
-// "the client MUST wait at least as long as" the server said (RFC 9148 §4.7).
+// the client waits at least as long as the server said (RFC 9148 §4.7).
 func (d *Device) stillPending() error {
 	op := d.journal.Operation
 	if op.AskedAt.IsZero() {
@@ -263,11 +263,12 @@ func (d *Device) requestFailed(ctx context.Context, err error) error {
 }
 
 // isAnswer reports an error that only the authenticated server can have caused.
+// That the server's own certificate was not accepted has been set apart before.
 func isAnswer(err error) bool {
 	var status *est.StatusError
 	var response *est.ResponseError
 	return errors.As(err, &status) || errors.As(err, &response) || errors.Is(err, est.ErrKeyMismatch) ||
-		(errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow)) && !errors.Is(err, est.ErrServerCertificate)
+		errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow)
 }
 
 func isEngineError(err error) bool {

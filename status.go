@@ -26,8 +26,6 @@ type Status struct {
 	// Pending is the operation that the next run goes on with.
 	Pending     *OperationStatus `json:"operation,omitempty"`
 	LastAttempt *Attempt         `json:"last_attempt,omitempty"`
-	// PINRefused names the source of a PIN that the token refused.
-	PINRefused string `json:"pin_refused,omitempty"`
 }
 
 // CredentialStatus is one credential as the token shows it.

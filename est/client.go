@@ -45,7 +45,7 @@ func (c *Client) exchange(ctx context.Context, req *Request) ([]*x509.Certificat
 }
 
 // ParseCertificates parses an answer in whichever of the two formats it came:
-// "the client SHOULD be able to" take both, whatever it asked for (RFC 9148 §4.3).
+// a client should take both, whatever it asked for (RFC 9148 §4.3).
 func ParseCertificates(resp *Response) ([]*x509.Certificate, error) {
 	switch resp.ContentFormat {
 	case ContentFormatPKCS7CertsOnly:

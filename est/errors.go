@@ -123,7 +123,7 @@ type PendingError struct {
 
 // NewPendingError makes the error of a server that asks to wait.
 //
-// Deviation: "the client MUST wait for at least" as long (RFC 9148 §4.7), but no
+// Deviation: the client is to wait at least as long (RFC 9148 §4.7), but no
 // longer than MaxRetryAfter: a Max-Age reaches 136 years, and one wrong answer
 // would silence a device for good.
 func NewPendingError(operation Operation, server string, asked time.Duration) *PendingError {

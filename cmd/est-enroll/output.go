@@ -146,9 +146,6 @@ func (o *output) status(s *estenroll.Status) {
 			o.result("  error:      %s", strings.ReplaceAll(a.Error, "\n", "; "))
 		}
 	}
-	if s.PINRefused != "" {
-		o.result("PIN refused:  that of %s", s.PINRefused)
-	}
 }
 
 func (o *output) credential(indent string, c estenroll.CredentialStatus) {

@@ -28,8 +28,8 @@ const (
 // Config is what a session needs. URI, Trust, Certificate and Key are required.
 type Config struct {
 	URI URI
-	// Certificate (DER, leaf first) and Key authenticate us: "the client
-	// presents a certificate" for every function, crts too (RFC 9148 §3).
+	// Certificate (DER, leaf first) and Key authenticate us: the client
+	// presents a certificate for every function, crts too (RFC 9148 §3).
 	Certificate [][]byte
 	Key         crypto.Signer
 	// Trust judges the server, at the time of Now. Default of Now: time.Now.
@@ -207,7 +207,7 @@ func interpret(operation est.Operation, resource string, response *coap.Response
 	return &est.Response{ContentFormat: est.ContentFormat(*response.ContentFormat), Body: response.Body}, nil
 }
 
-// retryAfter: without a Max-Age "a default value of 60 is assumed" (RFC 7252 §5.10.5).
+// retryAfter: without a Max-Age the default is 60 seconds (RFC 7252 §5.10.5).
 func retryAfter(maxAge *uint32) time.Duration {
 	if maxAge == nil {
 		return time.Minute

@@ -21,7 +21,7 @@ func FuzzBlockOption(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, value []byte) {
 		if len(value) > 3 {
-			t.Skip()
+			return // no block option is longer
 		}
 		num, more, size, ok := coap.DecodeBlock(value)
 		reserved := len(value) > 0 && value[len(value)-1]&7 == 7
