@@ -165,24 +165,27 @@ func (f *lossFarm) enroll(ctx context.Context, i int) error {
 		return err
 	}
 	device, err := estenroll.Open(ctx, estenroll.Config{
-		StateDir: filepath.Join(f.dir, name), Name: name,
+		StateDir: filepath.Join(f.dir, name),
 		OpenEngine: func(context.Context, engine.PINSource) (engine.Engine, error) {
 			return shared{f.engine, f.engine.(engine.CertificateStore), f.engine.(engine.KeyRecoverer)}, nil
 		},
-		ParseAddress: f.parse, IDevID: f.idevid, ServerURI: f.uri.String(), ServerName: f.uri.Host, ImplicitTA: f.trust,
-		Dial: func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
-			return coaps.Dial(ctx, coaps.Config{
-				URI: f.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, BlockSize: *lossBlock,
-				AckTimeout: 200 * time.Millisecond, FlightInterval: 200 * time.Millisecond, HandshakeTimeout: 20 * time.Second,
-			})
-		},
-		Request: csr.Template{RawSubject: subject}, Tries: 6, RetryInterval: 10 * time.Millisecond,
+		ParseAddress: f.parse,
+		Credentials: []estenroll.CredentialConfig{{
+			Name: name, IDevID: f.idevid, ServerURI: f.uri.String(), ServerName: f.uri.Host, ImplicitTA: f.trust,
+			Dial: func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
+				return coaps.Dial(ctx, coaps.Config{
+					URI: f.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, BlockSize: *lossBlock,
+					AckTimeout: 200 * time.Millisecond, FlightInterval: 200 * time.Millisecond, HandshakeTimeout: 20 * time.Second,
+				})
+			},
+			Request: csr.Template{RawSubject: subject}, Tries: 6, RetryInterval: 10 * time.Millisecond,
+		}},
 	})
 	if err != nil {
 		return err
 	}
 	defer device.Close() // the engine is not its own
-	result, err := device.Enroll(ctx)
+	result, err := device.Credential(name).Enroll(ctx)
 	if err == nil && !strings.Contains(result.Certificate.Subject.String(), name) {
 		err = fmt.Errorf("got the certificate of %s", result.Certificate.Subject)
 	}
