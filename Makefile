@@ -24,9 +24,10 @@ lint:
 deps:
 	@packaging/deps
 
-# 200 enrolments through a link with 10 % loss, 10 % duplication and reordering.
+# Enrolments through a link with 10 % loss, 10 % duplication and reordering: 200
+# with 512-byte blocks, 20 each with 64 and 16 bytes.
 loss: deps
-	$(GO) test -timeout 30m -count 1 -run '^TestLoss$$' -v . -args -loss.n 200 $(LOSS)
+	$(GO) test -timeout 30m -count 1 -run '^TestLoss$$' -v . -args -loss.n 200 -loss.small 20 $(LOSS)
 
 # The program killed before and after every PKCS#11 call of first boot and renewal.
 crash: deps

@@ -2,7 +2,6 @@ package estenroll_test
 
 import (
 	"context"
-	"crypto/x509"
 	"flag"
 	"fmt"
 	"path/filepath"
@@ -14,8 +13,6 @@ import (
 	"estenroll"
 	"estenroll/csr"
 	"estenroll/engine"
-	"estenroll/engine/enginetest/softhsm"
-	"estenroll/engine/pkcs11"
 	"estenroll/est"
 	"estenroll/est/coaps"
 	"estenroll/internal/coap/coaptest"
@@ -23,60 +20,50 @@ import (
 )
 
 var (
-	lossCount = flag.Int("loss.n", 12, "enrolments through the lossy link")
+	lossCount = flag.Int("loss.n", 12, "enrolments with 512-byte blocks through the lossy link")
+	lossSmall = flag.Int("loss.small", 2, "enrolments with 16- and with 64-byte blocks")
 	lossSeed  = flag.Uint64("loss.seed", 1, "seed of the lossy link's faults")
-	lossBlock = flag.Int("loss.block", 512, "block size in bytes")
 )
 
 // TestLoss enrols devices through a link with 10 % loss, 10 % duplication and
 // reordering in each direction. Each ends with its certificate, and the server,
-// by its own record, has issued exactly one for each.
+// by its own record, has issued exactly one for each. With small blocks an
+// enrolment is a hundred exchanges and more: now and then one of them is given up,
+// and the run begins it again with the same CSR.
 func TestLoss(t *testing.T) {
-	token := softhsm.New(t)
-	token.Use(t)
-	// The timeouts are short because the link is a loopback: what is shown is
-	// the number of certificates, not the time.
-	server, err := testserver.New(testserver.Config{AckTimeout: 200 * time.Millisecond, FlightInterval: 200 * time.Millisecond})
+	for _, link := range []struct{ block, devices int }{{512, *lossCount}, {64, *lossSmall}, {16, *lossSmall}} {
+		t.Run(fmt.Sprintf("%d-byte blocks", link.block), func(t *testing.T) { testLoss(t, link.block, link.devices) })
+	}
+}
+
+// The timeouts are short because the link is a loopback: what is shown is the
+// number of certificates, not the time.
+const (
+	lossAckTimeout     = 100 * time.Millisecond
+	lossFlightInterval = 200 * time.Millisecond
+)
+
+func testLoss(t *testing.T, block, devices int) {
+	s := newSite(t, testserver.Config{AckTimeout: lossAckTimeout, FlightInterval: lossFlightInterval})
+	proxy := coaptest.NewProxy(t, s.server.Addr().String(), coaptest.Faults{Seed: *lossSeed, Loss: 0.1, Duplicate: 0.1, Reorder: 0.1})
+	uri, err := coaps.ParseURI("coaps://" + proxy.Addr())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := server.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	subject, err := csr.ParseSubject("serialNumber=4711,O=Loss")
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = token.StoreIDevID(func(publicKey []byte) ([]byte, error) {
-		key, err := x509.ParsePKIXPublicKey(publicKey)
-		if err != nil {
-			return nil, err
-		}
-		cert, err := server.IssueIDevID(testserver.IDevIDRequest{PublicKey: key, RawSubject: subject})
-		if err != nil {
-			return nil, err
-		}
-		return cert.Raw, nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := coaptest.NewProxy(t, server.Addr().String(), coaptest.Faults{Seed: *lossSeed, Loss: 0.1, Duplicate: 0.1, Reorder: 0.1})
-	farm := newLossFarm(t, token, server, proxy)
+	farm := &lossFarm{site: s, uri: uri, block: block, dir: t.TempDir()}
 
 	var (
-		mu       sync.Mutex
-		enrolled int
-		workers  sync.WaitGroup
+		mu              sync.Mutex
+		enrolled, again int
+		workers         sync.WaitGroup
 	)
-	devices := make(chan int)
+	numbers := make(chan int)
 	for range 8 {
 		workers.Go(func() {
-			for i := range devices {
-				err := farm.enroll(t.Context(), i)
+			for i := range numbers {
+				givenUp, err := farm.enroll(t.Context(), i)
 				mu.Lock()
+				again += givenUp
 				if err == nil {
 					enrolled++
 				} else {
@@ -86,24 +73,32 @@ func TestLoss(t *testing.T) {
 			}
 		})
 	}
-	for i := range *lossCount {
-		devices <- i
+	for i := range devices {
+		numbers <- i
 	}
-	close(devices)
+	close(numbers)
 	workers.Wait()
 
-	issued := map[string]int{}
-	for _, event := range server.Issuances() {
-		issued[event.Subject]++
+	double, issued := 0, map[string]int{}
+	csrs := map[string]string{}
+	for _, event := range s.server.Events() {
+		if event.Kind == testserver.EventIDevID {
+			continue
+		}
+		if event.Kind == testserver.EventIssuance {
+			if issued[event.Subject]++; issued[event.Subject] > 1 {
+				double++
+			}
+		}
+		if first, asked := csrs[event.Subject]; asked && first != event.CSR {
+			t.Errorf("%s was repeated with another CSR", event.Subject)
+		}
+		csrs[event.Subject] = event.CSR
 	}
-	double := 0
-	for _, n := range issued {
-		double += n - 1
-	}
-	fmt.Printf("enrolled %d/%d, issued %d, double %d (seed %d, %d-byte blocks, %+v)\n",
-		enrolled, *lossCount, len(server.Issuances()), double, *lossSeed, *lossBlock, proxy.Counters())
-	if enrolled != *lossCount || len(server.Issuances()) != *lossCount || double != 0 {
-		t.Errorf("want %d enrolled and issued, none twice: seed %d", *lossCount, *lossSeed)
+	fmt.Printf("%3d-byte blocks: enrolled %d/%d, issued %d, double %d, exchanges begun again %d (seed %d, %+v)\n",
+		block, enrolled, devices, len(s.server.Issuances()), double, again, *lossSeed, proxy.Counters())
+	if enrolled != devices || len(s.server.Issuances()) != devices || double != 0 {
+		t.Errorf("want %d enrolled and issued, none twice: seed %d", devices, *lossSeed)
 	}
 	if counters := proxy.Counters(); counters.Lost == 0 || counters.Duplicated == 0 || counters.Delayed == 0 {
 		t.Errorf("the link did no harm: %+v", counters)
@@ -112,41 +107,10 @@ func TestLoss(t *testing.T) {
 
 // lossFarm is many devices that share a token, to spare the making of many.
 type lossFarm struct {
-	engine engine.Engine
-	dir    string
-	trust  *est.TrustAnchors
-	uri    coaps.URI
-	parse  func(string) (engine.Address, error)
-	idevid estenroll.IDevID
-}
-
-func newLossFarm(t *testing.T, token *softhsm.Token, server *testserver.Server, proxy *coaptest.Proxy) *lossFarm {
-	t.Helper()
-	f := &lossFarm{dir: t.TempDir(), parse: engine.Drivers{"pkcs11": pkcs11.Driver}.Parse}
-	address := func(s string) engine.Address {
-		at, err := f.parse(s)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return at
-	}
-	f.idevid = estenroll.IDevID{Key: address("pkcs11:object=idevid;type=private"), Certificate: address("pkcs11:object=idevid;type=cert")}
-	var err error
-	if f.engine, err = pkcs11.Driver.Open(t.Context(), address(token.URI()), engine.Options{LockDir: filepath.Join(f.dir, "locks")}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := f.engine.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	if f.trust, err = est.NewTrustAnchors([]*x509.Certificate{server.Root()}); err != nil {
-		t.Fatal(err)
-	}
-	if f.uri, err = coaps.ParseURI("coaps://" + proxy.Addr()); err != nil {
-		t.Fatal(err)
-	}
-	return f
+	site  *site
+	uri   coaps.URI // of the link
+	block int       // size in bytes
+	dir   string
 }
 
 // shared is an engine that outlives the devices that use it.
@@ -158,33 +122,41 @@ type shared struct {
 
 func (shared) Close() error { return nil }
 
-func (f *lossFarm) enroll(ctx context.Context, i int) error {
+// enroll is a first boot, and tells how often an exchange of it had no answer and
+// was begun again.
+func (f *lossFarm) enroll(ctx context.Context, i int) (again int, err error) {
 	name := fmt.Sprintf("device-%d", i)
 	subject, err := csr.ParseSubject("CN=" + name)
 	if err != nil {
-		return err
+		return 0, err
 	}
+	s := f.site
 	device, err := estenroll.Open(ctx, estenroll.Config{
 		StateDir: filepath.Join(f.dir, name), Name: name,
 		OpenEngine: func(context.Context, engine.PINSource) (engine.Engine, error) {
-			return shared{f.engine, f.engine.(engine.CertificateStore), f.engine.(engine.KeyRecoverer)}, nil
+			return shared{s.engine, s.engine.(engine.CertificateStore), s.engine.(engine.KeyRecoverer)}, nil
 		},
-		ParseAddress: f.parse, IDevID: f.idevid, ServerURI: f.uri.String(), ServerName: f.uri.Host, ImplicitTA: f.trust,
+		ParseAddress: s.parse, IDevID: s.idevid, ServerURI: f.uri.String(), ServerName: f.uri.Host, ImplicitTA: s.trust,
 		Dial: func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
 			return coaps.Dial(ctx, coaps.Config{
-				URI: f.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, BlockSize: *lossBlock,
-				AckTimeout: 200 * time.Millisecond, FlightInterval: 200 * time.Millisecond, HandshakeTimeout: 20 * time.Second,
+				URI: f.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, BlockSize: f.block,
+				AckTimeout: lossAckTimeout, FlightInterval: lossFlightInterval, HandshakeTimeout: 20 * time.Second,
 			})
 		},
 		Request: csr.Template{RawSubject: subject}, Tries: 6, RetryInterval: 10 * time.Millisecond,
+		Progress: func(e estenroll.Event) {
+			if strings.HasPrefix(e.Message, "no answer") {
+				again++
+			}
+		},
 	})
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer device.Close() // the engine is not its own
 	result, err := device.Enroll(ctx)
 	if err == nil && !strings.Contains(result.Certificate.Subject.String(), name) {
 		err = fmt.Errorf("got the certificate of %s", result.Certificate.Subject)
 	}
-	return err
+	return again, err
 }

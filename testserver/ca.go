@@ -8,9 +8,11 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"time"
 
 	"estenroll/csr"
@@ -80,9 +82,14 @@ type authorities struct {
 	root, issuing, factory *authority
 	// foreign carries the issuing CA's name and another key: the fault foreign-chain.
 	foreign *authority
+	// others have nothing to do with this server: intermediates, then their roots.
+	others []*x509.Certificate
 }
 
-func newAuthorities(now time.Time, single bool) (*authorities, error) {
+// maxOtherCAs is far more than a client needs to take.
+const maxOtherCAs = 32
+
+func newAuthorities(now time.Time, single bool, others int) (*authorities, error) {
 	notBefore := now.Add(-caAge)
 	root, err := newAuthority("TEST ONLY EST root CA", nil, notBefore)
 	if err != nil {
@@ -102,12 +109,40 @@ func newAuthorities(now time.Time, single bool) (*authorities, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &authorities{root: root, issuing: issuing, factory: factory, foreign: foreign}, nil
+	all := &authorities{root: root, issuing: issuing, factory: factory, foreign: foreign}
+	return all, all.addOthers(others, notBefore)
+}
+
+func (a *authorities) addOthers(n int, notBefore time.Time) error {
+	var roots []*x509.Certificate
+	for i := range n {
+		root, err := newAuthority(fmt.Sprintf("TEST ONLY other root CA %d", i+1), nil, notBefore)
+		if err != nil {
+			return err
+		}
+		intermediate, err := newAuthority(fmt.Sprintf("TEST ONLY other issuing CA %d", i+1), root, notBefore)
+		if err != nil {
+			return err
+		}
+		roots, a.others = append(roots, root.cert), append(a.others, intermediate.cert)
+	}
+	a.others = append(a.others, roots...)
+	return nil
 }
 
 // caCerts is what /crts answers: a client that got its leaf alone
-// (RFC 7030 §4.2.3) builds the chain from here.
+// (RFC 7030 §4.2.3) builds the chain from here. With others among them the order
+// is one that no client may count on.
 func (a *authorities) caCerts() []*x509.Certificate {
+	own := a.own()
+	if len(a.others) > 0 {
+		slices.Reverse(own)
+	}
+	return append(slices.Clone(a.others), own...)
+}
+
+// own are the CAs that a certificate of this server leads to, root first.
+func (a *authorities) own() []*x509.Certificate {
 	if a.issuing == a.root {
 		return []*x509.Certificate{a.root.cert}
 	}
@@ -115,7 +150,7 @@ func (a *authorities) caCerts() []*x509.Certificate {
 }
 
 // chain returns what is sent beside a leaf: the intermediate, never the root.
-func (a *authorities) chain() []*x509.Certificate { return a.caCerts()[1:] }
+func (a *authorities) chain() []*x509.Certificate { return a.own()[1:] }
 
 // serverCertificate makes the server's own leaf.
 func (a *authorities) serverCertificate(names []string, now time.Time) (*x509.Certificate, *ecdsa.PrivateKey, error) {
@@ -172,6 +207,42 @@ func subjectAltName(extensions []pkix.Extension) *pkix.Extension {
 	for i := range extensions {
 		if extensions[i].Id.Equal(csr.OIDSubjectAltName) {
 			return &extensions[i]
+		}
+	}
+	return nil
+}
+
+// Extensions that a request may ask for (RFC 5280 §4.2.1.3, §4.2.1.12).
+var (
+	oidKeyUsage         = asn1.ObjectIdentifier{2, 5, 29, 15}
+	oidExtendedKeyUsage = asn1.ObjectIdentifier{2, 5, 29, 37}
+)
+
+// usages returns the usages that a request asks for, as they stand.
+func usages(request *x509.CertificateRequest) []pkix.Extension {
+	return slices.DeleteFunc(slices.Clone(request.Extensions), func(e pkix.Extension) bool {
+		return !e.Id.Equal(oidKeyUsage) && !e.Id.Equal(oidExtendedKeyUsage)
+	})
+}
+
+// checkUsage refuses what is no key usage, and what is for CAs only: a
+// certificate of a device signs no others (RFC 5280 §4.2.1.3).
+func checkUsage(request *x509.CertificateRequest) error {
+	for _, extension := range usages(request) {
+		if extension.Id.Equal(oidExtendedKeyUsage) {
+			var purposes []asn1.ObjectIdentifier
+			if rest, err := asn1.Unmarshal(extension.Value, &purposes); err != nil || len(rest) > 0 || len(purposes) == 0 {
+				return errors.New("the requested extended key usage is malformed")
+			}
+			continue
+		}
+		var bits asn1.BitString
+		if rest, err := asn1.Unmarshal(extension.Value, &bits); err != nil || len(rest) > 0 {
+			return errors.New("the requested key usage is malformed")
+		}
+		const keyCertSign, crlSign = 5, 6
+		if bits.At(keyCertSign) == 1 || bits.At(crlSign) == 1 {
+			return errors.New("the requested key usage is a CA's")
 		}
 	}
 	return nil

@@ -1,11 +1,12 @@
 package testserver
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/x509"
 	"errors"
-	"strings"
+	"slices"
 	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -31,17 +32,25 @@ func (s *Server) listenCoAP(key crypto.Signer) (*coap.Server, error) {
 	return coap.Listen(s.cfg.Listen, cfg)
 }
 
-// operations are the resources below the EST root.
-var operations = map[string]est.Operation{
-	est.CACerts.ShortPath():        est.CACerts,
-	est.SimpleEnroll.ShortPath():   est.SimpleEnroll,
-	est.SimpleReenroll.ShortPath(): est.SimpleReenroll,
+func (s *Server) serveCoAP(ctx context.Context, req *coap.Request) *coap.Response {
+	resp := s.resource(ctx, req)
+	if resp.Code>>5 != 2 && s.Faults().LongDetail {
+		resp.Body = longDetail
+	}
+	return resp
 }
 
-func (s *Server) serveCoAP(ctx context.Context, req *coap.Request) *coap.Response {
-	name, found := strings.CutPrefix(req.Path, est.DefaultRoot+"/")
-	operation, known := operations[name]
-	if !found || !known {
+// longDetail is what nobody wants in a log: it clears a terminal, forges a line,
+// turns the writing direction, and is not all UTF-8.
+var longDetail = slices.Concat(
+	[]byte("\x1b[2J\r\nest-enroll: enrolled\x00\u202e\xff "), bytes.Repeat([]byte("the server has much to say. "), 3000/28))
+
+func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response {
+	if req.Path == corePath {
+		return s.discover(req)
+	}
+	operation, found := s.operationAt(req.Path)
+	if !found {
 		return diagnostic(codes.NotFound, "no such resource")
 	}
 	method := codes.POST
@@ -73,7 +82,7 @@ func (s *Server) serveCoAP(ctx context.Context, req *coap.Request) *coap.Respons
 	if s.accepted(req, s.answered(nil)) == 0 {
 		return notAcceptable()
 	}
-	cert, err := s.enroll(ctx, operation, client, req.Body)
+	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body})
 	if err != nil {
 		return refused(err)
 	}
@@ -85,6 +94,9 @@ func (s *Server) answered(cert *x509.Certificate) []*x509.Certificate {
 	answer := []*x509.Certificate{cert}
 	if s.cfg.AnswerChain {
 		answer = append(answer, s.ca.chain()...)
+	}
+	if s.cfg.AnswerRoot {
+		answer = append(answer, s.ca.root.cert)
 	}
 	return answer
 }
@@ -131,6 +143,8 @@ func refused(err error) *coap.Response {
 		return diagnostic(codes.InternalServerError, err.Error())
 	}
 	switch refusal.kind {
+	case refusedAs:
+		return diagnostic(refusal.code, refusal.detail)
 	case refusedClient:
 		return diagnostic(codes.Forbidden, refusal.detail)
 	case refusedForNow:

@@ -2,6 +2,7 @@ package testserver
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -13,6 +14,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"estenroll/csr"
 	"estenroll/est"
 )
 
@@ -23,6 +27,8 @@ type refusal struct {
 	detail string
 	// retryAfter belongs to refusedForNow; nil leaves it out.
 	retryAfter *time.Duration
+	// code belongs to refusedAs.
+	code codes.Code
 }
 
 type refusalKind int
@@ -31,9 +37,18 @@ const (
 	refusedRequest refusalKind = iota // the request is wrong
 	refusedClient                     // this client may not ask this
 	refusedForNow                     // the same request may succeed later
+	refusedAs                         // by the fault answer
 )
 
 func (r *refusal) Error() string { return r.detail }
+
+// enrollment is a request for a certificate.
+type enrollment struct {
+	operation est.Operation
+	path      string // of the resource that was asked
+	client    *x509.Certificate
+	csr       []byte // DER
+}
 
 // replayKey is one enrolment: who asked what. A repetition has the same key.
 type replayKey struct {
@@ -56,16 +71,16 @@ type issued struct {
 // enroll does sen and sren: RFC 7030 §4.2.1 and §4.2.2. Its error is a
 // *refusal, or a failure of the server. Two equal requests at once issue one
 // certificate.
-func (s *Server) enroll(ctx context.Context, operation est.Operation, client *x509.Certificate, der []byte) (*x509.Certificate, error) {
-	csr, err := parseCSR(der)
+func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificate, error) {
+	request, err := parseCSR(asked.csr)
 	if err == nil {
-		err = checkNames(csr.RawSubject, subjectAltName(csr.Extensions))
+		err = cmp.Or(checkNames(request.RawSubject, subjectAltName(request.Extensions)), checkUsage(request))
 	}
 	if err != nil {
 		return nil, &refusal{kind: refusedRequest, detail: err.Error()}
 	}
-	if operation == est.SimpleReenroll {
-		if err := s.checkReenrollment(csr, client); err != nil {
+	if asked.operation == est.SimpleReenroll {
+		if err := s.checkReenrollment(request, asked.client); err != nil {
 			return nil, err
 		}
 	}
@@ -77,10 +92,17 @@ func (s *Server) enroll(ctx context.Context, operation est.Operation, client *x5
 			return nil, ctx.Err()
 		}
 	}
+	if faults.Answer != "" {
+		code, err := parseCode(faults.Answer)
+		if err != nil {
+			return nil, err
+		}
+		return nil, &refusal{kind: refusedAs, code: code, detail: "refused by a fault"}
+	}
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	key := replayKey{operation, sha256.Sum256(client.Raw), sha256.Sum256(der)}
+	key := replayKey{asked.operation, sha256.Sum256(asked.client.Raw), sha256.Sum256(asked.csr)}
 	if s.deferred[key] < faults.Defer {
 		s.deferred[key]++
 		return nil, &refusal{kind: refusedForNow, detail: "not decided yet, come again", retryAfter: faults.DeferMaxAge}
@@ -91,15 +113,15 @@ func (s *Server) enroll(ctx context.Context, operation est.Operation, client *x5
 	earlier, known := s.issued[shaped]
 	if !known || !s.replays(earlier, now) {
 		kind = EventIssuance
-		if earlier.cert, err = s.issue(csr, faults, now); err != nil {
+		if earlier.cert, err = s.issue(request, faults, now); err != nil {
 			return nil, err
 		}
 		earlier.at = now
 	}
 	event := newEvent(kind, now, earlier.cert)
-	event.Operation = operation
-	event.Client, event.ClientSubject = fingerprint(client.Raw), client.Subject.String()
-	event.CSR = fingerprint(der)
+	event.Operation, event.Path = asked.operation, asked.path
+	event.Client, event.ClientSubject = fingerprint(asked.client.Raw), asked.client.Subject.String()
+	event.CSR = fingerprint(asked.csr)
 	event.Faults = faults.issuing()
 	if err := s.record.add(event); err != nil {
 		return nil, err
@@ -140,7 +162,7 @@ func (s *Server) checkReenrollment(csr *x509.CertificateRequest, client *x509.Ce
 }
 
 // issue signs what the CSR asks for, or what the faults make of it.
-func (s *Server) issue(csr *x509.CertificateRequest, faults Faults, now time.Time) (*x509.Certificate, error) {
+func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time.Time) (*x509.Certificate, error) {
 	now = now.Truncate(time.Second)
 	notBefore, notAfter := now.Add(-s.cfg.Backdate), now.Add(s.cfg.Lifetime)
 	switch {
@@ -149,9 +171,23 @@ func (s *Server) issue(csr *x509.CertificateRequest, faults Faults, now time.Tim
 	case faults.Expired:
 		notBefore, notAfter = now.Add(-time.Hour-s.cfg.Lifetime), now.Add(-time.Hour)
 	}
-	template := leafTemplate(csr.RawSubject, subjectAltName(csr.Extensions), notBefore, notAfter)
+	subject, san := request.RawSubject, subjectAltName(request.Extensions)
+	if faults.Subject != "" {
+		var err error
+		if subject, err = csr.ParseSubject(faults.Subject); err != nil {
+			return nil, err
+		}
+	}
+	if faults.DropSAN {
+		san = nil
+	}
+	template := leafTemplate(subject, san, notBefore, notAfter)
 	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
-	ca, pub := s.ca.issuing, crypto.PublicKey(csr.PublicKey)
+	if !faults.IgnoreUsage {
+		// As they were asked for, which stands before the template's own.
+		template.ExtraExtensions = append(template.ExtraExtensions, usages(request)...)
+	}
+	ca, pub := s.ca.issuing, crypto.PublicKey(request.PublicKey)
 	if faults.ForeignChain {
 		ca = s.ca.foreign
 	}

@@ -88,6 +88,7 @@ func TestAnswers(t *testing.T) {
 	plain := start(t, testserver.Config{})
 	single := start(t, testserver.Config{SingleCA: true})
 	chained := start(t, testserver.Config{AnswerChain: true})
+	rooted := start(t, testserver.Config{AnswerChain: true, AnswerRoot: true, OtherCAs: 2})
 	const none = 0xffff
 	tests := []struct {
 		name   string
@@ -109,6 +110,8 @@ func TestAnswers(t *testing.T) {
 		{"sen 287", plain, "sen", 287, codes.Changed, 287, 1},
 		{"sen unknown format", plain, "sen", 280, codes.NotAcceptable, 0, 0},
 		{"sen with chain", chained, "sen", none, codes.Changed, 281, 2},
+		{"sen with chain and root", rooted, "sen", none, codes.Changed, 281, 3},
+		{"crts among others", rooted, "crts", none, codes.Content, 281, 6},
 		{"sen with chain 287", chained, "sen", 287, codes.NotAcceptable, 0, 0},
 	}
 	for _, test := range tests {

@@ -5,10 +5,15 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"estenroll/csr"
 )
 
 // Faults are the ways in which the server misbehaves on purpose. The zero
@@ -35,6 +40,26 @@ type Faults struct {
 	// ForeignChain issues under a CA that bears the issuing CA's name and has
 	// another key. "foreign-chain"
 	ForeignChain bool
+	// Subject (RFC 4514) is what certificates are issued for, whatever was asked.
+	// "subject=CN=other,O=Example"
+	Subject string
+	// DropSAN leaves the subjectAltName out. "drop-san"
+	DropSAN bool
+	// IgnoreUsage issues for digitalSignature and clientAuth, whatever was asked.
+	// "ignore-usage"
+	IgnoreUsage bool
+
+	// Answer is the code of every answer to a CSR, 4.00 to 5.31. "answer=4.00"
+	Answer string
+	// LongDetail makes the text of every error answer long, with control
+	// characters and bytes that are no text. "long-detail"
+	LongDetail bool
+
+	// NoDiscovery has no /.well-known/core. "no-discovery"
+	NoDiscovery bool
+	// Links is what /.well-known/core answers, to every filter.
+	// "links=</elsewhere/crts>;rt=\"ace.est.crts\""
+	Links string
 
 	// RefuseAll refuses every client certificate. "refuse-all"
 	RefuseAll bool
@@ -58,6 +83,13 @@ const FaultsHelp = `  delay=DURATION                 an enrolment takes this lon
   not-yet-valid                  issue certificates that begin an hour from now
   expired                        issue certificates that ended an hour ago
   foreign-chain                  issue under a CA of the same name and another key
+  subject=DN                     issue for this subject (RFC 4514), whatever was asked
+  drop-san                       issue without the subjectAltName that was asked for
+  ignore-usage                   issue for digitalSignature and clientAuth, whatever was asked
+  answer=CODE                    answer every CSR with this error, 4.00 to 5.31
+  long-detail                    error answers have 3,000 bytes of text, not all of it printable
+  no-discovery                   /.well-known/core is not found
+  links=TEXT                     /.well-known/core answers this, whatever the filter
   refuse-all                     refuse every client certificate
   refuse-client=issued           refuse client certificates issued here (not the IDevIDs)
   refuse-client=HEX              refuse the client certificate with this serial number or
@@ -108,6 +140,16 @@ func (f *Faults) set(name, value string, hasValue bool) error {
 		}
 		f.DeferMaxAge = new(time.Duration)
 		*f.DeferMaxAge, err = time.ParseDuration(maxAge)
+	case "subject":
+		f.Subject = value
+		_, err = csr.ParseSubject(value)
+	case "answer":
+		f.Answer = value
+		_, err = parseCode(value)
+	case "links":
+		if f.Links = value; value == "" {
+			err = errors.New("want links")
+		}
 	case "refuse-client":
 		if value == "issued" {
 			f.RefuseIssued = true
@@ -129,6 +171,10 @@ func (f *Faults) flags() map[string]*bool {
 		"not-yet-valid": &f.NotYetValid,
 		"expired":       &f.Expired,
 		"foreign-chain": &f.ForeignChain,
+		"drop-san":      &f.DropSAN,
+		"ignore-usage":  &f.IgnoreUsage,
+		"long-detail":   &f.LongDetail,
+		"no-discovery":  &f.NoDiscovery,
 		"refuse-all":    &f.RefuseAll,
 	}
 }
@@ -141,10 +187,24 @@ func (f Faults) validate() error {
 		return errors.New("fault defer: negative")
 	case f.DeferMaxAge != nil && (*f.DeferMaxAge < 0 || *f.DeferMaxAge%time.Second != 0):
 		return errors.New("fault defer: max-age is not a number of whole seconds")
+	case f.DeferMaxAge != nil && *f.DeferMaxAge/time.Second > math.MaxUint32:
+		return errors.New("fault defer: max-age is more than a Max-Age option holds") // RFC 7252 §5.10.5
+	case f.NoDiscovery && f.Links != "":
+		return errors.New("faults no-discovery and links: there is an answer or there is none")
 	case f.NotYetValid && f.Expired:
 		return errors.New("faults not-yet-valid and expired: a certificate cannot be both")
 	case f.RefuseCode != "" && f.RefuseCode != "4.01" && f.RefuseCode != "4.03":
 		return fmt.Errorf("fault refuse-code: %q is neither 4.01 nor 4.03", f.RefuseCode)
+	}
+	if f.Subject != "" {
+		if _, err := csr.ParseSubject(f.Subject); err != nil {
+			return fmt.Errorf("fault subject: %w", err)
+		}
+	}
+	if f.Answer != "" {
+		if _, err := parseCode(f.Answer); err != nil {
+			return fmt.Errorf("fault answer: %w", err)
+		}
 	}
 	for _, id := range f.RefuseClients {
 		if !isHex(id) {
@@ -177,6 +237,11 @@ func (f Faults) Strings() []string {
 		}
 		texts = append(texts, text)
 	}
+	for name, value := range map[string]string{"subject": f.Subject, "answer": f.Answer, "links": f.Links} {
+		if value != "" {
+			texts = append(texts, name+"="+value)
+		}
+	}
 	if f.RefuseIssued {
 		texts = append(texts, "refuse-client=issued")
 	}
@@ -190,10 +255,23 @@ func (f Faults) Strings() []string {
 	return texts
 }
 
+// parseCode reads the code of an error as RFC 7252 §12.1.2 writes it: "4.03".
+func parseCode(text string) (codes.Code, error) {
+	var class, detail uint8
+	if n, err := fmt.Sscanf(text, "%1d.%02d", &class, &detail); n != 2 || err != nil || text != fmt.Sprintf("%d.%02d", class, detail) ||
+		class != 4 && class != 5 || detail > 31 {
+		return 0, fmt.Errorf("%q is not a code from 4.00 to 4.31 or from 5.00 to 5.31", text)
+	}
+	return codes.Code(class<<5 | detail), nil
+}
+
 // issuing returns the names of the faults that shape a certificate: one made
 // under them is not given to the same CSR once they are gone.
 func (f Faults) issuing() []string {
-	return Faults{WrongKey: f.WrongKey, NotYetValid: f.NotYetValid, Expired: f.Expired, ForeignChain: f.ForeignChain}.Strings()
+	return Faults{
+		WrongKey: f.WrongKey, NotYetValid: f.NotYetValid, Expired: f.Expired, ForeignChain: f.ForeignChain,
+		Subject: f.Subject, DropSAN: f.DropSAN, IgnoreUsage: f.IgnoreUsage,
+	}.Strings()
 }
 
 // refuses reports whether the client's certificate is to be refused.

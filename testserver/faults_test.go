@@ -3,10 +3,15 @@ package testserver_test
 import (
 	"context"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
+	"math"
+	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -30,6 +35,18 @@ func TestParseFaults(t *testing.T) {
 		{"expired foreign-chain wrong-key", testserver.Faults{WrongKey: true, Expired: true, ForeignChain: true}, ""},
 		{"not-yet-valid refuse-all refuse-code=4.01", testserver.Faults{NotYetValid: true, RefuseAll: true, RefuseCode: "4.01"}, ""},
 		{"refuse-client=0abc refuse-client=def refuse-client=issued", testserver.Faults{RefuseIssued: true, RefuseClients: []string{"0abc", "def"}}, ""},
+		{"drop-san ignore-usage subject=CN=x", testserver.Faults{DropSAN: true, IgnoreUsage: true, Subject: "CN=x"}, ""},
+		{"answer=4.00 long-detail no-discovery", testserver.Faults{Answer: "4.00", LongDetail: true, NoDiscovery: true}, ""},
+		{"links=</x>;rt=\"y\"", testserver.Faults{Links: "</x>;rt=\"y\""}, ""},
+		{"subject=x", testserver.Faults{}, "subject"},
+		{"subject=", testserver.Faults{}, "subject"},
+		{"answer=2.05", testserver.Faults{}, "not a code"},
+		{"answer=4.32", testserver.Faults{}, "not a code"},
+		{"answer=4.1", testserver.Faults{}, "not a code"},
+		{"answer", testserver.Faults{}, "not a code"},
+		{"links", testserver.Faults{}, "want links"},
+		{"links=</x> no-discovery", testserver.Faults{}, "there is none"},
+		{"defer=1,max-age=1193046h28m16s", testserver.Faults{}, "more than a Max-Age"},
 		{"drop=1", testserver.Faults{}, "no such fault"},
 		{"wrong-key=1", testserver.Faults{}, "takes no value"},
 		{"delay", testserver.Faults{}, "invalid duration"},
@@ -194,5 +211,75 @@ func TestRefuseClientByCode(t *testing.T) {
 				t.Errorf("IDevID, first, second (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// An error answer of any code, plain or with a text that no log should have.
+func TestAnswerCode(t *testing.T) {
+	t.Parallel()
+	server := start(t, testserver.Config{})
+	device := idevid(t, server, "dev")
+	request := post("sen", device, newCSR(t, device.key, named("dev")))
+	setFaults(t, server, "answer=4.29")
+	if resp := ask(t, server, request); resp.Code != codes.Code(4<<5|29) || string(resp.Body) != "refused by a fault" {
+		t.Errorf("got %v %q", resp.Code, resp.Body)
+	}
+	setFaults(t, server, "answer=5.00", "long-detail")
+	resp := ask(t, server, request)
+	if text := string(resp.Body); resp.Code != codes.InternalServerError || len(text) < 3000 ||
+		!strings.Contains(text, "\x1b[2J") || !strings.Contains(text, "\n") || utf8.ValidString(text) {
+		t.Errorf("got %v %q", resp.Code, resp.Body)
+	}
+	setFaults(t, server, "defer=1,max-age=1193046h28m15s", "long-detail")
+	if resp := ask(t, server, request); resp.MaxAge == nil || *resp.MaxAge != math.MaxUint32 || len(resp.Body) < 3000 {
+		t.Errorf("got %v Max-Age %v with %d bytes", resp.Code, resp.MaxAge, len(resp.Body))
+	}
+	if got := len(server.Issuances()); got != 0 {
+		t.Errorf("issued %d", got)
+	}
+}
+
+// Usages are issued as they are asked for, with their bytes and their critical flag.
+func TestUsages(t *testing.T) {
+	t.Parallel()
+	server := start(t, testserver.Config{})
+	device := idevid(t, server, "dev")
+	keyUsage := pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 15}, Value: []byte{3, 2, 3, 0x88}} // not critical
+	purposes := pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 37}, Critical: true,
+		Value: []byte{0x30, 0x0a, 6, 8, 0x2b, 6, 1, 5, 5, 7, 3, 1}} // serverAuth
+	asking := func(extensions ...pkix.Extension) []byte {
+		template := named("dev")
+		template.ExtraExtensions = extensions
+		return newCSR(t, device.key, template)
+	}
+	ofUsage := func(cert *x509.Certificate) []pkix.Extension {
+		return slices.DeleteFunc(slices.Clone(cert.Extensions), func(e pkix.Extension) bool {
+			return !e.Id.Equal(keyUsage.Id) && !e.Id.Equal(purposes.Id)
+		})
+	}
+	cert := enroll(t, server, "sen", device, asking(keyUsage, purposes))
+	if diff := cmp.Diff([]pkix.Extension{keyUsage, purposes}, ofUsage(cert)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	// One alone: the other is the CA's own.
+	cert = enroll(t, server, "sen", device, asking(keyUsage))
+	if cert.KeyUsage != x509.KeyUsageDigitalSignature|x509.KeyUsageKeyAgreement || !slices.Equal(cert.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}) {
+		t.Errorf("got %v and %v", cert.KeyUsage, cert.ExtKeyUsage)
+	}
+	setFaults(t, server, "ignore-usage", "drop-san", "subject=CN=other")
+	cert = enroll(t, server, "sen", device, asking(keyUsage, purposes))
+	if cert.KeyUsage != x509.KeyUsageDigitalSignature || !slices.Equal(cert.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}) ||
+		cert.Subject.String() != "CN=other" || len(cert.DNSNames) > 0 {
+		t.Errorf("got %v and %v for %v, %v", cert.KeyUsage, cert.ExtKeyUsage, cert.Subject, cert.DNSNames)
+	}
+	for name, wrong := range map[string]pkix.Extension{
+		"a CA's":                 {Id: keyUsage.Id, Value: []byte{3, 2, 2, 4}},
+		"no bit string":          {Id: keyUsage.Id, Value: []byte{4, 1, 0}},
+		"no list of purposes":    {Id: purposes.Id, Value: []byte{4, 1, 0}},
+		"empty list of purposes": {Id: purposes.Id, Value: []byte{0x30, 0}},
+	} {
+		if resp := ask(t, server, post("sen", device, asking(wrong))); resp.Code != codes.BadRequest {
+			t.Errorf("%s: got %v, want 4.00", name, resp.Code)
+		}
 	}
 }

@@ -32,6 +32,8 @@ type Event struct {
 	Time      time.Time     `json:"time"`
 	Kind      EventKind     `json:"kind"`
 	Operation est.Operation `json:"operation,omitempty"`
+	// Path of the resource that was asked, so whether it was discovered.
+	Path string `json:"path,omitempty"`
 	// Client is the fingerprint of the certificate that authenticated the
 	// request, ClientSubject its subject; empty for an IDevID.
 	Client        string `json:"client_sha256,omitempty"`

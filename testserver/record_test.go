@@ -35,6 +35,7 @@ func TestRecord(t *testing.T) {
 		Time:          events[1].Time,
 		Kind:          testserver.EventIssuance,
 		Operation:     est.SimpleEnroll,
+		Path:          "/.well-known/est/sen",
 		Client:        hexDigest(device.cert.Raw),
 		ClientSubject: "CN=dev",
 		CSR:           hexDigest(csr),

@@ -58,6 +58,14 @@ type Config struct {
 	// AnswerChain adds the intermediate CA to the answer of sen and sren.
 	// RFC 7030 §4.2.3 wants the issued certificate alone, and that is the default.
 	AnswerChain bool
+	// AnswerRoot adds the root to the answer of sen and sren.
+	AnswerRoot bool
+	// OtherCAs adds so many CAs that have nothing to do with this server to crts,
+	// a root and an intermediate of each; this server's own come last.
+	OtherCAs int
+	// Labels are EST labels (RFC 9148 §4.1): the resources are also below
+	// /.well-known/est/LABEL and /e/plz/LABEL.
+	Labels []string
 
 	// ReplayWindow is how long the same CSR for the same operation from the same
 	// client certificate gets the same certificate, as long as that has not
@@ -144,10 +152,10 @@ func start(cfg Config) (_ *Server, err error) {
 	if err := s.SetFaults(cfg.Faults); err != nil {
 		return nil, err
 	}
-	if s.ca, err = newAuthorities(s.now(), cfg.SingleCA); err != nil {
+	if s.ca, err = newAuthorities(s.now(), cfg.SingleCA, cfg.OtherCAs); err != nil {
 		return nil, err
 	}
-	if s.clients, err = est.NewTrustAnchors(append(s.ca.caCerts(), s.ca.factory.cert)); err != nil {
+	if s.clients, err = est.NewTrustAnchors(append(s.ca.own(), s.ca.factory.cert)); err != nil {
 		return nil, err
 	}
 	names := append([]string{"localhost", "127.0.0.1", "::1"}, cfg.Names...)
@@ -203,6 +211,14 @@ func (c *Config) complete() error {
 		// A certificate's times are in seconds (RFC 5280 §4.1.2.5).
 		if *d.value < time.Second || *d.value%time.Second != 0 {
 			return fmt.Errorf("%s %s: not a positive number of whole seconds", d.name, *d.value)
+		}
+	}
+	if c.OtherCAs < 0 || c.OtherCAs > maxOtherCAs {
+		return fmt.Errorf("other CAs: %d is not from 0 to %d", c.OtherCAs, maxOtherCAs)
+	}
+	for _, label := range c.Labels {
+		if err := checkLabel(label); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -32,6 +32,10 @@ func TestNewRefuses(t *testing.T) {
 		{"lifetime that would be cut", testserver.Config{Lifetime: 1500 * time.Millisecond}, "whole seconds"},
 		{"negative backdate", testserver.Config{Backdate: -time.Second}, "whole seconds"},
 		{"faults that contradict", testserver.Config{Faults: testserver.Faults{Expired: true, NotYetValid: true}}, "cannot be both"},
+		{"too many other CAs", testserver.Config{OtherCAs: 33}, "not from 0 to 32"},
+		{"a label that is an operation", testserver.Config{Labels: []string{"sen"}}, "that is no operation"},
+		{"a label of two segments", testserver.Config{Labels: []string{"a/b"}}, "not a path segment"},
+		{"an empty label", testserver.Config{Labels: []string{""}}, "not a path segment"},
 		{"record that cannot be", testserver.Config{Record: "/nonexistent/record"}, "open record"},
 		{"control that cannot be", testserver.Config{Control: "/nonexistent/control"}, "control socket"},
 	} {

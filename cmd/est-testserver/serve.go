@@ -43,8 +43,13 @@ Files in --write-dir, all PEM, written before that line:
   server.pem      the server's certificate and the intermediate CA
   factory-ca.pem  the CA of the IDevIDs
 
+The resources are crts, sen and sren below /.well-known/est and, the same ones,
+below /e/plz, which a client has to discover: GET /.well-known/core?rt=ace.est*
+(RFC 9148 §4.1). With --label, also below /.well-known/est/LABEL and
+/e/plz/LABEL. Key usage and extended key usage are issued as they are asked for.
+
 Each line of --record is a JSON object: time, kind (issuance, replay, idevid),
-operation, client_sha256, client_subject, csr_sha256, public_key_sha256,
+operation, path, client_sha256, client_subject, csr_sha256, public_key_sha256,
 serial, subject, certificate_sha256, faults.
 
 Faults (--fault, repeatable; "est-testserver fault" changes them while the server runs):
@@ -99,6 +104,9 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.DurationVar(&cfg.Backdate, "backdate", time.Minute, "`DURATION` before now that an issued certificate begins")
 	flags.BoolVar(&cfg.SingleCA, "single-ca", false, "issue from the root, without an intermediate CA")
 	flags.BoolVar(&cfg.AnswerChain, "answer-chain", false, "answer sen and sren with the intermediate CA beside the certificate")
+	flags.BoolVar(&cfg.AnswerRoot, "answer-root", false, "answer sen and sren with the root CA beside the certificate")
+	flags.IntVar(&cfg.OtherCAs, "other-cas", 0, "answer crts with `N` unrelated CAs too, a root and an intermediate of each, this server's own last")
+	flags.StringSliceVar(&cfg.Labels, "label", nil, "EST `LABEL` to serve beside the resources without one")
 	flags.DurationVar(&cfg.ReplayWindow, "replay-window", 24*time.Hour, "`DURATION` in which a repeated CSR gets the same certificate")
 	flags.BoolVar(&cfg.NoReplay, "no-replay", false, "issue anew for every request")
 	flags.StringArrayVar(&faults, "fault", nil, "`FAULT` to begin with, see above")

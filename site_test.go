@@ -50,7 +50,9 @@ func newSite(t *testing.T, cfg testserver.Config) *site {
 	t.Helper()
 	s := &site{token: softhsm.New(t), parse: engine.Drivers{"pkcs11": pkcs11.Driver}.Parse, born: time.Now()}
 	s.token.Use(t)
-	cfg.AckTimeout, cfg.FlightInterval = 500*time.Millisecond, 500*time.Millisecond
+	if cfg.AckTimeout == 0 {
+		cfg.AckTimeout, cfg.FlightInterval = 500*time.Millisecond, 500*time.Millisecond
+	}
 	var err error
 	if s.server, err = testserver.New(cfg); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,137 @@
+package testserver
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"estenroll/est"
+	"estenroll/internal/coap"
+)
+
+const (
+	// corePath is where a server lists its resources (RFC 6690 §4).
+	corePath = "/.well-known/core"
+	// formatLinks is the Content-Format application/link-format (RFC 7252 §12.3).
+	formatLinks = 40
+	// oddRoot is a second EST root: only a client that discovers it finds it.
+	oddRoot = "/e/plz"
+)
+
+// operations are the resources below an EST root, in the order of their links.
+var operations = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll}
+
+// roots are the paths that the resources are below: the one that every server
+// has and the odd one, and each of them with each label (RFC 9148 §4.1).
+func (s *Server) roots() []string {
+	return slices.Concat(s.labelled(est.DefaultRoot), s.labelled(oddRoot))
+}
+
+func (s *Server) labelled(root string) []string {
+	roots := []string{root}
+	for _, label := range s.cfg.Labels {
+		roots = append(roots, root+"/"+label)
+	}
+	return roots
+}
+
+// operationAt finds what a path is for.
+func (s *Server) operationAt(path string) (operation est.Operation, found bool) {
+	for _, operation := range operations {
+		root, named := strings.CutSuffix(path, "/"+operation.ShortPath())
+		if named && slices.Contains(s.roots(), root) {
+			return operation, true
+		}
+	}
+	return "", false
+}
+
+// checkLabel: RFC 7030 §3.2.2, a label is one segment of a path and no
+// operation's; over CoAP (RFC 9148 §4.1) not its short name either.
+func checkLabel(label string) error {
+	isOperation := slices.ContainsFunc(operations, func(o est.Operation) bool { return label == string(o) || label == o.ShortPath() })
+	if label == "" || strings.ContainsFunc(label, notUnreserved) || isOperation {
+		return fmt.Errorf("label %q: not a path segment of letters, digits and -._~ that is no operation", label)
+	}
+	return nil
+}
+
+// notUnreserved: RFC 3986 §2.3. Other characters would need an encoding that
+// differs between a URI and the Uri-Path option.
+func notUnreserved(r rune) bool {
+	switch {
+	case '0' <= r && r <= '9', 'A' <= r && r <= 'Z', 'a' <= r && r <= 'z', strings.ContainsRune("-._~", r):
+		return false
+	}
+	return true
+}
+
+// link is a resource of the server's (RFC 6690 §2).
+type link struct {
+	target, resourceType string
+	formats              []string
+}
+
+func (l link) String() string {
+	formats := strings.Join(l.formats, " ")
+	if len(l.formats) > 1 { // RFC 7252 §7.2.1: several are in quotation marks
+		formats = `"` + formats + `"`
+	}
+	return fmt.Sprintf(`<%s>;rt="%s";ct=%s`, l.target, l.resourceType, formats)
+}
+
+// links are the odd resources, those without a label first.
+func (s *Server) links() []link {
+	var links []link
+	for _, root := range s.labelled(oddRoot) {
+		for _, operation := range operations {
+			answer := s.answered(nil)
+			if operation == est.CACerts {
+				answer = s.ca.caCerts()
+			}
+			formats := []string{fmt.Sprint(est.ContentFormatPKCS7CertsOnly)}
+			if len(answer) == 1 {
+				formats = append(formats, fmt.Sprint(est.ContentFormatPKIXCert))
+			}
+			name := operation.ShortPath()
+			links = append(links, link{root + "/" + name, "ace.est." + name, formats})
+		}
+	}
+	return links
+}
+
+// discover answers GET /.well-known/core (RFC 6690 §4).
+func (s *Server) discover(req *coap.Request) *coap.Response {
+	faults := s.Faults()
+	switch {
+	case req.Method != codes.GET:
+		return diagnostic(codes.MethodNotAllowed, "discovery is GET")
+	case req.Accept != nil && *req.Accept != formatLinks:
+		return diagnostic(codes.NotAcceptable, "offered is 40")
+	case faults.NoDiscovery:
+		return diagnostic(codes.NotFound, "no such resource")
+	case faults.Links != "":
+		return &coap.Response{Code: codes.Content, ContentFormat: new(uint16(formatLinks)), Body: []byte(faults.Links)}
+	}
+	var matching []string
+	for _, link := range s.links() {
+		// RFC 6690 §4.1 knows one filter; with several a link has to match all.
+		if !slices.ContainsFunc(req.Query, func(filter string) bool { return !link.matches(filter) }) {
+			matching = append(matching, link.String())
+		}
+	}
+	return &coap.Response{Code: codes.Content, ContentFormat: new(uint16(formatLinks)), Body: []byte(strings.Join(matching, ","))}
+}
+
+// matches applies a filter, name=pattern: a trailing * matches any rest, and one
+// of several values is enough (RFC 6690 §4.1).
+func (l link) matches(filter string) bool {
+	name, pattern, _ := strings.Cut(filter, "=")
+	values := map[string][]string{"href": {l.target}, "rt": {l.resourceType}, "ct": l.formats}[name]
+	prefix, wild := strings.CutSuffix(pattern, "*")
+	return slices.ContainsFunc(values, func(value string) bool {
+		return value == pattern || wild && strings.HasPrefix(value, prefix)
+	})
+}
