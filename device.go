@@ -72,6 +72,8 @@ type Connection struct {
 	Trust *est.TrustAnchors
 	// Now is the verification time.
 	Now func() time.Time
+	// Warn is told what a person should know of the session.
+	Warn func(format string, args ...any)
 }
 
 // Config is what the lifecycle works with. Fields without a default are required.
@@ -144,7 +146,8 @@ type Device struct {
 	journal     *journal
 	security    *lwm2m.SecurityObject
 	clockWarned bool
-	sent        bool // the CSR of the operation may have reached a server
+	warned      map[string]bool // what was said of sessions
+	sent        bool            // the CSR of the operation may have reached a server
 }
 
 func (c *Config) setDefaults() {
@@ -183,7 +186,7 @@ func (c *Config) setDefaults() {
 // *engine.PINError.
 func Open(ctx context.Context, cfg Config) (*Device, error) {
 	cfg.setDefaults()
-	d := &Device{cfg: cfg}
+	d := &Device{cfg: cfg, warned: map[string]bool{}}
 	if err := d.open(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -330,6 +333,14 @@ func (d *Device) advance(step Step) error {
 
 func (d *Device) warn(format string, args ...any) {
 	d.cfg.Progress(Event{Message: fmt.Sprintf(format, args...), Warning: true})
+}
+
+// warnOnce says what each session would say again.
+func (d *Device) warnOnce(format string, args ...any) {
+	if text := fmt.Sprintf(format, args...); !d.warned[text] {
+		d.warned[text] = true
+		d.warn("%s", text)
+	}
 }
 
 func (d *Device) say(step Step, format string, args ...any) {
