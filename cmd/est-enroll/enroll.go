@@ -20,7 +20,7 @@ it does nothing and exits 0. It first finishes what an interrupted run left.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
-				result, err := device.Enroll(ctx)
+				result, err := device.Credential(s.credential).Enroll(ctx)
 				if err != nil {
 					return err
 				}

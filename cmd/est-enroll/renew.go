@@ -24,7 +24,7 @@ now, whatever the age of the certificate: scheduling is not there yet, so
 				return &usageError{errors.New("renew: scheduling is not there yet: renew --force renews now")}
 			}
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
-				result, err := device.Renew(ctx)
+				result, err := device.Credential(s.credential).Renew(ctx)
 				if err != nil {
 					return err
 				}

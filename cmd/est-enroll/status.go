@@ -19,7 +19,7 @@ with. The addresses (RFC 7512) hold no PIN. It asks no server.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
-				status, err := device.Status(ctx)
+				status, err := device.Credential(s.credential).Status(ctx)
 				if err != nil {
 					return err
 				}
