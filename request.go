@@ -195,6 +195,7 @@ func (c *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
 	}
 	connection := as.connection()
 	connection.Now = func() time.Time { return now }
+	connection.Warn = c.warnOnce
 	return c.cfg.Dial(ctx, connection)
 }
 
