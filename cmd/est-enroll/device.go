@@ -18,6 +18,7 @@ import (
 	"estenroll/engine/pkcs11"
 	"estenroll/est"
 	"estenroll/est/coaps"
+	"estenroll/internal/agent"
 	"estenroll/internal/durable"
 )
 
@@ -114,6 +115,11 @@ func (s *settings) inRange() error {
 		return errors.New("lock-dir: want an absolute path, the same for all users of the token")
 	case s.credential == "" || len(s.credential) > 64:
 		return errors.New("credential: want a name of 1 to 64 bytes")
+	}
+	if s.exportDir != "" {
+		if err := agent.CheckName(s.credential); err != nil {
+			return fmt.Errorf("export-dir: credential %w", err)
+		}
 	}
 	if s.shortServerID == 0 || s.shortServerID == 65535 {
 		return fmt.Errorf("short-server-id: %d is not from 1 to 65534", s.shortServerID) // LwM2M Core 1.2 §E.1

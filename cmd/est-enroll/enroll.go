@@ -21,11 +21,10 @@ it does nothing and exits 0. It first finishes what an interrupted run left.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
 				result, err := device.Enroll(ctx)
-				if err != nil {
-					return err
+				if err == nil {
+					out.outcome(result)
 				}
-				out.outcome(result)
-				return nil
+				return errors.Join(err, s.export(ctx, device, out))
 			})
 		},
 	}

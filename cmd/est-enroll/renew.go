@@ -25,11 +25,10 @@ now, whatever the age of the certificate: scheduling is not there yet, so
 			}
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
 				result, err := device.Renew(ctx)
-				if err != nil {
-					return err
+				if err == nil {
+					out.outcome(result)
 				}
-				out.outcome(result)
-				return nil
+				return errors.Join(err, s.export(ctx, device, out))
 			})
 		},
 	}
