@@ -40,7 +40,7 @@ func samePublicKey(a, b crypto.PublicKey) bool {
 }
 
 // openIDevID opens the factory credential and checks that it is a pair.
-func (d *Device) openIDevID(ctx context.Context) (*pair, error) {
+func (d *Credential) openIDevID(ctx context.Context) (*pair, error) {
 	at := d.cfg.IDevID
 	signer, err := d.engine.Signer(ctx, at.Key)
 	if err != nil {
@@ -57,7 +57,7 @@ func (d *Device) openIDevID(ctx context.Context) (*pair, error) {
 }
 
 // openCredential opens an enrolled credential.
-func (d *Device) openCredential(ctx context.Context, c credential) (*pair, error) {
+func (d *Credential) openCredential(ctx context.Context, c credential) (*pair, error) {
 	signer, err := d.engine.Signer(ctx, c.Key.Address)
 	if err != nil {
 		return nil, err
@@ -90,7 +90,7 @@ func (d *Device) openCredential(ctx context.Context, c credential) (*pair, error
 
 // current returns the enrolled credential that the Security object points at,
 // or false where it points at the IDevID or at nothing.
-func (d *Device) current() (credential, bool) {
+func (d *Credential) current() (credential, bool) {
 	instance, ok := d.security.Instance(d.cfg.Security.Instance)
 	if !ok {
 		return credential{}, false
@@ -99,7 +99,7 @@ func (d *Device) current() (credential, bool) {
 	if !ok || cert == d.cfg.IDevID.Certificate {
 		return credential{}, false
 	}
-	for _, c := range d.journal.Credentials {
+	for _, c := range d.journal.Pairs {
 		if c.sameLeaf(cert) {
 			return c, true
 		}
@@ -112,8 +112,24 @@ func (d *Device) current() (credential, bool) {
 	return credential{Key: reference{Address: key}, Certificates: []reference{{Address: cert}}}, true
 }
 
+// checkInstance refuses a Security instance that points at another credential's
+// pair: it would be taken from that one.
+func (d *Credential) checkInstance() error {
+	instance, _ := d.security.Instance(d.cfg.Security.Instance)
+	at, ok := instance.ClientCertificate.Engine()
+	if !ok || d.journal.has(at) {
+		return nil
+	}
+	for name, r := range d.shared.journal.Credentials {
+		if r.has(at) {
+			return fmt.Errorf("security instance /0/%d is that of credential %q: %w", d.cfg.Security.Instance, name, ErrConfig)
+		}
+	}
+	return nil
+}
+
 // pointSecurityAt makes the Security object refer to a pair: the commit point.
-func (d *Device) pointSecurityAt(key, cert engine.Address, serverCertificate []byte) error {
+func (d *Credential) pointSecurityAt(key, cert engine.Address, serverCertificate []byte) error {
 	next := d.securityWith(key, cert, serverCertificate)
 	if err := next.Save(filepath.Join(d.cfg.StateDir, securityName)); err != nil {
 		return fmt.Errorf("write Security object: %w", err)
@@ -124,7 +140,7 @@ func (d *Device) pointSecurityAt(key, cert engine.Address, serverCertificate []b
 
 // checkSecurity judges the Security object as the commit will make it, before
 // anything is created or asked that a wrong setting would waste.
-func (d *Device) checkSecurity() error {
+func (d *Credential) checkSecurity() error {
 	if err := d.securityWith(d.cfg.IDevID.Key, d.cfg.IDevID.Certificate, nil).Validate(); err != nil {
 		return fmt.Errorf("check Security object: %w", err)
 	}
@@ -132,7 +148,7 @@ func (d *Device) checkSecurity() error {
 }
 
 // securityWith returns the Security object with our instance pointing at a pair.
-func (d *Device) securityWith(key, cert engine.Address, serverCertificate []byte) *lwm2m.SecurityObject {
+func (d *Credential) securityWith(key, cert engine.Address, serverCertificate []byte) *lwm2m.SecurityObject {
 	next := new(lwm2m.SecurityObject)
 	for id, instance := range d.security.All() {
 		next.Set(id, instance)
@@ -159,7 +175,7 @@ func (d *Device) securityWith(key, cert engine.Address, serverCertificate []byte
 
 // prepare makes sure that the Security object points at a usable credential
 // before anything is created: at first boot the IDevID.
-func (d *Device) prepare(ctx context.Context) (*pair, error) {
+func (d *Credential) prepare(ctx context.Context) (*pair, error) {
 	idevid, err := d.openIDevID(ctx)
 	if err != nil {
 		return nil, err
@@ -172,11 +188,11 @@ func (d *Device) prepare(ctx context.Context) (*pair, error) {
 
 // restoreSecurity makes up for a Security object that was lost while the journal
 // was not: it points at the newest credential that is whole, else at the IDevID.
-func (d *Device) restoreSecurity(ctx context.Context) error {
-	if _, exists := d.security.Instance(d.cfg.Security.Instance); exists || len(d.journal.Credentials) == 0 && d.journal.Operation == nil {
+func (d *Credential) restoreSecurity(ctx context.Context) error {
+	if _, exists := d.security.Instance(d.cfg.Security.Instance); exists || len(d.journal.Pairs) == 0 && d.journal.Operation == nil {
 		return nil
 	}
-	for _, c := range d.journal.Credentials {
+	for _, c := range d.journal.Pairs {
 		_, err := d.openCredential(ctx, c)
 		if errors.Is(err, engine.ErrNotFound) || errors.Is(err, ErrState) {
 			continue

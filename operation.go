@@ -30,7 +30,7 @@ type Result struct {
 // whose certificate has expired, or is gone from the token, is enrolled again.
 //
 // *PendingError, ErrRefused, ErrUnproven, and what est and engine report.
-func (d *Device) Enroll(ctx context.Context) (*Result, error) {
+func (d *Credential) Enroll(ctx context.Context) (*Result, error) {
 	return d.attempt(KindEnroll, func() (*Result, error) {
 		renewal := d.journal.Operation != nil && d.journal.Operation.Kind == KindRenew
 		recovered, err := d.recover(ctx)
@@ -59,7 +59,7 @@ func (d *Device) Enroll(ctx context.Context) (*Result, error) {
 // one (simplereenroll). It does so whether the current certificate is near its
 // end or not. ErrNotEnrolled, also where the token has lost the key or the
 // certificate, ErrExpired, and as Enroll.
-func (d *Device) Renew(ctx context.Context) (*Result, error) {
+func (d *Credential) Renew(ctx context.Context) (*Result, error) {
 	return d.attempt(KindRenew, func() (*Result, error) {
 		recovered, err := d.recover(ctx)
 		if err != nil || recovered != nil && recovered.Kind == KindRenew {
@@ -74,14 +74,14 @@ func (d *Device) Renew(ctx context.Context) (*Result, error) {
 
 // Recover finishes, or undoes, the operation that a killed run left, and
 // removes what nothing refers to. The result is nil if there was none.
-func (d *Device) Recover(ctx context.Context) (*Result, error) {
+func (d *Credential) Recover(ctx context.Context) (*Result, error) {
 	if d.journal.Operation == nil {
 		return d.recover(ctx)
 	}
 	return d.attempt(d.journal.Operation.Kind, func() (*Result, error) { return d.recover(ctx) })
 }
 
-func (d *Device) recover(ctx context.Context) (*Result, error) {
+func (d *Credential) recover(ctx context.Context) (*Result, error) {
 	if err := d.restoreSecurity(ctx); err != nil {
 		return nil, err
 	}
@@ -100,7 +100,10 @@ func (d *Device) recover(ctx context.Context) (*Result, error) {
 
 // attempt records what a run tried and how it ended: the one thing that a
 // failure changes.
-func (d *Device) attempt(kind Kind, do func() (*Result, error)) (*Result, error) {
+func (d *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, error) {
+	if err := d.checkInstance(); err != nil {
+		return nil, err
+	}
 	began := d.cfg.Now()
 	result, err := do()
 	record := &Attempt{Kind: kind, Time: began, Result: "done"}
@@ -127,7 +130,7 @@ func truncate(text string, limit int) string {
 }
 
 // usable returns the current certificate if there is no reason to enrol.
-func (d *Device) usable(ctx context.Context) (*Result, error) {
+func (d *Credential) usable(ctx context.Context) (*Result, error) {
 	c, enrolled := d.current()
 	if !enrolled {
 		return nil, nil
@@ -151,7 +154,7 @@ func (d *Device) usable(ctx context.Context) (*Result, error) {
 	return &Result{Certificate: p.chain[0], CertificateAddress: c.Certificates[0].Address, Key: c.Key.Address}, nil
 }
 
-func (d *Device) startEnroll(ctx context.Context) error {
+func (d *Credential) startEnroll(ctx context.Context) error {
 	if err := d.checkSecurity(); err != nil {
 		return err
 	}
@@ -166,7 +169,7 @@ func (d *Device) startEnroll(ctx context.Context) error {
 	return d.save()
 }
 
-func (d *Device) startRenew(ctx context.Context) error {
+func (d *Credential) startRenew(ctx context.Context) error {
 	if err := d.checkSecurity(); err != nil {
 		return err
 	}
@@ -193,7 +196,7 @@ func (d *Device) startRenew(ctx context.Context) error {
 	return d.save()
 }
 
-func (d *Device) begin(op *operation) {
+func (d *Credential) begin(op *operation) {
 	op.StartedAt = d.cfg.Now()
 	op.Deadline = op.StartedAt.Add(d.cfg.PendingLimit)
 	d.sent = false
@@ -202,7 +205,7 @@ func (d *Device) begin(op *operation) {
 
 // proceed does the steps of the operation in the journal, from the one that is
 // named there. Each may have been done in part by a run that was killed.
-func (d *Device) proceed(ctx context.Context, resumed bool) (*Result, error) {
+func (d *Credential) proceed(ctx context.Context, resumed bool) (*Result, error) {
 	op := d.journal.Operation
 	for {
 		if err := ctx.Err(); err != nil {
@@ -245,7 +248,7 @@ func (d *Device) proceed(ctx context.Context, resumed bool) (*Result, error) {
 // hopeless says why an interrupted operation cannot be gone on with, "" if it
 // can: time has passed since, and a token can have been cleared. Without it the
 // device would try in vain for ever instead of beginning anew.
-func (d *Device) hopeless(ctx context.Context, op *operation) (why string, err error) {
+func (d *Credential) hopeless(ctx context.Context, op *operation) (why string, err error) {
 	switch op.Step {
 	case StepRequest, StepStore, StepProve:
 	default:
@@ -282,7 +285,7 @@ func (d *Device) hopeless(ctx context.Context, op *operation) (why string, err e
 	return why, nil
 }
 
-func (d *Device) generate(ctx context.Context, resumed bool) error {
+func (d *Credential) generate(ctx context.Context, resumed bool) error {
 	op := d.journal.Operation
 	return d.timed(StepGenerate, func() (string, error) {
 		if resumed {

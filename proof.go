@@ -19,7 +19,7 @@ const (
 
 // prove shows the new pair to the server it is for, on a new connection, and
 // decides by the three results of DESIGN.md §7 rule 3.
-func (d *Device) prove(ctx context.Context) error {
+func (d *Credential) prove(ctx context.Context) error {
 	op := d.journal.Operation
 	fresh, err := d.openCredential(ctx, op.credential())
 	if err != nil {
@@ -50,7 +50,7 @@ func (d *Device) prove(ctx context.Context) error {
 
 // newPairRefused asks whether the server refuses the new pair or everything:
 // the new one is removed only if the old one is accepted.
-func (d *Device) newPairRefused(ctx context.Context, why error) error {
+func (d *Credential) newPairRefused(ctx context.Context, why error) error {
 	op := d.journal.Operation
 	old, err := d.authenticator(ctx)
 	if errors.Is(err, ErrNotEnrolled) {
@@ -78,7 +78,7 @@ func (d *Device) newPairRefused(ctx context.Context, why error) error {
 
 // fallBack points the Security object at the IDevID when the server refuses
 // both enrolled pairs and accepts it. Both are kept: the next Enroll begins anew.
-func (d *Device) fallBack(ctx context.Context, cause, unproven error) error {
+func (d *Credential) fallBack(ctx context.Context, cause, unproven error) error {
 	idevid, err := d.openIDevID(ctx)
 	if err != nil {
 		return errors.Join(unproven, err)
@@ -92,7 +92,7 @@ func (d *Device) fallBack(ctx context.Context, cause, unproven error) error {
 	return d.endFallBack(cause)
 }
 
-func (d *Device) endFallBack(cause error) error {
+func (d *Credential) endFallBack(cause error) error {
 	d.adopt(d.journal.Operation.credential())
 	d.journal.Operation = nil
 	d.warn("the server refuses the new and the current certificate and accepts the IDevID: the Security object points at the IDevID again")
@@ -101,7 +101,7 @@ func (d *Device) endFallBack(cause error) error {
 
 // show is one proof: the server asked for a certificate, ours was sent in a full
 // handshake, and one response was read afterwards.
-func (d *Device) show(ctx context.Context, p *pair) (verdict, error) {
+func (d *Credential) show(ctx context.Context, p *pair) (verdict, error) {
 	_, err := retry(ctx, d, func() (struct{}, error) {
 		session, err := d.dial(ctx, p)
 		if err != nil {

@@ -22,7 +22,7 @@ type Public struct {
 // Public returns the enrolled credential that the Security object points at,
 // whole and a pair, expired or not. It changes nothing. ErrNotEnrolled,
 // engine.ErrNotFound, ErrState.
-func (d *Device) Public(ctx context.Context) (*Public, error) {
+func (d *Credential) Public(ctx context.Context) (*Public, error) {
 	c, enrolled := d.current()
 	if !enrolled {
 		return nil, ErrNotEnrolled

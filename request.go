@@ -17,7 +17,7 @@ import (
 )
 
 // authenticator is the pair that authenticates the request.
-func (d *Device) authenticator(ctx context.Context) (*pair, error) {
+func (d *Credential) authenticator(ctx context.Context) (*pair, error) {
 	if d.journal.Operation.Kind == KindEnroll {
 		return d.openIDevID(ctx)
 	}
@@ -29,7 +29,7 @@ func (d *Device) authenticator(ctx context.Context) (*pair, error) {
 }
 
 // request exchanges the CSR for certificates. A result ends the operation.
-func (d *Device) request(ctx context.Context) (*Result, error) {
+func (d *Credential) request(ctx context.Context) (*Result, error) {
 	op := d.journal.Operation
 	if err := d.checkSecurity(); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
@@ -65,7 +65,7 @@ func (d *Device) request(ctx context.Context) (*Result, error) {
 
 // stillPending returns the pending answer again until its time has come:
 // the client waits at least as long as the server said (RFC 9148 §4.7).
-func (d *Device) stillPending() error {
+func (d *Credential) stillPending() error {
 	op := d.journal.Operation
 	if op.AskedAt.IsZero() {
 		return nil
@@ -85,7 +85,7 @@ func (d *Device) stillPending() error {
 
 // buildCSR makes the CSR once and keeps it in the journal: every repetition, in
 // this run or the next, sends the same bytes.
-func (d *Device) buildCSR(ctx context.Context, auth *pair) error {
+func (d *Credential) buildCSR(ctx context.Context, auth *pair) error {
 	op := d.journal.Operation
 	template := d.cfg.Request
 	switch {
@@ -145,7 +145,7 @@ func operationOf(kind Kind) est.Operation {
 
 // exchange is one session: crts, the live session judged by the Explicit TA,
 // then sen or sren (RFC 9148 §3).
-func (d *Device) exchange(ctx context.Context, auth *pair) (*answer, error) {
+func (d *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) {
 	op := d.journal.Operation
 	session, err := d.dial(ctx, auth)
 	if err != nil {
@@ -188,7 +188,7 @@ func (d *Device) exchange(ctx context.Context, auth *pair) (*answer, error) {
 	return &answer{chain: chain, anchors: anchors, server: session.PeerChain()[0]}, nil
 }
 
-func (d *Device) dial(ctx context.Context, as *pair) (est.Session, error) {
+func (d *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
 	now, err := d.verificationTime()
 	if err != nil {
 		return nil, err
@@ -200,7 +200,7 @@ func (d *Device) dial(ctx context.Context, as *pair) (est.Session, error) {
 
 // closeSession ends a session. A failure does not undo what was received: an
 // answer must not be taken for a failed request because of it.
-func (d *Device) closeSession(session est.Session) {
+func (d *Credential) closeSession(session est.Session) {
 	if err := session.Close(); err != nil {
 		d.warn("close session with %s: %v", d.cfg.ServerURI, err)
 	}
@@ -208,7 +208,7 @@ func (d *Device) closeSession(session est.Session) {
 
 // retry repeats an exchange that got no answer, and nothing else, a bounded
 // number of times; the CSR in the journal makes the repetition safe.
-func retry[T any](ctx context.Context, d *Device, try func() (T, error)) (T, error) {
+func retry[T any](ctx context.Context, d *Credential, try func() (T, error)) (T, error) {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval = d.cfg.RetryInterval
 	pause.Multiplier = 2
@@ -233,7 +233,7 @@ func retry[T any](ctx context.Context, d *Device, try func() (T, error)) (T, err
 
 // requestFailed decides what a failed request leaves: all of it where the next
 // run goes on with the same CSR, nothing where the answer was final.
-func (d *Device) requestFailed(ctx context.Context, err error) error {
+func (d *Credential) requestFailed(ctx context.Context, err error) error {
 	op := d.journal.Operation
 	var pending *est.PendingError
 	var status *est.StatusError
@@ -278,11 +278,11 @@ func isEngineError(err error) bool {
 
 // notRenewed reports whether the answer is the certificate we have, or, unless
 // forced, one that does not last longer (DESIGN.md §7 rule 5).
-func (d *Device) notRenewed(old, issued *x509.Certificate) bool {
+func (d *Credential) notRenewed(old, issued *x509.Certificate) bool {
 	return old.Equal(issued) || !d.journal.Operation.Force && !issued.NotAfter.After(old.NotAfter)
 }
 
-func (d *Device) unchanged(current *pair) (*Result, error) {
+func (d *Credential) unchanged(current *pair) (*Result, error) {
 	c, _ := d.current()
 	d.warn("the server answered with a certificate that is no renewal of the current one (until %s): nothing is changed",
 		current.chain[0].NotAfter.UTC().Format(time.RFC3339))
@@ -291,13 +291,13 @@ func (d *Device) unchanged(current *pair) (*Result, error) {
 }
 
 // accept writes down the answer and where it will be stored.
-func (d *Device) accept(ctx context.Context, auth *pair, got *answer) (*Result, error) {
+func (d *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Result, error) {
 	op := d.journal.Operation
 	addresses, err := d.store.CertificateAddresses(ctx, op.Key.Address, got.chain)
 	if err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
-	for _, known := range d.journal.Credentials {
+	for _, known := range d.journal.Pairs {
 		if known.sameLeaf(addresses[0]) {
 			return d.unchanged(auth) // the previous one, once more
 		}

@@ -14,17 +14,17 @@ import (
 const keepPrevious = 1
 
 // retire removes what is older than the previous pair and ends the operation.
-func (d *Device) retire(ctx context.Context) (*Result, error) {
+func (d *Credential) retire(ctx context.Context) (*Result, error) {
 	op := d.journal.Operation
 	err := d.timed(StepRetire, func() (string, error) {
 		retired := 0
-		for len(d.journal.Credentials) > 1+keepPrevious {
-			last := len(d.journal.Credentials) - 1
-			old := d.journal.Credentials[last]
-			d.journal.Credentials = d.journal.Credentials[:last]
+		for len(d.journal.Pairs) > 1+keepPrevious {
+			last := len(d.journal.Pairs) - 1
+			old := d.journal.Pairs[last]
+			d.journal.Pairs = d.journal.Pairs[:last]
 			if err := d.removeCredential(ctx, old.Certificates, old.Key.Address); err != nil {
 				// The record of the attempt is saved next: it must not forget this one.
-				d.journal.Credentials = append(d.journal.Credentials, old)
+				d.journal.Pairs = append(d.journal.Pairs, old)
 				return "", err
 			}
 			retired++
@@ -51,7 +51,7 @@ func (d *Device) retire(ctx context.Context) (*Result, error) {
 
 // removeCredential destroys certificates and, when no kept certificate and no
 // Security instance uses it, their key.
-func (d *Device) removeCredential(ctx context.Context, certs []reference, key engine.Address) error {
+func (d *Credential) removeCredential(ctx context.Context, certs []reference, key engine.Address) error {
 	if len(certs) > 0 {
 		if err := d.store.RemoveCertificates(ctx, addresses(certs)); err != nil {
 			return err
@@ -66,13 +66,19 @@ func (d *Device) removeCredential(ctx context.Context, certs []reference, key en
 	return nil
 }
 
-func (d *Device) keyInUse(key engine.Address) bool {
-	if key == d.cfg.IDevID.Key {
-		return true
-	}
-	for _, c := range d.journal.Credentials {
-		if c.Key.Address == key {
+// keyInUse reports whether a factory credential, a pair that is kept or a
+// Security instance has the key: of whatever name, since names can share a key.
+func (d *shared) keyInUse(key engine.Address) bool {
+	for _, c := range d.credentials {
+		if key == c.cfg.IDevID.Key {
 			return true
+		}
+	}
+	for _, r := range d.journal.Credentials {
+		for _, c := range r.Pairs {
+			if c.Key.Address == key {
+				return true
+			}
 		}
 	}
 	for _, instance := range d.security.All() {
@@ -84,7 +90,7 @@ func (d *Device) keyInUse(key engine.Address) bool {
 }
 
 // discard removes what the operation created, ends it and returns the cause.
-func (d *Device) discard(ctx context.Context, cause error) error {
+func (d *Credential) discard(ctx context.Context, cause error) error {
 	op := d.journal.Operation
 	if cause != nil {
 		op.Reason = truncate(cause.Error(), 512)
@@ -105,7 +111,7 @@ func (d *Device) discard(ctx context.Context, cause error) error {
 	return errors.Join(cause, d.save(), d.removeUnreferencedFiles())
 }
 
-func (d *Device) removeOperation(ctx context.Context, op *operation, key engine.Address) error {
+func (d *Credential) removeOperation(ctx context.Context, op *operation, key engine.Address) error {
 	if key != nil {
 		return d.removeCredential(ctx, op.Certificates, key)
 	}

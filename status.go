@@ -53,7 +53,7 @@ type OperationStatus struct {
 }
 
 // Status reports what the state directory and the token hold. It changes nothing.
-func (d *Device) Status(ctx context.Context) (*Status, error) {
+func (d *Credential) Status(ctx context.Context) (*Status, error) {
 	s := &Status{Server: d.cfg.ServerURI, LastAttempt: d.journal.LastAttempt}
 	if op := d.journal.Operation; op != nil {
 		s.Pending = &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
@@ -77,8 +77,11 @@ func (d *Device) Status(ctx context.Context) (*Status, error) {
 			return nil, err
 		}
 		s.Current = shown
+		if err := d.checkInstance(); err != nil {
+			s.Current.Problem = err.Error()
+		}
 	}
-	for _, c := range d.journal.Credentials {
+	for _, c := range d.journal.Pairs {
 		if current.Key.Address != nil && c.sameLeaf(current.Certificates[0].Address) {
 			continue
 		}
@@ -91,7 +94,7 @@ func (d *Device) Status(ctx context.Context) (*Status, error) {
 	return s, nil
 }
 
-func (d *Device) credentialStatus(ctx context.Context, c credential) (*CredentialStatus, error) {
+func (d *Credential) credentialStatus(ctx context.Context, c credential) (*CredentialStatus, error) {
 	s := &CredentialStatus{Key: c.Key.String(), Certificate: c.Certificates[0].String()}
 	for _, at := range c.Certificates[1:] {
 		s.Chain = append(s.Chain, at.String())
@@ -124,7 +127,7 @@ func (s *CredentialStatus) describe(cert *x509.Certificate) {
 	s.NotBefore, s.NotAfter = cert.NotBefore.UTC(), cert.NotAfter.UTC()
 }
 
-func (d *Device) problemOf(ctx context.Context, c credential, cert *x509.Certificate) (string, error) {
+func (d *Credential) problemOf(ctx context.Context, c credential, cert *x509.Certificate) (string, error) {
 	signer, err := d.engine.Signer(ctx, c.Key.Address)
 	if err != nil {
 		return "", err

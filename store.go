@@ -32,7 +32,7 @@ func addresses(refs []reference) []engine.Address {
 	return out
 }
 
-func (d *Device) storeCertificates(ctx context.Context) error {
+func (d *Credential) storeCertificates(ctx context.Context) error {
 	op := d.journal.Operation
 	return d.timed(StepStore, func() (string, error) {
 		chain, err := op.chain()
@@ -47,7 +47,7 @@ func (d *Device) storeCertificates(ctx context.Context) error {
 }
 
 // commit makes the Security object point at the new pair.
-func (d *Device) commit() error {
+func (d *Credential) commit() error {
 	op := d.journal.Operation
 	return d.timed(StepCommit, func() (string, error) {
 		if err := d.pointSecurityAt(op.Key.Address, op.Certificates[0].Address, op.ServerCertificate); err != nil {
@@ -59,11 +59,11 @@ func (d *Device) commit() error {
 }
 
 // adopt puts a credential at the head of the list, once.
-func (d *Device) adopt(c credential) {
-	for _, known := range d.journal.Credentials {
+func (d *Credential) adopt(c credential) {
+	for _, known := range d.journal.Pairs {
 		if known.sameLeaf(c.Certificates[0].Address) {
 			return
 		}
 	}
-	d.journal.Credentials = append([]credential{c}, d.journal.Credentials...)
+	d.journal.Pairs = append([]credential{c}, d.journal.Pairs...)
 }

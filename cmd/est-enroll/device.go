@@ -18,7 +18,6 @@ import (
 	"estenroll/engine/pkcs11"
 	"estenroll/est"
 	"estenroll/est/coaps"
-	"estenroll/internal/agent"
 	"estenroll/internal/durable"
 )
 
@@ -43,16 +42,23 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 		return cfg, err
 	}
 	cfg = estenroll.Config{
-		StateDir: s.stateDir, LockWait: s.lockWait, Name: s.credential,
+		StateDir: s.stateDir, LockWait: s.lockWait,
 		OpenEngine: func(ctx context.Context, refused engine.PINSource) (engine.Engine, error) {
 			if s.retryPIN {
 				refused = engine.PINSource{}
 			}
 			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockWait: s.lockWait, AddressSource: s.engineSource, RefusedPIN: refused})
 		},
-		ParseAddress: drivers.Parse,
-		NoFallback:   s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval,
-		RequireClock: s.requireClock, Progress: out.progress,
+		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: out.progress,
+	}
+	credential, err := s.credentialConfig()
+	cfg.Credentials = []estenroll.CredentialConfig{credential}
+	return cfg, err
+}
+
+func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error) {
+	cfg = estenroll.CredentialConfig{
+		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval,
 		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
 	}
 	if cfg.IDevID.Key, err = objectAddress("idevid-key", s.idevidKey); err != nil {
@@ -113,13 +119,9 @@ func (s *settings) inRange() error {
 		return errors.New("state-dir: empty")
 	case !filepath.IsAbs(s.lockDir):
 		return errors.New("lock-dir: want an absolute path, the same for all users of the token")
-	case s.credential == "" || len(s.credential) > 64:
-		return errors.New("credential: want a name of 1 to 64 bytes")
 	}
-	if s.exportDir != "" {
-		if err := agent.CheckName(s.credential); err != nil {
-			return fmt.Errorf("export-dir: credential %w", err)
-		}
+	if err := estenroll.CheckName(s.credential); err != nil {
+		return fmt.Errorf("credential: %w", err)
 	}
 	if s.shortServerID == 0 || s.shortServerID == 65535 {
 		return fmt.Errorf("short-server-id: %d is not from 1 to 65534", s.shortServerID) // LwM2M Core 1.2 §E.1
@@ -188,7 +190,7 @@ func (s *settings) request(template *csr.Template) (err error) {
 }
 
 // transport chooses how EST is carried.
-func (s *settings) transport(cfg *estenroll.Config) error {
+func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 	server, err := coaps.ParseURI(s.server)
 	if err != nil {
 		return fmt.Errorf("server: %w", err)

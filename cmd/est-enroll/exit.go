@@ -103,6 +103,7 @@ var judgements = []struct {
 	{estenroll.ErrBusy, judgement{exitTryLater, "wait for the other run, or give it longer with --lock-wait"}},
 	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
 	{estenroll.ErrOwner, judgement{exitUsage, "run as that user, or name another directory with --state-dir"}},
+	{estenroll.ErrConfig, judgement{exitUsage, "give each credential a name and a security-instance of its own; one that is renamed begins anew, in another instance"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
 	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
 	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},

@@ -13,12 +13,12 @@ import (
 // export gives the other programs of the device the credential that is in place,
 // whatever the run itself has come to: an earlier one may have been killed before
 // it could. Where nothing is enrolled, what they have is left to them.
-func (s *settings) export(ctx context.Context, device *estenroll.Device, out *output) error {
+func (s *settings) export(ctx context.Context, credential *estenroll.Credential, out *output) error {
 	if s.exportDir == "" {
 		return nil
 	}
 	// Ctrl-C does not stop this: it is short, and what it writes is true.
-	public, err := device.Public(context.WithoutCancel(ctx))
+	public, err := credential.Public(context.WithoutCancel(ctx))
 	if errors.Is(err, estenroll.ErrNotEnrolled) {
 		return nil
 	}
@@ -26,13 +26,13 @@ func (s *settings) export(ctx context.Context, device *estenroll.Device, out *ou
 		return err
 	}
 	export := agent.Export{
-		Dir: s.exportDir, Name: s.credential,
+		Dir: s.exportDir, Name: credential.Name(),
 		Key: s.forPrograms(public.Key), Certificate: s.forPrograms(public.Certificates[0]),
 		Chain: public.Chain, TrustAnchors: public.TrustAnchors,
 	}
 	changed, err := export.Write()
 	if err == nil && changed {
-		out.progress(estenroll.Event{Step: "export", Message: "wrote " + s.exportDir + "/" + s.credential + " for other programs"})
+		out.progress(estenroll.Event{Step: "export", Message: "wrote " + s.exportDir + "/" + credential.Name() + " for other programs"})
 	}
 	return err
 }

@@ -31,10 +31,11 @@ kind alone. Without an enrolled credential it fails.`,
 				return &usageError{errors.New("status: --json has the addresses already: leave --uri out")}
 			}
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
+				credential := device.Credential(s.credential)
 				if uri.word != "" {
-					return s.printURIs(ctx, device, out, uri.word)
+					return s.printURIs(ctx, credential, out, uri.word)
 				}
-				status, err := device.Status(ctx)
+				status, err := credential.Status(ctx)
 				if err != nil {
 					return err
 				}
@@ -52,8 +53,8 @@ kind alone. Without an enrolled credential it fails.`,
 	return command
 }
 
-func (s *settings) printURIs(ctx context.Context, device *estenroll.Device, out *output, which string) error {
-	public, err := device.Public(ctx)
+func (s *settings) printURIs(ctx context.Context, credential *estenroll.Credential, out *output, which string) error {
+	public, err := credential.Public(ctx)
 	if err != nil {
 		return err
 	}

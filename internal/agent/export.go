@@ -12,11 +12,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"syscall"
 
+	"estenroll"
 	"estenroll/internal/durable"
 )
 
@@ -30,7 +30,8 @@ type Export struct {
 	// Dir holds the exports of all credentials. It is created with mode 0755: what
 	// is in it is public.
 	Dir string
-	// Name of the credential, and of its link in Dir. See CheckName.
+	// Name of the credential, and of its link in Dir. See
+	// estenroll.CheckName.
 	Name string
 	// Key and Certificate are the addresses as other programs take them, without a PIN.
 	Key, Certificate string
@@ -43,16 +44,6 @@ const (
 	exportFileMode = 0o644
 	exportLimit    = 1 << 20 // bytes of one exported file
 )
-
-// CheckName refuses a credential's name that cannot be the name of a link.
-func CheckName(name string) error {
-	if !exportName.MatchString(name) {
-		return fmt.Errorf("%q is no name for a file: letters, digits, \"-\", \"_\" and \".\", the last not first", name)
-	}
-	return nil
-}
-
-var exportName = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$`)
 
 // Write makes Dir/Name show the credential, and reports whether it did not
 // already. Dir/Name is a symbolic link to a directory that is written once and
@@ -69,7 +60,7 @@ func (e Export) Write() (changed bool, err error) {
 			err = fmt.Errorf("export: %w: %w", err, ErrExport)
 		}
 	}()
-	if err := CheckName(e.Name); err != nil {
+	if err := estenroll.CheckName(e.Name); err != nil {
 		return false, err
 	}
 	if e.Dir, err = filepath.Abs(e.Dir); err != nil {
@@ -108,7 +99,7 @@ func Remove(dir, name string) (err error) {
 			err = fmt.Errorf("remove export: %w: %w", err, ErrExport)
 		}
 	}()
-	if err := CheckName(name); err != nil {
+	if err := estenroll.CheckName(name); err != nil {
 		return err
 	}
 	path := filepath.Join(dir, name)
