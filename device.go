@@ -75,6 +75,8 @@ type Connection struct {
 	Trust *est.TrustAnchors
 	// Now is the verification time.
 	Now func() time.Time
+	// Warn is told what a person should know of the session.
+	Warn func(format string, args ...any)
 }
 
 // Config is what the lifecycle works with: what all credentials of a device
@@ -174,8 +176,9 @@ type Credential struct {
 		Config
 		CredentialConfig
 	}
-	journal *record // its part of the device's journal
-	sent    bool    // the CSR of the operation may have reached a server
+	journal *record         // its part of the device's journal
+	sent    bool            // the CSR of the operation may have reached a server
+	warned  map[string]bool // what was said of sessions
 }
 
 // Name returns the credential's name.
@@ -458,6 +461,19 @@ func (d *shared) warn(format string, args ...any) {
 
 func (d *Credential) warn(format string, args ...any) {
 	d.cfg.Progress(Event{Credential: d.Name(), Message: fmt.Sprintf(format, args...), Warning: true})
+}
+
+// warnOnce says what each session would say again.
+func (d *Credential) warnOnce(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	if d.warned[text] {
+		return
+	}
+	if d.warned == nil {
+		d.warned = map[string]bool{}
+	}
+	d.warned[text] = true
+	d.warn("%s", text)
 }
 
 func (d *Credential) say(step Step, format string, args ...any) {

@@ -195,6 +195,7 @@ func (d *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
 	}
 	connection := as.connection()
 	connection.Now = func() time.Time { return now }
+	connection.Warn = d.warnOnce
 	return d.cfg.Dial(ctx, connection)
 }
 

@@ -35,6 +35,7 @@ type settings struct {
 	engine                 string
 	credential             string
 	server, trustAnchors   string
+	discovery, label       string
 	subject                string
 	san                    []string
 	idevidKey, idevidCert  string
@@ -70,6 +71,8 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.engine, "engine", "", "engine `address` of the token: pkcs11:token=…?module-path=…&pin-source=file:…")
 	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token")
 	flags.StringVar(&s.server, "server", "", "EST server: coaps://host[:port][/path], the path is /.well-known/est unless given")
+	flags.StringVar(&s.discovery, "discovery", "off", "`on` asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1), or off")
+	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
 	flags.StringVar(&s.idevidKey, "idevid-key", "pkcs11:object=idevid;type=private", "engine `address` of the factory key (IDevID)")
 	flags.StringVar(&s.idevidCert, "idevid-certificate", "pkcs11:object=idevid;type=cert", "engine `address` of the factory certificate")
