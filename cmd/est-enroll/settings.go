@@ -196,7 +196,7 @@ func wanted(f *pflag.Flag) string {
 	case "uint", "uint16", "int":
 		return "a whole number"
 	}
-	if c, ok := f.Value.(*choice); ok {
+	if c, ok := f.Value.(*oneOf); ok {
 		return c.wanted()
 	}
 	return "a text"

@@ -12,7 +12,7 @@ import (
 
 func statusCommand(s *settings, out *output) *cobra.Command {
 	var asJSON bool
-	uri := choice{allowed: []string{"both", "key", "certificate", "chain"}}
+	uri := oneOf{allowed: []string{"both", "key", "certificate", "chain"}}
 	command := &cobra.Command{
 		Use:   "status",
 		Short: "show the credentials, their addresses and the state of the device",

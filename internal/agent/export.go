@@ -30,8 +30,7 @@ type Export struct {
 	// Dir holds the exports of all credentials. It is created with mode 0755: what
 	// is in it is public.
 	Dir string
-	// Name of the credential, and of its link in Dir. See
-	// estenroll.CheckName.
+	// Name of the credential, and of its link in Dir. See estenroll.CheckName.
 	Name string
 	// Key and Certificate are the addresses as other programs take them, without a PIN.
 	Key, Certificate string
