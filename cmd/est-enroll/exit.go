@@ -9,6 +9,7 @@ import (
 	"estenroll"
 	"estenroll/engine"
 	"estenroll/est"
+	"estenroll/internal/agent"
 	"estenroll/internal/durable"
 	"estenroll/lwm2m"
 )
@@ -69,6 +70,8 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitRefused, "EST is not at that path: --discovery on asks the server where it is, or name the path in --server"}
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
+	case errors.Is(err, agent.ErrExport):
+		return judgement{exitTryLater, "the credential itself is in place: make export-dir writable for this user, and the next run writes the files"}
 	}
 	for _, known := range fileJudgements {
 		if errors.Is(err, known.is) {
