@@ -30,7 +30,7 @@ func BuildTime() time.Time {
 // and the newest notBefore this device has verified: a device without a battery
 // boots in 1970. Only verified certificates move it forward, since one wrong
 // jump would poison the device for ever.
-func (d *Device) verificationTime() (time.Time, error) {
+func (d *shared) verificationTime() (time.Time, error) {
 	now := d.cfg.Now()
 	floor, source := d.clockFloor()
 	if !now.Before(floor) {
@@ -48,7 +48,7 @@ func (d *Device) verificationTime() (time.Time, error) {
 }
 
 // clockFloor is the earliest time that it can be, and how that is known.
-func (d *Device) clockFloor() (floor time.Time, source string) {
+func (d *shared) clockFloor() (floor time.Time, source string) {
 	if d.journal.VerifiedNotBefore.After(d.cfg.BuildTime) {
 		return d.journal.VerifiedNotBefore, "the newest certificate this device has verified"
 	}
@@ -56,7 +56,7 @@ func (d *Device) clockFloor() (floor time.Time, source string) {
 }
 
 // sawVerified moves the verification time's floor; the caller saves the journal.
-func (d *Device) sawVerified(notBefore time.Time) {
+func (d *shared) sawVerified(notBefore time.Time) {
 	if notBefore.After(d.journal.VerifiedNotBefore) {
 		d.journal.VerifiedNotBefore = notBefore
 	}

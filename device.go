@@ -5,10 +5,10 @@
 // repeatable; the engine, the CSR, the protocol and the LwM2M Security object are
 // the rooms below it.
 //
-// [Open] locks a state directory and opens the token; [Device.Enroll] is the
-// first boot, [Device.Renew] the renewal, [Device.Recover] finishes what a
-// killed run left, and each of the first two begins with it. [Device.Status]
-// changes nothing.
+// [Open] locks a state directory and opens the token, once for all credentials
+// of the device. [Credential.Enroll] is the first boot of one, [Credential.Renew]
+// its renewal, [Credential.Recover] finishes what a killed run left, and each of
+// the first two begins with it. [Credential.Status] changes nothing.
 //
 // What holds at every moment, whatever is killed (DESIGN.md §7): the Security
 // object points at a usable credential, and the next run reaches the state that
@@ -26,7 +26,10 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -72,23 +75,47 @@ type Connection struct {
 	Trust *est.TrustAnchors
 	// Now is the verification time.
 	Now func() time.Time
+	// Warn is told what a person should know of the session.
+	Warn func(format string, args ...any)
 }
 
-// Config is what the lifecycle works with. Fields without a default are required.
+// Config is what the lifecycle works with: what all credentials of a device
+// share, and the credentials. Fields without a default are required.
 type Config struct {
 	// StateDir holds the journal, the Security object and the trust anchors; it
 	// is created with mode 0700.
 	StateDir string
 	// LockWait bounds the wait for another run. Default: 30s.
 	LockWait time.Duration
-	// Name is the credential's name, the label of its key in the token.
-	Name string
 	// OpenEngine opens the token. refused is the source of the PIN that the
 	// token refused in an earlier run, to be passed on in engine.Options.
 	OpenEngine func(ctx context.Context, refused engine.PINSource) (engine.Engine, error)
 	// ParseAddress parses the addresses of stored state: Drivers.Parse.
 	ParseAddress func(string) (engine.Address, error)
-	IDevID       IDevID
+	// RequireClock refuses to work while the system clock is behind what the
+	// device has verified, instead of verifying with the later time.
+	RequireClock bool
+	// Now is the system clock. Default: time.Now.
+	Now func() time.Time
+	// BuildTime is the earliest time the clock can show. Default: BuildTime().
+	BuildTime time.Time
+	// Rand is the source for CSR signatures that take one. Default: crypto/rand.
+	Rand io.Reader
+	// Progress is told of each step, in the caller's goroutine. Default: nobody.
+	Progress func(Event)
+	// Credentials that the device has, at least one, each with a name and a
+	// Security instance of its own. A state directory of the time when there was
+	// one credential without a name is that of the credential whose Security
+	// instance it keeps, else of the first.
+	Credentials []CredentialConfig
+}
+
+// CredentialConfig is what one credential is and where it comes from. Fields
+// without a default are required.
+type CredentialConfig struct {
+	// Name of the credential, the label of its key in the token. See CheckName.
+	Name   string
+	IDevID IDevID
 	// ServerURI of the EST server, and ServerName, its host: a DNS name or an IP
 	// literal that its certificate must carry.
 	ServerURI  string
@@ -112,30 +139,25 @@ type Config struct {
 	Tries uint
 	// RetryInterval is the first pause between tries; it doubles. Default: 1s.
 	RetryInterval time.Duration
-	// RequireClock refuses to work while the system clock is behind what the
-	// device has verified, instead of verifying with the later time.
-	RequireClock bool
-	// Now is the system clock. Default: time.Now.
-	Now func() time.Time
-	// BuildTime is the earliest time the clock can show. Default: BuildTime().
-	BuildTime time.Time
-	// Rand is the source for CSR signatures that take one. Default: crypto/rand.
-	Rand io.Reader
-	// Progress is told of each step, in the caller's goroutine. Default: nobody.
-	Progress func(Event)
 }
 
 // Event is a step that ended, or something a person should know.
 type Event struct {
-	Step    Step
-	Message string
-	Elapsed time.Duration // zero for a message on its own
-	Warning bool
+	// Credential is the name of the one that it is about; "" for the device.
+	Credential string
+	Step       Step
+	Message    string
+	Elapsed    time.Duration // zero for a message on its own
+	Warning    bool
 }
 
-// Device is a state directory that is locked and a token that is open. It is not
-// safe for concurrent use.
-type Device struct {
+// Device is a state directory that is locked and a token that is open: one lock,
+// one login, for all of its credentials. Neither it nor its credentials are safe
+// for concurrent use.
+type Device struct{ *shared }
+
+// shared is what the credentials of a device have in common.
+type shared struct {
 	cfg         Config
 	lock        *durable.Lock
 	engine      engine.Engine
@@ -144,21 +166,39 @@ type Device struct {
 	journal     *journal
 	security    *lwm2m.SecurityObject
 	clockWarned bool
-	sent        bool // the CSR of the operation may have reached a server
+	credentials []*Credential
+}
+
+// Credential is one credential of an open device.
+type Credential struct {
+	*shared
+	cfg struct {
+		Config
+		CredentialConfig
+	}
+	journal *record         // its part of the device's journal
+	sent    bool            // the CSR of the operation may have reached a server
+	warned  map[string]bool // what was said of sessions
+}
+
+// Name returns the credential's name.
+func (c *Credential) Name() string { return c.cfg.Name }
+
+// credentialName holds for a label in a token and for a file's name.
+var credentialName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+// CheckName says what is wrong with the name of a credential: it labels objects
+// in tokens and names files. The name is not repeated.
+func CheckName(name string) error {
+	if !credentialName.MatchString(name) {
+		return errors.New("want a name of 1 to 64 letters, digits, dots, dashes and underscores that begins with a letter or a digit")
+	}
+	return nil
 }
 
 func (c *Config) setDefaults() {
 	if c.LockWait == 0 {
 		c.LockWait = 30 * time.Second
-	}
-	if c.PendingLimit == 0 {
-		c.PendingLimit = 7 * 24 * time.Hour
-	}
-	if c.Tries == 0 {
-		c.Tries = 4
-	}
-	if c.RetryInterval == 0 {
-		c.RetryInterval = time.Second
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -168,6 +208,40 @@ func (c *Config) setDefaults() {
 	}
 	if c.Progress == nil {
 		c.Progress = func(Event) {}
+	}
+}
+
+// checkCredentials refuses credentials that would take each other's place: names
+// that differ only in case would, where they name files.
+func (c *Config) checkCredentials() error {
+	if len(c.Credentials) == 0 || len(c.Credentials) > maxCredentials {
+		return fmt.Errorf("%d credentials, want 1 to %d: %w", len(c.Credentials), maxCredentials, ErrConfig)
+	}
+	for i, one := range c.Credentials {
+		if err := CheckName(one.Name); err != nil {
+			return fmt.Errorf("credential %d: %w: %w", i+1, err, ErrConfig)
+		}
+		for _, other := range c.Credentials[:i] {
+			switch {
+			case strings.EqualFold(one.Name, other.Name):
+				return fmt.Errorf("credentials %q and %q: one name, but for the case: %w", other.Name, one.Name, ErrConfig)
+			case one.Security.Instance == other.Security.Instance:
+				return fmt.Errorf("credentials %q and %q: both have security instance %d: %w", other.Name, one.Name, one.Security.Instance, ErrConfig)
+			}
+		}
+	}
+	return nil
+}
+
+func (c *CredentialConfig) setDefaults() {
+	if c.PendingLimit == 0 {
+		c.PendingLimit = 7 * 24 * time.Hour
+	}
+	if c.Tries == 0 {
+		c.Tries = 4
+	}
+	if c.RetryInterval == 0 {
+		c.RetryInterval = time.Second
 	}
 	if c.Security.ServerURI == "" {
 		c.Security.ServerURI = c.ServerURI
@@ -179,11 +253,14 @@ func (c *Config) setDefaults() {
 
 // Open locks the state directory, reads what it holds and opens the token. A
 // PIN that the token refuses is remembered by its source, so that the next run
-// does not spend another try on it. ErrOwner, ErrBusy, ErrState,
+// does not spend another try on it. ErrConfig, ErrOwner, ErrBusy, ErrState,
 // *engine.PINError.
 func Open(ctx context.Context, cfg Config) (*Device, error) {
 	cfg.setDefaults()
-	d := &Device{cfg: cfg}
+	if err := cfg.checkCredentials(); err != nil {
+		return nil, err
+	}
+	d := &Device{&shared{cfg: cfg}}
 	if err := d.open(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
@@ -254,14 +331,64 @@ func (d *Device) load() (err error) {
 	path := filepath.Join(d.cfg.StateDir, securityName)
 	d.security, err = lwm2m.LoadSecurity(path, d.cfg.ParseAddress)
 	if errors.Is(err, fs.ErrNotExist) {
-		d.security = new(lwm2m.SecurityObject)
-		return nil
+		d.security, err = new(lwm2m.SecurityObject), nil
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, ErrState)
 	}
+	return d.openCredentials()
+}
+
+// openCredentials gives each credential of the configuration its part of the journal.
+func (d *Device) openCredentials() error {
+	for _, cfg := range d.cfg.Credentials {
+		cfg.setDefaults()
+		c := &Credential{shared: d.shared}
+		c.cfg.Config, c.cfg.CredentialConfig = d.cfg, cfg
+		d.credentials = append(d.credentials, c)
+	}
+	d.nameRecord()
+	for _, c := range d.credentials {
+		if d.journal.Credentials[c.Name()] == nil {
+			d.journal.Credentials[c.Name()] = new(record)
+		}
+		c.journal = d.journal.Credentials[c.Name()]
+	}
+	if n := len(d.journal.Credentials); n > maxCredentials {
+		return fmt.Errorf("%d credentials, with those that the journal has of earlier: more than %d: %w", n, maxCredentials, ErrConfig)
+	}
 	return nil
 }
+
+// nameRecord gives the record of a journal of version 1 to the credential whose
+// Security instance points at one of its pairs, else to the first.
+func (d *Device) nameRecord() {
+	old, ok := d.journal.Credentials[unnamed]
+	if !ok {
+		return
+	}
+	owner := d.credentials[0]
+	for _, c := range d.credentials {
+		instance, _ := d.security.Instance(c.cfg.Security.Instance)
+		if at, ok := instance.ClientCertificate.Engine(); ok && old.has(at) {
+			owner = c
+		}
+	}
+	d.journal.rename(unnamed, owner.Name())
+}
+
+// Credential returns the credential with a name; nil if the configuration has none.
+func (d *Device) Credential(name string) *Credential {
+	for _, c := range d.credentials {
+		if c.Name() == name {
+			return c
+		}
+	}
+	return nil
+}
+
+// Credentials returns the credentials in the order of the configuration.
+func (d *Device) Credentials() []*Credential { return slices.Clone(d.credentials) }
 
 func (d *Device) openEngine(ctx context.Context) error {
 	opened, err := d.cfg.OpenEngine(ctx, d.journal.RefusedPIN)
@@ -320,25 +447,42 @@ func (d *Device) Close() error {
 	return errors.Join(errs...)
 }
 
-func (d *Device) save() error { return d.journal.save(d.cfg.StateDir) }
+func (d *shared) save() error { return d.journal.save(d.cfg.StateDir) }
 
 // advance names the next step of the operation on the disk before it is done.
-func (d *Device) advance(step Step) error {
-	d.journal.Operation.Step = step
-	return d.save()
+func (c *Credential) advance(step Step) error {
+	c.journal.Operation.Step = step
+	return c.save()
 }
 
-func (d *Device) warn(format string, args ...any) {
+func (d *shared) warn(format string, args ...any) {
 	d.cfg.Progress(Event{Message: fmt.Sprintf(format, args...), Warning: true})
 }
 
-func (d *Device) say(step Step, format string, args ...any) {
-	d.cfg.Progress(Event{Step: step, Message: fmt.Sprintf(format, args...)})
+func (c *Credential) warn(format string, args ...any) {
+	c.cfg.Progress(Event{Credential: c.Name(), Message: fmt.Sprintf(format, args...), Warning: true})
+}
+
+// warnOnce says what each session would say again.
+func (c *Credential) warnOnce(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	if c.warned[text] {
+		return
+	}
+	if c.warned == nil {
+		c.warned = map[string]bool{}
+	}
+	c.warned[text] = true
+	c.warn("%s", text)
+}
+
+func (c *Credential) say(step Step, format string, args ...any) {
+	c.cfg.Progress(Event{Credential: c.Name(), Step: step, Message: fmt.Sprintf(format, args...)})
 }
 
 // timed does one step and tells of it when it is done.
-func (d *Device) timed(step Step, do func() (string, error)) error {
-	start := d.cfg.Now()
+func (c *Credential) timed(step Step, do func() (string, error)) error {
+	start := c.cfg.Now()
 	message, err := do()
 	if err != nil {
 		var already *StepError
@@ -347,6 +491,6 @@ func (d *Device) timed(step Step, do func() (string, error)) error {
 		}
 		return &StepError{Step: step, Err: err}
 	}
-	d.cfg.Progress(Event{Step: step, Message: message, Elapsed: max(d.cfg.Now().Sub(start), 1)})
+	c.cfg.Progress(Event{Credential: c.Name(), Step: step, Message: message, Elapsed: max(c.cfg.Now().Sub(start), 1)})
 	return nil
 }

@@ -22,6 +22,8 @@ var (
 	ErrUnproven = errors.New("the new certificate is stored but not proven yet")
 	// ErrClock says that the system clock cannot be right and RequireClock is set.
 	ErrClock = errors.New("the system clock is behind what this device has verified")
+	// ErrConfig says that the credentials of the configuration contradict each other.
+	ErrConfig = errors.New("the configuration contradicts itself")
 	// ErrState says that the state directory holds something this program did not write.
 	ErrState = errors.New("the state is not usable")
 	// ErrOwner says that the state directory belongs to another user: files of

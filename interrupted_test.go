@@ -146,7 +146,7 @@ func TestInterruptedAgainAndAgain(t *testing.T) {
 				log = append(log, h.name+" "+at)
 			}
 			must(t, d.enroll)
-			if journal := d.journal(); len(journal.Credentials) < s.credentials {
+			if journal := d.journal(); len(journal.Pairs) < s.credentials {
 				must(t, d.renew)
 			}
 			d.tidy(s.credentials)
@@ -163,7 +163,7 @@ func TestRecover(t *testing.T) {
 	d := newSite(t, testserver.Config{}).device(t, "recovered")
 	recoverIt := func() (result *estenroll.Result) {
 		t.Helper()
-		if err := d.run(func(dev *estenroll.Device) (err error) { result, err = dev.Recover(t.Context()); return err }); err != nil {
+		if err := d.run(func(c *estenroll.Credential) (err error) { result, err = c.Recover(t.Context()); return err }); err != nil {
 			t.Fatal(err)
 		}
 		return result

@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"estenroll/engine"
@@ -16,10 +17,11 @@ import (
 
 const (
 	journalName    = "journal.json"
-	journalVersion = 1
+	journalVersion = 2
 	journalLimit   = 1 << 20 // bytes
-	maxCredentials = 16      // kept ones are two or three; more is not ours
-	maxChain       = 8       // certificates of one credential
+	maxCredentials = 16      // names on one device
+	maxPairs       = 16      // kept ones are two or three; more is not ours
+	maxChain       = 8       // certificates of one pair
 )
 
 // Step is where an operation stands. The journal names it before it is done.
@@ -112,11 +114,52 @@ type journal struct {
 	// RefusedPIN is where the PIN came from that the token refused: neither the
 	// PIN nor a digest of it.
 	RefusedPIN engine.PINSource `json:"refused_pin,omitzero"`
-	// Credentials of ours in the token, newest first. Which one is current, the
+	// Credentials by name; also those that the configuration names no more.
+	Credentials map[string]*record `json:"credentials,omitempty"`
+}
+
+// record is what the journal says of one credential.
+type record struct {
+	// Pairs of ours in the token, newest first. Which one is current, the
 	// Security object says.
-	Credentials []credential `json:"credentials,omitempty"`
+	Pairs       []credential `json:"pairs,omitempty"`
 	Operation   *operation   `json:"operation,omitempty"`
 	LastAttempt *Attempt     `json:"last_attempt,omitempty"`
+}
+
+func (r *record) isEmpty() bool {
+	return len(r.Pairs) == 0 && r.Operation == nil && r.LastAttempt == nil
+}
+
+// has reports whether the leaf at an address is that of one of the pairs.
+func (r *record) has(leaf engine.Address) bool {
+	return slices.ContainsFunc(r.Pairs, func(c credential) bool { return c.sameLeaf(leaf) })
+}
+
+// journalV1 is version 1 of the journal: one credential, whose name it does not
+// say. It is saved as the version of today.
+type journalV1 struct {
+	Version           int              `json:"version"`
+	VerifiedNotBefore time.Time        `json:"verified_not_before"`
+	RefusedPIN        engine.PINSource `json:"refused_pin"`
+	Credentials       []credential     `json:"credentials"`
+	Operation         *operation       `json:"operation"`
+	LastAttempt       *Attempt         `json:"last_attempt"`
+}
+
+// unnamed is where the record of a journal of version 1 waits for its name.
+const unnamed = ""
+
+func (old *journalV1) upgrade() *journal {
+	return &journal{
+		Version: journalVersion, VerifiedNotBefore: old.VerifiedNotBefore, RefusedPIN: old.RefusedPIN,
+		Credentials: map[string]*record{unnamed: {Pairs: old.Credentials, Operation: old.Operation, LastAttempt: old.LastAttempt}},
+	}
+}
+
+func (j *journal) rename(from, to string) {
+	j.Credentials[to] = j.Credentials[from]
+	delete(j.Credentials, from)
 }
 
 type addressParser func(string) (engine.Address, error)
@@ -126,7 +169,7 @@ func loadJournal(dir string, parse addressParser) (*journal, error) {
 	path := filepath.Join(dir, journalName)
 	data, err := durable.ReadFile(path, journalLimit)
 	if errors.Is(err, fs.ErrNotExist) {
-		return &journal{Version: journalVersion}, nil
+		return &journal{Version: journalVersion, Credentials: map[string]*record{}}, nil
 	}
 	if errors.Is(err, durable.ErrTooLarge) || errors.Is(err, durable.ErrNotRegular) {
 		return nil, fmt.Errorf("read journal: %w: %w", err, ErrState)
@@ -151,39 +194,80 @@ func parseJournal(data []byte, parse addressParser) (*journal, error) {
 	if err := json.Unmarshal(data, &version); err != nil {
 		return nil, fmt.Errorf("not JSON: %w", err)
 	}
-	if version.Version != journalVersion {
-		return nil, fmt.Errorf("version %d, this program reads version %d", version.Version, journalVersion)
-	}
-	decoder := json.NewDecoder(bytes.NewReader(data))
-	decoder.DisallowUnknownFields()
 	j := new(journal)
-	if err := decoder.Decode(j); err != nil {
-		return nil, err
+	switch version.Version {
+	case 1:
+		old := new(journalV1)
+		if err := decodeStrictly(data, old); err != nil {
+			return nil, err
+		}
+		j = old.upgrade()
+	case journalVersion:
+		if err := decodeStrictly(data, j); err != nil {
+			return nil, err
+		}
+		if err := j.checkNames(); err != nil {
+			return nil, err
+		}
+	default:
+		return nil, fmt.Errorf("version %d, this program reads versions 1 to %d", version.Version, journalVersion)
 	}
-	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
-		return nil, errors.New("data after the end")
+	for name, r := range j.Credentials {
+		if err := r.resolve(parse); err != nil {
+			return nil, fmt.Errorf("credential %q: %w", name, err)
+		}
 	}
-	return j, j.resolve(parse)
+	return j, nil
 }
 
-// resolve types the addresses and refuses what this program never writes.
-func (j *journal) resolve(parse addressParser) error {
-	typed := func(field string, refs ...*reference) error {
-		for _, r := range refs {
-			at, err := parse(r.text)
-			if err != nil {
-				return fmt.Errorf("%s: %w", field, err)
-			}
-			r.Address, r.text = at, ""
-		}
-		return nil
+func decodeStrictly(data []byte, into any) error {
+	decoder := json.NewDecoder(bytes.NewReader(data))
+	decoder.DisallowUnknownFields()
+	if err := decoder.Decode(into); err != nil {
+		return err
+	}
+	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("data after the end")
+	}
+	return nil
+}
+
+func (j *journal) checkNames() error {
+	if j.Credentials == nil {
+		j.Credentials = map[string]*record{}
 	}
 	if len(j.Credentials) > maxCredentials {
 		return fmt.Errorf("%d credentials, more than %d", len(j.Credentials), maxCredentials)
 	}
-	for i := range j.Credentials {
-		c := &j.Credentials[i]
-		field := fmt.Sprintf("credentials[%d]", i)
+	for name, r := range j.Credentials {
+		if err := CheckName(name); err != nil {
+			return err
+		}
+		if r == nil {
+			return fmt.Errorf("credential %q: no record", name)
+		}
+	}
+	return nil
+}
+
+// resolve types the addresses and refuses what this program never writes.
+func (r *record) resolve(parse addressParser) error {
+	typed := func(field string, refs ...*reference) error {
+		for _, ref := range refs {
+			at, err := parse(ref.text)
+			if err != nil {
+				return fmt.Errorf("%s: %w", field, err)
+			}
+			ref.Address, ref.text = at, ""
+		}
+		return nil
+	}
+	if len(r.Pairs) > maxPairs {
+		return fmt.Errorf("%d pairs, more than %d", len(r.Pairs), maxPairs)
+	}
+	for i := range r.Pairs {
+		c := &r.Pairs[i]
+		field := fmt.Sprintf("pairs[%d]", i)
 		if len(c.Certificates) == 0 || len(c.Certificates) > maxChain {
 			return fmt.Errorf("%s: %d certificates, want 1 to %d", field, len(c.Certificates), maxChain)
 		}
@@ -194,7 +278,7 @@ func (j *journal) resolve(parse addressParser) error {
 			return fmt.Errorf("%s: %w", field, err)
 		}
 	}
-	op := j.Operation
+	op := r.Operation
 	if op == nil {
 		return nil
 	}
@@ -255,6 +339,13 @@ func (j *journal) save(dir string) error {
 }
 
 func (j *journal) encode() ([]byte, error) {
-	data, err := json.MarshalIndent(j, "", "  ")
+	whole := *j
+	whole.Credentials = map[string]*record{}
+	for name, r := range j.Credentials {
+		if !r.isEmpty() {
+			whole.Credentials[name] = r
+		}
+	}
+	data, err := json.MarshalIndent(whole, "", "  ")
 	return append(data, '\n'), err
 }

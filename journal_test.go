@@ -2,6 +2,7 @@ package estenroll
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,11 +16,11 @@ import (
 
 var parseAddress = engine.Drivers{"pkcs11": pkcs11.Driver}.Parse
 
-// journals are the journals that runs of this package's tests left at each step:
-// what a version of this program has written, later ones read.
-func journals(t testing.TB) map[string]string {
+// journals are the journals of a version that runs of this package's tests left
+// at each step: what a version of this program has written, later ones read.
+func journals(t testing.TB, version int) map[string]string {
 	t.Helper()
-	paths, err := filepath.Glob("testdata/journal/*.json")
+	paths, err := filepath.Glob(fmt.Sprintf("testdata/journal/version%d/*.json", version))
 	if err != nil || len(paths) == 0 {
 		t.Fatalf("no journals in testdata: %v", err)
 	}
@@ -46,7 +47,7 @@ func saved(t testing.TB, j *journal) string {
 
 func TestJournalOfEachStep(t *testing.T) {
 	steps := map[Step]bool{}
-	for name, text := range journals(t) {
+	for name, text := range journals(t, 2) {
 		j, err := parseJournal([]byte(text), parseAddress)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -55,8 +56,10 @@ func TestJournalOfEachStep(t *testing.T) {
 		if diff := cmp.Diff(text, saved(t, j)); diff != "" {
 			t.Errorf("%s is saved otherwise (-read +saved):\n%s", name, diff)
 		}
-		if j.Operation != nil {
-			steps[j.Operation.Step] = true
+		for _, r := range j.Credentials {
+			if r.Operation != nil {
+				steps[r.Operation.Step] = true
+			}
 		}
 	}
 	for _, step := range []Step{StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard} {
@@ -66,9 +69,26 @@ func TestJournalOfEachStep(t *testing.T) {
 	}
 }
 
+// A journal of version 1 has one credential without a name. It is saved as
+// version 2 says the same.
+func TestJournalOfVersion1(t *testing.T) {
+	today := journals(t, 2)
+	for name, text := range journals(t, 1) {
+		j, err := parseJournal([]byte(text), parseAddress)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		j.rename(unnamed, "device")
+		if diff := cmp.Diff(today[name], saved(t, j)); diff != "" {
+			t.Errorf("%s is saved otherwise (-version 2 +saved):\n%s", name, diff)
+		}
+	}
+}
+
 // What this program never writes is refused, and not touched.
 func TestJournalRefused(t *testing.T) {
-	proving := journals(t)["prove.json"]
+	proving := journals(t, 2)["prove.json"]
 	replace := func(old, replacement string) string {
 		if !strings.Contains(proving, old) {
 			t.Fatalf("prove.json does not contain %s", old)
@@ -76,21 +96,27 @@ func TestJournalRefused(t *testing.T) {
 		return strings.Replace(proving, old, replacement, 1)
 	}
 	for name, c := range map[string]struct{ text, why string }{
-		"empty":             {"", "not JSON"},
-		"null":              {"null", "version 0"},
-		"version":           {replace(`"version": 1`, `"version": 2`), "this program reads version 1"},
-		"unknown field":     {replace(`"version": 1`, `"version": 1, "more": 1`), "unknown field"},
-		"more data":         {proving + "{}", "after top-level value"},
-		"more than allowed": {proving + strings.Repeat(" ", journalLimit), "too large"},
-		"unknown step":      {replace(`"step": "prove"`, `"step": "guess"`), "unknown step"},
-		"unknown kind":      {replace(`"kind": "enroll"`, `"kind": "rekey"`), "unknown kind"},
-		"a path":            {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
-		"negative wait":     {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
-		"another scheme":    {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},
-		"no address":        {replace(`"key": "pkcs11:`, `"key": "`), "no driver"},
-		"an empty chain":    {`{"version": 1, "operation": {"kind": "enroll", "step": "store", "key": "pkcs11:id=%01"}}`, "no certificate at step"},
-		"too many":          {`{"version": 1, "credentials": [` + strings.Repeat(`{},`, maxCredentials) + `{}]}`, "17 credentials"},
-		"a bare credential": {`{"version": 1, "credentials": [{"key": "pkcs11:id=%01"}]}`, "0 certificates"},
+		"empty":              {"", "not JSON"},
+		"null":               {"null", "version 0"},
+		"version":            {replace(`"version": 2`, `"version": 3`), "this program reads versions 1 to 2"},
+		"unknown field":      {replace(`"version": 2`, `"version": 2, "more": 1`), "unknown field"},
+		"field of version 1": {replace(`"version": 2`, `"version": 2, "operation": {}`), "unknown field"},
+		"field of version 2": {`{"version": 1, "credentials": {}}`, "cannot unmarshal"},
+		"no record":          {`{"version": 2, "credentials": {"device": null}}`, "no record"},
+		"no name":            {`{"version": 2, "credentials": {"": {}}}`, "want a name"},
+		"a path for a name":  {`{"version": 2, "credentials": {"../device": {}}}`, "want a name"},
+		"too many names":     {`{"version": 2, "credentials": {` + manyRecords() + `}}`, "17 credentials"},
+		"more data":          {proving + "{}", "after top-level value"},
+		"more than allowed":  {proving + strings.Repeat(" ", journalLimit), "too large"},
+		"unknown step":       {replace(`"step": "prove"`, `"step": "guess"`), "unknown step"},
+		"unknown kind":       {replace(`"kind": "enroll"`, `"kind": "rekey"`), "unknown kind"},
+		"a path":             {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
+		"negative wait":      {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
+		"another scheme":     {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},
+		"no address":         {replace(`"key": "pkcs11:`, `"key": "`), "no driver"},
+		"an empty chain":     {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "store", "key": "pkcs11:id=%01"}}}}`, "no certificate at step"},
+		"too many":           {`{"version": 2, "credentials": {"device": {"pairs": [` + strings.Repeat(`{},`, maxPairs) + `{}]}}}`, "17 pairs"},
+		"a bare pair":        {`{"version": 2, "credentials": {"device": {"pairs": [{"key": "pkcs11:id=%01"}]}}}`, "0 certificates"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -109,10 +135,20 @@ func TestJournalRefused(t *testing.T) {
 	}
 }
 
+func manyRecords() string {
+	var names []string
+	for i := range maxCredentials + 1 {
+		names = append(names, fmt.Sprintf(`"device-%d": {}`, i))
+	}
+	return strings.Join(names, ", ")
+}
+
 // A journal is refused or, saved and read again, the same.
 func FuzzJournal(f *testing.F) {
-	for _, text := range journals(f) {
-		f.Add([]byte(text))
+	for version := 1; version <= journalVersion; version++ {
+		for _, text := range journals(f, version) {
+			f.Add([]byte(text))
+		}
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if len(data) > 64<<10 {
@@ -121,6 +157,9 @@ func FuzzJournal(f *testing.F) {
 		j, err := parseJournal(data, parseAddress)
 		if err != nil {
 			return
+		}
+		if j.Credentials[unnamed] != nil {
+			j.rename(unnamed, "device")
 		}
 		first := saved(t, j)
 		again, err := parseJournal([]byte(first), parseAddress)

@@ -78,12 +78,12 @@ func TestRenew(t *testing.T) {
 	d := newSite(t, testserver.Config{}).device(t, "renewed")
 	key := d.mustEnroll().Key
 	for round, credentials := range []int{2, 2, 2} {
-		previous := d.journal().Credentials[0]
+		previous := d.journal().Pairs[0]
 		result := d.mustRenew()
 		if !result.Changed || result.Kind != "renew" || result.Key != key {
 			t.Errorf("round %d: result %+v", round, result)
 		}
-		if kept := d.journal().Credentials[1]; kept.Certificates[0] != previous.Certificates[0] {
+		if kept := d.journal().Pairs[1]; kept.Certificates[0] != previous.Certificates[0] {
 			t.Errorf("round %d: kept %s, want %s", round, kept.Certificates[0], previous.Certificates[0])
 		}
 		d.tidy(credentials)

@@ -132,29 +132,32 @@ func (f *lossFarm) enroll(ctx context.Context, i int) (again int, err error) {
 	}
 	s := f.site
 	device, err := estenroll.Open(ctx, estenroll.Config{
-		StateDir: filepath.Join(f.dir, name), Name: name,
+		StateDir: filepath.Join(f.dir, name),
 		OpenEngine: func(context.Context, engine.PINSource) (engine.Engine, error) {
 			return shared{s.engine, s.engine.(engine.CertificateStore), s.engine.(engine.KeyRecoverer)}, nil
 		},
-		ParseAddress: s.parse, IDevID: s.idevid, ServerURI: f.uri.String(), ServerName: f.uri.Host, ImplicitTA: s.trust,
-		Dial: func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
-			return coaps.Dial(ctx, coaps.Config{
-				URI: f.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, BlockSize: f.block,
-				AckTimeout: lossAckTimeout, FlightInterval: lossFlightInterval, HandshakeTimeout: 20 * time.Second,
-			})
-		},
-		Request: csr.Template{RawSubject: subject}, Tries: 6, RetryInterval: 10 * time.Millisecond,
+		ParseAddress: s.parse,
 		Progress: func(e estenroll.Event) {
 			if strings.HasPrefix(e.Message, "no answer") {
 				again++
 			}
 		},
+		Credentials: []estenroll.CredentialConfig{{
+			Name: name, IDevID: s.idevid, ServerURI: f.uri.String(), ServerName: f.uri.Host, ImplicitTA: s.trust,
+			Dial: func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
+				return coaps.Dial(ctx, coaps.Config{
+					URI: f.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, BlockSize: f.block,
+					AckTimeout: lossAckTimeout, FlightInterval: lossFlightInterval, HandshakeTimeout: 20 * time.Second,
+				})
+			},
+			Request: csr.Template{RawSubject: subject}, Tries: 6, RetryInterval: 10 * time.Millisecond,
+		}},
 	})
 	if err != nil {
 		return 0, err
 	}
 	defer device.Close() // the engine is not its own
-	result, err := device.Enroll(ctx)
+	result, err := device.Credential(name).Enroll(ctx)
 	if err == nil && !strings.Contains(result.Certificate.Subject.String(), name) {
 		err = fmt.Errorf("got the certificate of %s", result.Certificate.Subject)
 	}

@@ -172,7 +172,7 @@ func TestNewPairRefused(t *testing.T) {
 			if !strings.Contains(d.read("security.json"), "object=idevid;type=cert") {
 				t.Error("the Security object does not point at the IDevID")
 			}
-			if journal := d.journal(); journal.Operation != nil || len(journal.Credentials) != 0 || journal.LastAttempt.Result != "failed" {
+			if journal := d.journal(); journal.Operation != nil || len(journal.Pairs) != 0 || journal.LastAttempt.Result != "failed" {
 				t.Errorf("journal %+v", journal)
 			}
 			site.faults(t, testserver.Faults{})
@@ -325,7 +325,7 @@ func (d *device) fallenBack(old *estenroll.Result) {
 	if !strings.Contains(security, "object=idevid;type=cert") || !strings.Contains(security, "object=idevid;type=private") {
 		d.t.Error("the Security object does not point at the IDevID")
 	}
-	if journal.Operation != nil || len(journal.Credentials) != 2 || journal.Credentials[1].Certificates[0] != old.CertificateAddress.String() {
+	if journal.Operation != nil || len(journal.Pairs) != 2 || journal.Pairs[1].Certificates[0] != old.CertificateAddress.String() {
 		d.t.Errorf("journal %+v", journal)
 	}
 	certs := 0

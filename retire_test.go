@@ -19,10 +19,17 @@ func TestKeyInUse(t *testing.T) {
 		}
 		return u
 	}
-	d := &Device{cfg: Config{IDevID: IDevID{Key: address("idevid")}}, security: new(lwm2m.SecurityObject),
-		journal: &journal{Credentials: []credential{{Key: reference{Address: address("kept")}}}}}
+	d := &shared{security: new(lwm2m.SecurityObject), journal: &journal{Credentials: map[string]*record{
+		"first":  {Pairs: []credential{{Key: reference{Address: address("kept")}}}},
+		"second": {Pairs: []credential{{Key: reference{Address: address("anothers")}}}},
+	}}}
+	for _, idevid := range []string{"idevid", "another-idevid"} {
+		c := new(Credential)
+		c.cfg.IDevID.Key = address(idevid)
+		d.credentials = append(d.credentials, c)
+	}
 	d.security.Set(7, lwm2m.Security{PrivateKey: engine.PrivateKeyFromEngine(address("referred-to"))})
-	for name, want := range map[string]bool{"idevid": true, "kept": true, "referred-to": true, "retired": false} {
+	for name, want := range map[string]bool{"idevid": true, "another-idevid": true, "kept": true, "anothers": true, "referred-to": true, "retired": false} {
 		if got := d.keyInUse(address(name)); got != want {
 			t.Errorf("%s: got %t, want %t", name, got, want)
 		}

@@ -121,8 +121,10 @@ type device struct {
 	site *site
 	name string
 	dir  string
-	cfg  estenroll.Config
-	now  func() time.Time
+	cfg  settings
+	// others are credentials beside the one that runs are for.
+	others []estenroll.CredentialConfig
+	now    func() time.Time
 
 	// hook is asked before and after each call into the engine and each part of a
 	// session: its error takes the place of the call's.
@@ -144,6 +146,18 @@ type device struct {
 	events         []estenroll.Event
 }
 
+// settings are a device's and those of its one credential.
+type settings struct {
+	estenroll.Config
+	estenroll.CredentialConfig
+}
+
+func (s settings) config(others ...estenroll.CredentialConfig) estenroll.Config {
+	cfg := s.Config
+	cfg.Credentials = append(slices.Clone(others), s.CredentialConfig)
+	return cfg
+}
+
 // sent is a request that went out.
 type sent struct {
 	operation est.Operation
@@ -155,13 +169,16 @@ type killed struct{ at string }
 
 func (s *site) device(t *testing.T, name string) *device {
 	d := &device{t: t, site: s, name: name, dir: filepath.Join(t.TempDir(), "state"), now: time.Now, ctx: t.Context()}
-	d.cfg = estenroll.Config{
-		StateDir: d.dir, Name: name, OpenEngine: d.openEngine, ParseAddress: s.parse, IDevID: s.idevid,
-		ServerURI: s.uri.String(), ServerName: s.uri.Host, ImplicitTA: s.trust, Dial: d.dial,
-		Request: csr.Template{RawSubject: subject(t, "CN="+name)}, Tries: 1, RetryInterval: time.Millisecond,
+	d.cfg.Config = estenroll.Config{
+		StateDir: d.dir, OpenEngine: d.openEngine, ParseAddress: s.parse,
 		BuildTime: s.born.Add(-time.Hour), LockWait: 5 * time.Second,
 		Now:      func() time.Time { return d.now() },
 		Progress: func(e estenroll.Event) { d.events = append(d.events, e) },
+	}
+	d.cfg.CredentialConfig = estenroll.CredentialConfig{
+		Name: name, IDevID: s.idevid,
+		ServerURI: s.uri.String(), ServerName: s.uri.Host, ImplicitTA: s.trust, Dial: d.dial,
+		Request: csr.Template{RawSubject: subject(t, "CN="+name)}, Tries: 1, RetryInterval: time.Millisecond,
 	}
 	return d
 }
@@ -304,7 +321,7 @@ func (s watched) Close() error {
 }
 
 // run is one run of the program; a panic of the hook is a kill.
-func (d *device) run(do func(*estenroll.Device) error) (err error) {
+func (d *device) run(do func(*estenroll.Credential) error) (err error) {
 	d.t.Helper()
 	d.events, d.requests = nil, nil
 	before := d.opened - d.closed
@@ -328,27 +345,27 @@ func (d *device) run(do func(*estenroll.Device) error) (err error) {
 			d.t.Errorf("%d sessions were left open", left)
 		}
 	}()
-	if dev, err = estenroll.Open(d.ctx, d.cfg); err != nil {
+	if dev, err = estenroll.Open(d.ctx, d.cfg.config(d.others...)); err != nil {
 		return err
 	}
-	return do(dev)
+	return do(dev.Credential(d.name))
 }
 
 func (d *device) enroll() (result *estenroll.Result, err error) {
 	d.t.Helper()
-	err = d.run(func(dev *estenroll.Device) (err error) { result, err = dev.Enroll(d.ctx); return err })
+	err = d.run(func(c *estenroll.Credential) (err error) { result, err = c.Enroll(d.ctx); return err })
 	return result, err
 }
 
 func (d *device) renew() (result *estenroll.Result, err error) {
 	d.t.Helper()
-	err = d.run(func(dev *estenroll.Device) (err error) { result, err = dev.Renew(d.ctx); return err })
+	err = d.run(func(c *estenroll.Credential) (err error) { result, err = c.Renew(d.ctx); return err })
 	return result, err
 }
 
 func (d *device) status() (status *estenroll.Status) {
 	d.t.Helper()
-	err := d.run(func(dev *estenroll.Device) (err error) { status, err = dev.Status(d.ctx); return err })
+	err := d.run(func(c *estenroll.Credential) (err error) { status, err = c.Status(d.ctx); return err })
 	if err != nil {
 		d.t.Fatal(err)
 	}
@@ -430,11 +447,16 @@ func (d *device) remove(name string) {
 type view struct {
 	VerifiedNotBefore time.Time         `json:"verified_not_before"`
 	RefusedPIN        *engine.PINSource `json:"refused_pin"`
-	Credentials       []struct {
+	credentialView
+}
+
+// credentialView is the part of the device's credential.
+type credentialView struct {
+	Pairs []struct {
 		Key          string   `json:"key"`
 		Certificates []string `json:"certificates"`
 		ExplicitTA   string   `json:"explicit_ta"`
-	} `json:"credentials"`
+	} `json:"pairs"`
 	Operation *struct {
 		Kind string `json:"kind"`
 		Step string `json:"step"`
@@ -446,10 +468,15 @@ type view struct {
 
 func (d *device) journal() (v view) {
 	d.t.Helper()
-	if err := json.Unmarshal([]byte(d.read("journal.json")), &v); err != nil {
+	var file struct {
+		view
+		Credentials map[string]credentialView `json:"credentials"`
+	}
+	if err := json.Unmarshal([]byte(d.read("journal.json")), &file); err != nil {
 		d.t.Fatal(err)
 	}
-	return v
+	file.credentialView = file.Credentials[d.name]
+	return file.view
 }
 
 // objects lists the token, but for the factory credential.
@@ -508,8 +535,8 @@ func (d *device) tidy(credentials int) {
 	if journal.Operation != nil {
 		d.t.Errorf("an operation is left at step %s", journal.Operation.Step)
 	}
-	if len(journal.Credentials) != credentials {
-		d.t.Errorf("%d credentials in the journal, want %d", len(journal.Credentials), credentials)
+	if len(journal.Pairs) != credentials {
+		d.t.Errorf("%d credentials in the journal, want %d", len(journal.Pairs), credentials)
 	}
 	var objects, files []string
 	add := func(list *[]string, text string) {
@@ -517,7 +544,7 @@ func (d *device) tidy(credentials int) {
 			*list = append(*list, text)
 		}
 	}
-	for i, c := range journal.Credentials {
+	for i, c := range journal.Pairs {
 		key := d.uri(c.Key)
 		add(&objects, fmt.Sprintf("private %s %x", key.Object, key.ID))
 		add(&objects, fmt.Sprintf("public %s %x", key.Object, key.ID))

@@ -97,14 +97,14 @@ func TestRefusedPIN(t *testing.T) {
 // A second run waits, then says who is at work; Ctrl-C is the context's error.
 func TestLock(t *testing.T) {
 	d := newSite(t, testserver.Config{}).device(t, "locked")
-	first, err := estenroll.Open(t.Context(), d.cfg)
+	first, err := estenroll.Open(t.Context(), d.cfg.config())
 	if err != nil {
 		t.Fatal(err)
 	}
 	impatient := d.cfg
 	impatient.LockWait = 100 * time.Millisecond
 	began := time.Now()
-	_, err = estenroll.Open(t.Context(), impatient)
+	_, err = estenroll.Open(t.Context(), impatient.config())
 	wantError(t, err, estenroll.ErrBusy)
 	if err != nil && !strings.Contains(err.Error(), fmt.Sprintf("(pid %d)", os.Getpid())) {
 		t.Errorf("the error does not name the holder: %v", err)
@@ -115,14 +115,14 @@ func TestLock(t *testing.T) {
 
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err = estenroll.Open(ctx, d.cfg)
+	_, err = estenroll.Open(ctx, d.cfg.config())
 	if !errors.Is(err, context.Canceled) || errors.Is(err, estenroll.ErrBusy) {
 		t.Errorf("cancelled: %v", err)
 	}
 
 	opened := make(chan error, 1)
 	go func() {
-		second, err := estenroll.Open(t.Context(), d.cfg)
+		second, err := estenroll.Open(t.Context(), d.cfg.config())
 		if err == nil {
 			err = second.Close()
 		}
@@ -240,14 +240,14 @@ func TestSecurityLost(t *testing.T) {
 func TestExplicitTALost(t *testing.T) {
 	d := newSite(t, testserver.Config{}).device(t, "anchorless")
 	d.mustEnroll()
-	d.remove(d.journal().Credentials[0].ExplicitTA)
+	d.remove(d.journal().Pairs[0].ExplicitTA)
 	d.mustRenew()
 	if !d.warned("judged by the configured trust anchors") {
 		t.Errorf("events %+v", d.events)
 	}
 	d.tidy(2)
 	for name, content := range map[string]string{"not a certificate": "garbage", "too large": strings.Repeat("x", 1<<20)} {
-		d.write(d.journal().Credentials[0].ExplicitTA, content)
+		d.write(d.journal().Pairs[0].ExplicitTA, content)
 		if result := d.mustEnroll(); result.Changed || !d.warned("judged by the configured trust anchors") {
 			t.Errorf("%s: enroll: result %+v, events %+v", name, result, d.events)
 		}
@@ -256,7 +256,7 @@ func TestExplicitTALost(t *testing.T) {
 			t.Errorf("%s: renew: events %+v", name, d.events)
 		}
 		d.tidy(2)
-		if got := d.read(d.journal().Credentials[0].ExplicitTA); !strings.HasPrefix(got, "-----BEGIN CERTIFICATE-----") {
+		if got := d.read(d.journal().Pairs[0].ExplicitTA); !strings.HasPrefix(got, "-----BEGIN CERTIFICATE-----") {
 			t.Errorf("%s: the renewal left %.20q", name, got)
 		}
 	}
@@ -297,7 +297,7 @@ func TestKilledInCommit(t *testing.T) {
 func TestTemporaries(t *testing.T) {
 	d := newSite(t, testserver.Config{}).device(t, "temporary")
 	d.mustEnroll()
-	ta := d.journal().Credentials[0].ExplicitTA
+	ta := d.journal().Pairs[0].ExplicitTA
 	for _, name := range []string{".journal.json123", ".security.json7", "." + ta + "99"} {
 		d.write(name, "half")
 	}
@@ -340,7 +340,7 @@ func TestStateDirImpossible(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.cfg.StateDir = filepath.Join(file, "state")
-	if _, err := estenroll.Open(t.Context(), d.cfg); err == nil {
+	if _, err := estenroll.Open(t.Context(), d.cfg.config()); err == nil {
 		t.Error("no error")
 	}
 }

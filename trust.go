@@ -25,7 +25,7 @@ var (
 )
 
 // saveExplicitTA writes the certificates of a /crts answer and returns the name.
-func (d *Device) saveExplicitTA(anchors *est.TrustAnchors) (string, error) {
+func (d *shared) saveExplicitTA(anchors *est.TrustAnchors) (string, error) {
 	var content bytes.Buffer
 	for _, cert := range anchors.Certificates() {
 		if err := pem.Encode(&content, &pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}); err != nil {
@@ -41,7 +41,7 @@ func (d *Device) saveExplicitTA(anchors *est.TrustAnchors) (string, error) {
 }
 
 // loadExplicitTA reads what saveExplicitTA wrote. ErrState if it is something else.
-func (d *Device) loadExplicitTA(name string) (*est.TrustAnchors, error) {
+func (d *shared) loadExplicitTA(name string) (*est.TrustAnchors, error) {
 	path := filepath.Join(d.cfg.StateDir, name)
 	data, err := durable.ReadFile(path, taFileLimit)
 	if errors.Is(err, durable.ErrTooLarge) || errors.Is(err, durable.ErrNotRegular) {
@@ -89,13 +89,15 @@ func ParseTrustAnchors(data []byte) ([]*x509.Certificate, error) {
 }
 
 // removeUnreferencedFiles removes trust anchor files that nothing refers to.
-func (d *Device) removeUnreferencedFiles() error {
+func (d *shared) removeUnreferencedFiles() error {
 	used := map[string]bool{}
-	for _, c := range d.journal.Credentials {
-		used[c.ExplicitTA] = true
-	}
-	if op := d.journal.Operation; op != nil {
-		used[op.ExplicitTA] = true
+	for _, r := range d.journal.Credentials {
+		for _, c := range r.Pairs {
+			used[c.ExplicitTA] = true
+		}
+		if r.Operation != nil {
+			used[r.Operation.ExplicitTA] = true
+		}
 	}
 	entries, err := os.ReadDir(d.cfg.StateDir)
 	if err != nil {

@@ -10,6 +10,8 @@ package engine
 import (
 	"context"
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/rsa"
 	"crypto/x509"
 	"fmt"
 	"sort"
@@ -29,13 +31,31 @@ type Address interface {
 	Scheme() string
 }
 
-// Algorithm is a kind of key pair an engine can generate.
+// Algorithm is a kind of key pair: its family and the name of its curve or the
+// bits of its modulus.
 type Algorithm string
 
-// The algorithms of this release.
+// The algorithms that an engine may be asked to generate.
 const (
-	ECP256 Algorithm = "EC P-256" // secp256r1, mandatory in RFC 9148 §3
+	ECP256  Algorithm = "EC P-256" // secp256r1, mandatory in RFC 9148 §3
+	ECP384  Algorithm = "EC P-384" // secp384r1
+	ECP521  Algorithm = "EC P-521" // secp521r1
+	RSA2048 Algorithm = "RSA 2048"
+	RSA3072 Algorithm = "RSA 3072"
+	RSA4096 Algorithm = "RSA 4096"
 )
+
+// AlgorithmOf names the algorithm of a public key, which may be one that no
+// engine generates; it is empty for a key that is neither EC nor RSA.
+func AlgorithmOf(public crypto.PublicKey) Algorithm {
+	switch key := public.(type) {
+	case *ecdsa.PublicKey:
+		return Algorithm("EC " + key.Curve.Params().Name)
+	case *rsa.PublicKey:
+		return Algorithm(fmt.Sprintf("RSA %d", key.N.BitLen()))
+	}
+	return ""
+}
 
 // KeySpec says what key pair to generate.
 type KeySpec struct {
@@ -57,12 +77,17 @@ type Engine interface {
 	// GenerateKey generates a pair at the address, which MUST come from
 	// NewKeyAddress. The private key is private, sensitive, not extractable and
 	// for signing only; this is read back, and a pair that is not what was asked
-	// for is destroyed and reported. ErrExists if the identifier is taken.
+	// for is destroyed and reported. ErrExists if the identifier is taken,
+	// ErrUnsupported for an algorithm that the token does not have.
 	// It is never repeated by the driver after a device error.
 	GenerateKey(ctx context.Context, at Address, spec KeySpec) (crypto.PublicKey, error)
 
-	// Signer opens the private key at the address. It stays valid until Close,
-	// and its Sign is safe for concurrent use. ErrNotFound, *AmbiguousError.
+	// Signer opens the private key at the address, whoever made it. It stays valid
+	// until Close, and its Sign is safe for concurrent use: ECDSA for an EC key, and
+	// for an RSA key PKCS #1 v1.5, or PSS where the options are *rsa.PSSOptions.
+	// Each signature is verified before it leaves. ErrNotFound, *AmbiguousError,
+	// and ErrUnsupported for a key or a kind of signature that the token or the
+	// driver does not have.
 	Signer(ctx context.Context, at Address) (crypto.Signer, error)
 
 	// RemoveKey destroys both halves of the pair at the address, and nothing

@@ -3,10 +3,16 @@ package engine_test
 import (
 	"bytes"
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/big"
 	"strings"
 	"testing"
 	"time"
@@ -208,6 +214,21 @@ func TestErrors(t *testing.T) {
 		}
 		if tc.is != nil && !errors.Is(tc.err, tc.is) {
 			t.Errorf("%v is not %v", tc.err, tc.is)
+		}
+	}
+}
+
+func TestAlgorithmOf(t *testing.T) {
+	t.Parallel()
+	for want, key := range map[engine.Algorithm]crypto.PublicKey{
+		engine.ECP256:  &ecdsa.PublicKey{Curve: elliptic.P256()},
+		engine.ECP384:  &ecdsa.PublicKey{Curve: elliptic.P384()},
+		engine.ECP521:  &ecdsa.PublicKey{Curve: elliptic.P521()},
+		engine.RSA3072: &rsa.PublicKey{N: new(big.Int).Lsh(big.NewInt(1), 3071)},
+		"":             ed25519.PublicKey{},
+	} {
+		if got := engine.AlgorithmOf(key); got != want {
+			t.Errorf("got %q, want %q", got, want)
 		}
 	}
 }

@@ -194,9 +194,9 @@ func (m *matrix) crash(t *testing.T, story crashStory, template string, at p11cr
 	return len(wrong.text) == 0
 }
 
-// crashJournal is what the judge reads of a journal.
-type crashJournal struct {
-	Credentials []struct {
+// crashRecord is what the judge reads of a journal: of its one credential.
+type crashRecord struct {
+	Pairs []struct {
 		Key          string
 		Certificates []string
 		ExplicitTA   string `json:"explicit_ta"`
@@ -205,23 +205,24 @@ type crashJournal struct {
 	LastAttempt struct{ Time string } `json:"last_attempt"`
 }
 
-func readJournal(t *testing.T, dir string) (j crashJournal) {
+func readJournal(t *testing.T, dir string) crashRecord {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join(dir, "state", "journal.json"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := json.Unmarshal(data, &j); err != nil {
+	var journal struct{ Credentials map[string]crashRecord }
+	if err := json.Unmarshal(data, &journal); err != nil {
 		t.Fatal(err)
 	}
-	return j
+	return journal.Credentials["device"]
 }
 
 // complete reports whether the killed run had recorded its success.
 func (d *crashDevice) complete(t *testing.T, template string) bool {
 	t.Helper()
 	now := readJournal(t, d.dir)
-	return now.Operation == nil && len(now.Credentials) > len(readJournal(t, template).Credentials)
+	return now.Operation == nil && len(now.Pairs) > len(readJournal(t, template).Pairs)
 }
 
 // issuance is a line of the server's record.
@@ -271,8 +272,8 @@ func (d *crashDevice) judge(t *testing.T, story crashStory, issued []issuance) *
 	if journal.Operation != nil {
 		wrong.add("an operation is unfinished: %s", journal.Operation)
 	}
-	if len(journal.Credentials) != story.leaves {
-		wrong.add("%d credentials in the journal, want %d", len(journal.Credentials), story.leaves)
+	if len(journal.Pairs) != story.leaves {
+		wrong.add("%d pairs in the journal, want %d", len(journal.Pairs), story.leaves)
 		return wrong
 	}
 	// What may be there: the IDevID pair, and what the journal refers to.
@@ -282,7 +283,7 @@ func (d *crashDevice) judge(t *testing.T, story crashStory, issued []issuance) *
 		{"Certificate Object", softhsm.IDevIDLabel, softhsm.IDevIDID}: true,
 	}
 	files := map[string]bool{"journal.json": true, "security.json": true, "lock": true}
-	for _, c := range journal.Credentials {
+	for _, c := range journal.Pairs {
 		label, id := attributes(t, c.Key)
 		want[tokenObject{"Private Key Object", label, id}] = true
 		want[tokenObject{"Public Key Object", label, id}] = true
@@ -320,7 +321,7 @@ func (d *crashDevice) judge(t *testing.T, story crashStory, issued []issuance) *
 		}
 	}
 	// The newest certificate is the server's last one, and the Security object's.
-	current := journal.Credentials[0].Certificates[0]
+	current := journal.Pairs[0].Certificates[0]
 	label, _ := attributes(t, current)
 	if n := len(issued); n == 0 || !strings.HasSuffix(label, "-"+issued[n-1].Certificate[:16]) {
 		wrong.add("the current certificate %s is not the last issued", label)

@@ -42,16 +42,23 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 		return cfg, err
 	}
 	cfg = estenroll.Config{
-		StateDir: s.stateDir, LockWait: s.lockWait, Name: s.credential,
+		StateDir: s.stateDir, LockWait: s.lockWait,
 		OpenEngine: func(ctx context.Context, refused engine.PINSource) (engine.Engine, error) {
 			if s.retryPIN {
 				refused = engine.PINSource{}
 			}
 			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockWait: s.lockWait, AddressSource: s.engineSource, RefusedPIN: refused})
 		},
-		ParseAddress: drivers.Parse,
-		NoFallback:   s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval,
-		RequireClock: s.requireClock, Progress: out.progress,
+		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: out.progress,
+	}
+	credential, err := s.credentialConfig()
+	cfg.Credentials = []estenroll.CredentialConfig{credential}
+	return cfg, err
+}
+
+func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error) {
+	cfg = estenroll.CredentialConfig{
+		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval,
 		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
 	}
 	if cfg.IDevID.Key, err = objectAddress("idevid-key", s.idevidKey); err != nil {
@@ -112,8 +119,9 @@ func (s *settings) inRange() error {
 		return errors.New("state-dir: empty")
 	case !filepath.IsAbs(s.lockDir):
 		return errors.New("lock-dir: want an absolute path, the same for all users of the token")
-	case s.credential == "" || len(s.credential) > 64:
-		return errors.New("credential: want a name of 1 to 64 bytes")
+	}
+	if err := estenroll.CheckName(s.credential); err != nil {
+		return fmt.Errorf("credential: %w", err)
 	}
 	if s.shortServerID == 0 || s.shortServerID == 65535 {
 		return fmt.Errorf("short-server-id: %d is not from 1 to 65534", s.shortServerID) // LwM2M Core 1.2 §E.1
@@ -182,25 +190,53 @@ func (s *settings) request(template *csr.Template) (err error) {
 }
 
 // transport chooses how EST is carried.
-func (s *settings) transport(cfg *estenroll.Config) error {
+func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 	server, err := coaps.ParseURI(s.server)
 	if err != nil {
 		return fmt.Errorf("server: %w", err)
-	}
-	cfg.ServerURI, cfg.ServerName = server.String(), server.Host
-	if s.maxRetransmit == 0 {
-		s.maxRetransmit = -1 // below, zero means the default
 	}
 	options := coaps.Config{
 		URI: server, BlockSize: s.blockSize, AckTimeout: s.ackTimeout, MaxRetransmit: s.maxRetransmit,
 		ExchangeTimeout: s.exchangeTimeout, HandshakeTimeout: s.handshakeTimeout,
 	}
+	if err := s.resources(&options); err != nil {
+		return err
+	}
+	cfg.ServerURI, cfg.ServerName = server.WithLabel(options.Label).String(), server.Host
+	if s.maxRetransmit == 0 {
+		options.MaxRetransmit = -1 // there, zero means the default
+	}
 	cfg.Dial = func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
 		dial := options
-		dial.Certificate, dial.Key, dial.Trust, dial.Now = with.Certificate, with.Key, with.Trust, with.Now
+		dial.Certificate, dial.Key, dial.Trust, dial.Now, dial.Warn = with.Certificate, with.Key, with.Trust, with.Now, with.Warn
 		return coaps.Dial(ctx, dial)
 	}
 	return nil
+}
+
+// resources says where on the server EST is. A path in the server's URI is used as
+// it is, so it is not to be looked for, nor to be made longer.
+func (s *settings) resources(options *coaps.Config) (err error) {
+	if options.Discovery, err = choice("discovery", s.discovery, "off", "on"); err != nil {
+		return err
+	}
+	if s.label != "" {
+		if options.Label, err = est.ParseLabel(s.label); err != nil {
+			return err
+		}
+	}
+	if options.URI.Root != est.DefaultRoot && (options.Discovery || options.Label != "") {
+		return errors.New("server: it has a path: want it without, or neither discovery nor label")
+	}
+	return nil
+}
+
+// choice reads a setting of two values and reports whether it is the second.
+func choice(setting, value, first, second string) (bool, error) {
+	if value != first && value != second {
+		return false, fmt.Errorf("%s: want %s or %s", setting, first, second)
+	}
+	return value == second, nil
 }
 
 const certificatesLimit = 1 << 20 // bytes

@@ -9,6 +9,7 @@ import (
 	"estenroll"
 	"estenroll/engine"
 	"estenroll/est"
+	"estenroll/internal/agent"
 	"estenroll/internal/durable"
 	"estenroll/lwm2m"
 )
@@ -65,8 +66,12 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitToken, "check that this user can read the file that pin-source names, and can write to lock-dir"}
 	case errors.As(err, &engineErr):
 		return judgement{exitToken, "look at the token: pkcs11-tool --module MODULE --list-token-slots"}
+	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts:
+		return judgement{exitRefused, "EST is not at that path: --discovery on asks the server where it is, or name the path in --server"}
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
+	case errors.Is(err, agent.ErrExport):
+		return judgement{exitTryLater, "the credential itself is in place: make export-dir writable for this user, and the next run writes the files"}
 	}
 	for _, known := range fileJudgements {
 		if errors.Is(err, known.is) {
@@ -100,6 +105,7 @@ var judgements = []struct {
 	{estenroll.ErrBusy, judgement{exitTryLater, "wait for the other run, or give it longer with --lock-wait"}},
 	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
 	{estenroll.ErrOwner, judgement{exitUsage, "run as that user, or name another directory with --state-dir"}},
+	{estenroll.ErrConfig, judgement{exitUsage, "give each credential a name and a security-instance of its own; one that is renamed begins anew, in another instance"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
 	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
 	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},

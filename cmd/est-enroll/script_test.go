@@ -331,11 +331,13 @@ func countIssuances(record string) (int, error) {
 func sameCSR(ts *testscript.TestScript, args []string) error {
 	var csrs [2]string
 	for i := range csrs {
-		var journal struct{ Operation struct{ CSR string } }
+		var journal struct {
+			Credentials map[string]struct{ Operation struct{ CSR string } }
+		}
 		if err := json.Unmarshal([]byte(ts.ReadFile(args[i])), &journal); err != nil {
 			return err
 		}
-		csrs[i] = journal.Operation.CSR
+		csrs[i] = journal.Credentials["device"].Operation.CSR
 	}
 	if csrs[0] == "" || csrs[0] != csrs[1] {
 		return errors.New("the CSRs differ or are missing")

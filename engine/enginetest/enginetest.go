@@ -8,7 +8,7 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
-	"crypto/sha256"
+	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"os"
@@ -28,6 +28,8 @@ type Fault string
 const (
 	// FaultExtractable: every key that is generated is extractable, whatever was asked for.
 	FaultExtractable Fault = "extractable"
+	// FaultWeaker: every key that is generated is on P-256 or has 2048 bits.
+	FaultWeaker Fault = "weaker"
 	// FaultUnsupported: the token cannot generate keys.
 	FaultUnsupported Fault = "unsupported"
 	// FaultFailGenerate: the token makes a pair and reports a general error.
@@ -63,8 +65,13 @@ type Token struct {
 	Damage func(t *testing.T, label string)
 	// Another makes one more token of the same module.
 	Another func(t *testing.T) Token
+	// Algorithms are those that the token can generate: what is true of a key is
+	// tested for each of them.
+	Algorithms []engine.Algorithm
 	// The foreign tool: another program that uses the token. Identifiers are hexadecimal.
-	GenerateEC       func(label, id string) (publicKeyDER []byte, err error)
+	GenerateEC func(label, id string) (publicKeyDER []byte, err error)
+	// GenerateForeign makes a pair of a kind that no engine has, Ed25519.
+	GenerateForeign  func(label, id string) error
 	WriteCertificate func(der []byte, label, id string) error
 	Delete           func(class engine.Class, id string) error
 }
@@ -80,6 +87,7 @@ func Run(t *testing.T, h Harness) {
 	for _, rule := range slices.Concat(keyRules, certificateRules, pinRules, deviceRules) {
 		t.Run(rule.name, func(t *testing.T) { rule.test(&suite{T: t, Token: h.New(t)}) })
 	}
+	t.Run("algorithm", func(t *testing.T) { runAlgorithms(t, h) })
 	t.Run("no goroutine is left behind", func(t *testing.T) {
 		// One more runs this function; one that has done its work may not be gone yet.
 		for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before+1 && time.Now().Before(end); {
@@ -169,6 +177,9 @@ func (s *suite) generate(e opened, label string) (engine.Address, crypto.PublicK
 	if err != nil {
 		s.Fatal(err)
 	}
+	if algorithm := engine.AlgorithmOf(public); algorithm != engine.ECP256 {
+		s.Errorf("the default is %s, want %s", algorithm, engine.ECP256)
+	}
 	return at, public
 }
 
@@ -185,14 +196,34 @@ func (s *suite) signs(e opened, at engine.Address, public crypto.PublicKey) cryp
 
 func (s *suite) signsWith(signer crypto.Signer, public crypto.PublicKey) {
 	s.Helper()
-	digest := sha256.Sum256([]byte("to be signed"))
-	signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+	s.signsAs(signer, public, crypto.SHA256)
+}
+
+// signsAs wants a signature over a digest of the options' hash, which the
+// standard library verifies.
+func (s *suite) signsAs(signer crypto.Signer, public crypto.PublicKey, opts crypto.SignerOpts) {
+	s.Helper()
+	h := opts.HashFunc().New()
+	h.Write([]byte("to be signed"))
+	digest := h.Sum(nil)
+	signature, err := signer.Sign(rand.Reader, digest, opts)
 	if err != nil {
 		s.Fatal(err)
 	}
-	key := public.(*ecdsa.PublicKey)
-	if !ecdsa.VerifyASN1(key, digest[:], signature) || !key.Equal(signer.Public()) {
-		s.Error("the signature is not that of the key")
+	verified := false
+	switch key := public.(type) {
+	case *ecdsa.PublicKey:
+		verified = ecdsa.VerifyASN1(key, digest, signature) && key.Equal(signer.Public())
+	case *rsa.PublicKey:
+		if pss, ok := opts.(*rsa.PSSOptions); ok {
+			err = rsa.VerifyPSS(key, opts.HashFunc(), digest, signature, pss)
+		} else {
+			err = rsa.VerifyPKCS1v15(key, opts.HashFunc(), digest, signature)
+		}
+		verified = err == nil && key.Equal(signer.Public())
+	}
+	if !verified {
+		s.Errorf("the signature is not that of the key: %v", err)
 	}
 }
 

@@ -21,21 +21,7 @@ var keyRules = []rule{
 		e := s.open()
 		at, public := s.generate(e, "name")
 		s.signs(e, at, public)
-		got, err := e.KeyAttributes(s.Context(), at)
-		if err != nil {
-			s.Fatal(err)
-		}
-		for name, flag := range map[string]struct {
-			got  *bool
-			want bool
-		}{
-			"private": {got.Private, true}, "sensitive": {got.Sensitive, true}, "extractable": {got.Extractable, false},
-			"sign": {got.Sign, true}, "decrypt": {got.Decrypt, false}, "unwrap": {got.Unwrap, false}, "derive": {got.Derive, false},
-		} {
-			if flag.got == nil || *flag.got != flag.want {
-				s.Errorf("%s is not %t", name, flag.want)
-			}
-		}
+		s.forSigningOnly(e, at)
 	}},
 	{"a key that is not what was asked for is destroyed and reported", func(s *suite) {
 		e := s.open()
@@ -282,6 +268,34 @@ var keyRules = []rule{
 		}
 		_, err := signer.Sign(rand.Reader, make([]byte, 31), crypto.SHA256)
 		s.wants(err, nil)
+	}},
+	{"a key of a kind that the driver does not have disturbs nothing", func(s *suite) {
+		e := s.open()
+		at, public := s.generate(e, "name")
+		if err := s.GenerateForeign("foreign", "0102"); err != nil {
+			s.Fatal(err)
+		}
+		s.signs(e, at, public)
+		s.store(e, at, s.leaf(s.newCA("root", nil), public))
+		if _, err := e.RecoverKey(s.Context(), at); err != nil {
+			s.Error(err)
+		}
+		_, other := s.generate(e, "other")
+		if other == nil {
+			s.Error("no key beside it")
+		}
+		for _, object := range s.list(e) {
+			if object.Err != nil {
+				s.Errorf("%s: %v", object.Label, object.Err)
+			}
+		}
+		foreign := s.parse("pkcs11:object=foreign;type=private")
+		_, err := e.Signer(s.Context(), foreign)
+		s.wants(err, engine.ErrUnsupported)
+		if _, err := e.KeyAttributes(s.Context(), foreign); err != nil {
+			s.Error(err)
+		}
+		s.holds(e, 3, 3, 1)
 	}},
 	{"what a module cannot do is ErrUnsupported with the module's name", func(s *suite) {
 		e := s.open()

@@ -33,7 +33,7 @@ var sentinels = map[pkcs11.Error]error{
 	pkcs11.CKR_ATTRIBUTE_VALUE_INVALID:    engine.ErrUnsupported,
 	pkcs11.CKR_TEMPLATE_INCONSISTENT:      engine.ErrUnsupported,
 	pkcs11.CKR_KEY_SIZE_RANGE:             engine.ErrUnsupported,
-	pkcs11.CKR_KEY_TYPE_INCONSISTENT:      engine.ErrUnsupported, // a key that is not for ECDSA
+	pkcs11.CKR_KEY_TYPE_INCONSISTENT:      engine.ErrUnsupported, // a key that is not for the mechanism
 	pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED: engine.ErrUnsupported, // one that must not sign
 	pkcs11.CKR_ACTION_PROHIBITED:          engine.ErrUnsupported, // an object that must not be destroyed
 	pkcs11.CKR_OBJECT_HANDLE_INVALID:      engine.ErrNotFound,    // another process destroyed it

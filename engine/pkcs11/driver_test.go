@@ -8,6 +8,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
@@ -120,6 +122,32 @@ func TestCrypto11(t *testing.T) {
 	}
 	if _, err := e.Certificate(t.Context(), parse(t, "pkcs11:object=imported;id=%CA%FE")); err != nil {
 		t.Error(err)
+	}
+
+	// RSA, both ways and with both paddings
+	digest := sha256.Sum256([]byte("to be signed"))
+	oursRSA, publicRSA := generateAs(t, e, engine.RSA2048)
+	theirs, err = other.FindKeyPair([]byte(oursRSA.(pkcs11.URI).ID), nil)
+	if err != nil || theirs == nil || !publicRSA.(*rsa.PublicKey).Equal(theirs.Public()) {
+		t.Fatalf("crypto11 does not find our RSA key: %v", err)
+	}
+	if _, err := other.GenerateRSAKeyPairWithLabel([]byte{0xbe, 0xef}, []byte("RSA"), 2048); err != nil {
+		t.Fatal(err)
+	}
+	signer, err = e.Signer(t.Context(), parse(t, "pkcs11:object=RSA;id=%BE%EF"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []crypto.Signer{theirs, signer} {
+		signature, err := key.Sign(rand.Reader, digest[:], crypto.SHA256)
+		if err != nil || rsa.VerifyPKCS1v15(key.Public().(*rsa.PublicKey), crypto.SHA256, digest[:], signature) != nil {
+			t.Errorf("PKCS #1 v1.5: %v", err)
+		}
+		pss := &rsa.PSSOptions{Hash: crypto.SHA256, SaltLength: rsa.PSSSaltLengthEqualsHash}
+		signature, err = key.Sign(rand.Reader, digest[:], pss)
+		if err != nil || rsa.VerifyPSS(key.Public().(*rsa.PublicKey), crypto.SHA256, digest[:], signature, pss) != nil {
+			t.Errorf("PSS: %v", err)
+		}
 	}
 
 	// and after our Close it goes on
@@ -335,13 +363,77 @@ func TestRawPoint(t *testing.T) {
 	f := newFaulty(t)
 	f.set(t, "raw-point", "")
 	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
-	at, public := generate(t, e, "name")
+	for _, algorithm := range []engine.Algorithm{engine.ECP256, engine.ECP384, engine.ECP521} {
+		at, public := generateAs(t, e, algorithm)
+		signer, err := e.Signer(t.Context(), at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := sign(signer); err != nil || !public.(*ecdsa.PublicKey).Equal(signer.Public()) {
+			t.Errorf("%s: %v", algorithm, err)
+		}
+	}
+}
+
+func generateAs(t *testing.T, e *pkcs11.Engine, algorithm engine.Algorithm) (engine.Address, crypto.PublicKey) {
+	t.Helper()
+	at, err := e.NewKeyAddress("name")
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := e.GenerateKey(t.Context(), at, engine.KeySpec{Algorithm: algorithm})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at, public
+}
+
+// The public half of an RSA key is read from the private object where there is no
+// public one, which every token shows (PKCS #11 v2.40 mechanisms §2.1.3).
+func TestRSAPublicKeyFromPrivate(t *testing.T) {
+	token := softhsm.New(t)
+	token.Use(t)
+	der, err := token.Generate("rsa:2048", "factory", "01")
+	if err == nil {
+		_, err = token.Tool("--delete-object", "--type", "pubkey", "--id", "01")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := open(t, token.URI(), options(t)).Signer(t.Context(), parse(t, "pkcs11:object=factory;type=private"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := x509.MarshalPKIXPublicKey(signer.Public()); err != nil || !bytes.Equal(got, der) {
+		t.Errorf("another public key, %v", err)
+	}
+	digest := sha256.Sum256(nil)
+	if _, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256); err != nil {
+		t.Error(err)
+	}
+}
+
+// A kind of signature that the module does not make is named, as the module is.
+func TestSignatureUnsupported(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	at, _ := generateAs(t, e, engine.RSA2048)
 	signer, err := e.Signer(t.Context(), at)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := sign(signer); err != nil || !public.(*ecdsa.PublicKey).Equal(signer.Public()) {
-		t.Error(err)
+	digest := sha256.Sum256(nil)
+	for name, opts := range map[string]crypto.SignerOpts{
+		"CKM_RSA_PKCS": crypto.SHA256, "CKM_RSA_PKCS_PSS": &rsa.PSSOptions{Hash: crypto.SHA256, SaltLength: rsa.PSSSaltLengthEqualsHash},
+	} {
+		f.set(t, "return", fmt.Sprintf("C_SignInit before %d", uint(p11.CKR_MECHANISM_INVALID)))
+		_, err := signer.Sign(rand.Reader, digest[:], opts)
+		if !errors.Is(err, engine.ErrUnsupported) || !strings.Contains(err.Error(), name+":") || !strings.Contains(err.Error(), f.module) {
+			t.Errorf("%s: got %v", name, err)
+		}
+		if _, err := signer.Sign(rand.Reader, digest[:], opts); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -130,8 +130,8 @@ var essential = map[engine.Class]uint{
 }
 
 // describe reads what can be read of an object.
-func (s *session) describe(handle pkcs11.ObjectHandle) (engine.Object, error) {
-	var object engine.Object
+func (s *session) describe(handle pkcs11.ObjectHandle) (match, error) {
+	object := match{handle: handle}
 	values, err := s.values(handle, pkcs11.CKA_CLASS, pkcs11.CKA_LABEL)
 	if values == nil {
 		return object, err
@@ -155,8 +155,11 @@ func (s *session) describe(handle pkcs11.ObjectHandle) (engine.Object, error) {
 		if len(values[1]) == 0 && object.Err == nil {
 			object.Err = errUnreadable
 		}
+		if kind == pkcs11.CKA_KEY_TYPE {
+			object.keyType = values[1]
+		}
 	}
-	object.Address = s.address(object)
+	object.Address = s.address(object.Object)
 	return object, nil
 }
 
@@ -180,6 +183,7 @@ func (s *session) address(object engine.Object) engine.Address {
 type match struct {
 	handle pkcs11.ObjectHandle
 	engine.Object
+	keyType []byte // CKA_KEY_TYPE as the module writes it; of a key only
 }
 
 // matches returns the objects that an address names, the half-written ones apart.
@@ -194,9 +198,9 @@ func (s *session) matches(u URI) (whole, broken []match, err error) {
 		case err != nil:
 			return nil, nil, err
 		case object.Err != nil:
-			broken = append(broken, match{handle, object})
+			broken = append(broken, object)
 		default:
-			whole = append(whole, match{handle, object})
+			whole = append(whole, object)
 		}
 	}
 	return whole, broken, nil

@@ -109,9 +109,11 @@ func (f *faulty) calls(t *testing.T) []string {
 
 func (f *faulty) set(t *testing.T, name, content string) {
 	t.Helper()
-	if err := os.WriteFile(filepath.Join(f.faults, name), []byte(content), 0o600); err != nil {
+	path := filepath.Join(f.faults, name)
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { _ = os.Remove(path) }) // the module removes most of them itself
 }
 
 func (f *faulty) inject(t *testing.T, fault enginetest.Fault) {
@@ -119,6 +121,8 @@ func (f *faulty) inject(t *testing.T, fault enginetest.Fault) {
 	switch fault {
 	case enginetest.FaultExtractable:
 		f.set(t, "extractable", "")
+	case enginetest.FaultWeaker:
+		f.set(t, "weaker", "")
 	case enginetest.FaultUnsupported:
 		f.set(t, "return", fmt.Sprintf("C_GenerateKeyPair before %d", p11.CKR_MECHANISM_INVALID))
 	case enginetest.FaultFailGenerate:
@@ -176,7 +180,12 @@ func (f *faulty) token() enginetest.Token {
 		WithoutPIN: f.uri(f.Label, ""), WithPIN: f.uri(f.Label, "&pin-value="+f.PIN),
 		Calls: f.calls, Inject: f.inject, Damage: f.damage,
 		LoseAfter:  func(t *testing.T, function string) { t.Helper(); f.set(t, "lose", function) },
+		Algorithms: []engine.Algorithm{engine.ECP256, engine.ECP384, engine.ECP521, engine.RSA2048, engine.RSA3072, engine.RSA4096},
 		GenerateEC: f.GenerateEC, WriteCertificate: f.WriteCertificate,
+		GenerateForeign: func(label, id string) error {
+			_, err := f.Tool("--keypairgen", "--key-type", "EC:edwards25519", "--usage-sign", "--label", label, "--id", id)
+			return err
+		},
 		Delete: func(class engine.Class, id string) error {
 			name := map[engine.Class]string{engine.ClassPrivateKey: "privkey", engine.ClassPublicKey: "pubkey", engine.ClassCertificate: "cert"}[class]
 			_, err := f.Tool("--delete-object", "--type", name, "--id", id)

@@ -136,7 +136,14 @@ func (t *Token) Tool(args ...string) (string, error) {
 // GenerateEC has the token generate an EC P-256 pair, as a factory would, and
 // returns the public key (DER, SubjectPublicKeyInfo). The id is hexadecimal.
 func (t *Token) GenerateEC(label, id string) ([]byte, error) {
-	if _, err := t.Tool("--keypairgen", "--key-type", "EC:prime256v1", "--usage-sign", "--label", label, "--id", id); err != nil {
+	return t.Generate("EC:prime256v1", label, id)
+}
+
+// Generate is GenerateEC for a kind of key that pkcs11-tool knows: "EC:secp384r1",
+// "rsa:2048". Further arguments are pkcs11-tool's: "--extractable".
+func (t *Token) Generate(kind, label, id string, args ...string) ([]byte, error) {
+	args = append([]string{"--keypairgen", "--key-type", kind, "--usage-sign", "--label", label, "--id", id}, args...)
+	if _, err := t.Tool(args...); err != nil {
 		return nil, err
 	}
 	return t.read("pubkey", label, id)
@@ -156,10 +163,15 @@ func (t *Token) WriteCertificate(der []byte, label, id string) error {
 	return errors.Join(err, os.Remove(file))
 }
 
-// StoreIDevID makes the factory credential: a pair in the token, labelled
+// StoreIDevID makes the factory credential: an EC P-256 pair in the token, labelled
 // IDevIDLabel, and the certificate that sign returns for its public key, both DER.
 func (t *Token) StoreIDevID(sign func(publicKey []byte) (certificate []byte, err error)) error {
-	public, err := t.GenerateEC(IDevIDLabel, IDevIDID)
+	return t.StoreIDevIDOf("EC:prime256v1", sign)
+}
+
+// StoreIDevIDOf is StoreIDevID with a pair of another kind: see Generate.
+func (t *Token) StoreIDevIDOf(kind string, sign func(publicKey []byte) (certificate []byte, err error)) error {
+	public, err := t.Generate(kind, IDevIDLabel, IDevIDID)
 	if err != nil {
 		return err
 	}

@@ -4,6 +4,7 @@
 //   P11FAULT_DIR     a directory in which each file is a fault:
 //
 //     extractable  every generated key is extractable and not sensitive
+//     weaker       every generated key is on P-256 or has 2048 bits
 //     raw-point    CKA_EC_POINT is not wrapped in an OCTET STRING
 //     flags        content: a number that is or-ed into every token's flags
 //     return       content: "<function> before|after <value>": the function is not
@@ -103,8 +104,19 @@ static void prepare(const char *name, CK_ULONG *a);
 static void prepare(const char *name, CK_ULONG *a)
 {
 	static CK_BBOOL yes = CK_TRUE, no = CK_FALSE;
+	static CK_ULONG bits = 2048;
+	static CK_BYTE p256[] = {0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07};
 	char content[16];
-	if (strcmp(name, "C_GenerateKeyPair") || !fault("extractable", content, sizeof content))
+	if (strcmp(name, "C_GenerateKeyPair"))
+		return;
+	CK_ATTRIBUTE *public = (CK_ATTRIBUTE *)a[2];
+	for (CK_ULONG i = 0; fault("weaker", content, sizeof content) && i < a[3]; i++) {
+		if (public[i].type == CKA_MODULUS_BITS)
+			public[i].pValue = &bits;
+		if (public[i].type == CKA_EC_PARAMS)
+			public[i].pValue = p256, public[i].ulValueLen = sizeof p256;
+	}
+	if (!fault("extractable", content, sizeof content))
 		return;
 	CK_ATTRIBUTE *private = (CK_ATTRIBUTE *)a[4]; // session, mechanism, public, its count, private, its count
 	for (CK_ULONG i = 0; i < a[5]; i++) {
@@ -125,9 +137,10 @@ static CK_RV special(const char *name, CK_ULONG *a, CK_RV rv)
 	if (!strcmp(name, "C_GetAttributeValue") && fault("raw-point", content, sizeof content)) {
 		CK_ATTRIBUTE *attributes = (CK_ATTRIBUTE *)a[2];
 		for (CK_ULONG i = 0; i < a[3]; i++)
-			if (attributes[i].type == CKA_EC_POINT && attributes[i].pValue && attributes[i].ulValueLen == 67) {
-				memmove(attributes[i].pValue, (char *)attributes[i].pValue + 2, 65);
-				attributes[i].ulValueLen = 65;
+			if (attributes[i].type == CKA_EC_POINT && attributes[i].pValue && attributes[i].ulValueLen > 65) {
+				CK_ULONG head = attributes[i].ulValueLen > 129 ? 3 : 2; // its length is one octet up to 127
+				memmove(attributes[i].pValue, (char *)attributes[i].pValue + head, attributes[i].ulValueLen - head);
+				attributes[i].ulValueLen -= head;
 			}
 	}
 	return rv;

@@ -1,0 +1,85 @@
+package estenroll_test
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"estenroll"
+	"estenroll/testserver"
+)
+
+// A state directory of version 1 is that of the credential whose Security
+// instance it keeps; the renewal saves it as version 2.
+func TestStateOfVersion1(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "veteran")
+	d.mustEnroll()
+	var file map[string]any
+	if err := json.Unmarshal([]byte(d.read("journal.json")), &file); err != nil {
+		t.Fatal(err)
+	}
+	record := file["credentials"].(map[string]any)["veteran"].(map[string]any)
+	file["version"], file["credentials"], file["last_attempt"] = 1, record["pairs"], record["last_attempt"]
+	old, err := json.Marshal(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.write("journal.json", string(old))
+	other := d.cfg.CredentialConfig
+	other.Name, other.Security.Instance = "recruit", 1
+	d.others = []estenroll.CredentialConfig{other}
+	d.mustRenew()
+	d.tidy(2)
+	if journal := d.read("journal.json"); !strings.Contains(journal, `"version": 2`) || strings.Contains(journal, "recruit") {
+		t.Errorf("journal %s", journal)
+	}
+}
+
+// A name that takes the Security instance of another one is refused.
+func TestInstanceOfAnother(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "first")
+	d.mustEnroll()
+	before := d.snapshot()
+	d.name, d.cfg.Name = "renamed", "renamed"
+	_, err := d.enroll()
+	wantError(t, err, estenroll.ErrConfig)
+	_, err = d.renew()
+	wantError(t, err, estenroll.ErrConfig)
+	if problem := d.status().Current.Problem; !strings.Contains(problem, `is that of credential "first"`) {
+		t.Errorf("problem %q", problem)
+	}
+	d.unchangedSince(before)
+}
+
+func TestCredentialsRefused(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "device")
+	for name, c := range map[string]struct {
+		names []string
+		why   string
+	}{
+		"none":          {nil, "0 credentials"},
+		"no name":       {[]string{""}, "want a name"},
+		"a path":        {[]string{"../device"}, "want a name"},
+		"one name":      {[]string{"mqtt", "mqtt"}, "one name"},
+		"but for case":  {[]string{"mqtt", "MQTT"}, "one name"},
+		"one instance":  {[]string{"mqtt", "lwm2m"}, "both have security instance 0"},
+		"more than can": {strings.Split(strings.Repeat("mqtt ", 16)+"mqtt", " "), "17 credentials"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := d.cfg.Config
+			for i, name := range c.names {
+				one := d.cfg.CredentialConfig
+				one.Name = name
+				if c.why == "one name" {
+					one.Security.Instance = uint16(i)
+				}
+				cfg.Credentials = append(cfg.Credentials, one)
+			}
+			_, err := estenroll.Open(t.Context(), cfg)
+			wantError(t, err, estenroll.ErrConfig)
+			if err != nil && !strings.Contains(err.Error(), c.why) {
+				t.Errorf("error %v, want %q", err, c.why)
+			}
+		})
+	}
+}
