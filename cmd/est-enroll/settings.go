@@ -81,7 +81,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVarP(&s.config, "config", "c", "", "configuration `file` (default "+defaultConfig+" where it exists)")
 	flags.StringVar(&s.stateDir, "state-dir", "/var/lib/est-enroll", "`directory` of the journal, the Security object and the trust anchors")
 	flags.StringVar(&s.engine, "engine", "", "engine `address` of the token: pkcs11:token=…?module-path=…&pin-source=file:…")
-	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token; with \"credentials:\" in the file, the one to treat (default: all)")
+	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token; of several, the one to treat")
 	flags.StringVar(&s.server, "server", "", "EST server: coaps://host[:port][/path], the path is /.well-known/est unless given")
 	flags.StringVar(&s.discovery, "discovery", "off", "`on` asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1), or off")
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
