@@ -75,6 +75,8 @@ type Connection struct {
 	Trust *est.TrustAnchors
 	// Now is the verification time.
 	Now func() time.Time
+	// Warn is told what a person should know of the session.
+	Warn func(format string, args ...any)
 }
 
 // Config is what the lifecycle works with: what all credentials of a device
@@ -174,12 +176,13 @@ type Credential struct {
 		Config
 		CredentialConfig
 	}
-	journal *record // its part of the device's journal
-	sent    bool    // the CSR of the operation may have reached a server
+	journal *record         // its part of the device's journal
+	sent    bool            // the CSR of the operation may have reached a server
+	warned  map[string]bool // what was said of sessions
 }
 
 // Name returns the credential's name.
-func (d *Credential) Name() string { return d.cfg.Name }
+func (c *Credential) Name() string { return c.cfg.Name }
 
 // credentialName holds for a label in a token and for a file's name.
 var credentialName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
@@ -447,26 +450,39 @@ func (d *Device) Close() error {
 func (d *shared) save() error { return d.journal.save(d.cfg.StateDir) }
 
 // advance names the next step of the operation on the disk before it is done.
-func (d *Credential) advance(step Step) error {
-	d.journal.Operation.Step = step
-	return d.save()
+func (c *Credential) advance(step Step) error {
+	c.journal.Operation.Step = step
+	return c.save()
 }
 
 func (d *shared) warn(format string, args ...any) {
 	d.cfg.Progress(Event{Message: fmt.Sprintf(format, args...), Warning: true})
 }
 
-func (d *Credential) warn(format string, args ...any) {
-	d.cfg.Progress(Event{Credential: d.Name(), Message: fmt.Sprintf(format, args...), Warning: true})
+func (c *Credential) warn(format string, args ...any) {
+	c.cfg.Progress(Event{Credential: c.Name(), Message: fmt.Sprintf(format, args...), Warning: true})
 }
 
-func (d *Credential) say(step Step, format string, args ...any) {
-	d.cfg.Progress(Event{Credential: d.Name(), Step: step, Message: fmt.Sprintf(format, args...)})
+// warnOnce says what each session would say again.
+func (c *Credential) warnOnce(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	if c.warned[text] {
+		return
+	}
+	if c.warned == nil {
+		c.warned = map[string]bool{}
+	}
+	c.warned[text] = true
+	c.warn("%s", text)
+}
+
+func (c *Credential) say(step Step, format string, args ...any) {
+	c.cfg.Progress(Event{Credential: c.Name(), Step: step, Message: fmt.Sprintf(format, args...)})
 }
 
 // timed does one step and tells of it when it is done.
-func (d *Credential) timed(step Step, do func() (string, error)) error {
-	start := d.cfg.Now()
+func (c *Credential) timed(step Step, do func() (string, error)) error {
+	start := c.cfg.Now()
 	message, err := do()
 	if err != nil {
 		var already *StepError
@@ -475,6 +491,6 @@ func (d *Credential) timed(step Step, do func() (string, error)) error {
 		}
 		return &StepError{Step: step, Err: err}
 	}
-	d.cfg.Progress(Event{Credential: d.Name(), Step: step, Message: message, Elapsed: max(d.cfg.Now().Sub(start), 1)})
+	c.cfg.Progress(Event{Credential: c.Name(), Step: step, Message: message, Elapsed: max(c.cfg.Now().Sub(start), 1)})
 	return nil
 }

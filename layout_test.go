@@ -16,7 +16,7 @@ var rooms = map[string][]string{
 		"github.com/cenkalti/backoff/v5",
 	},
 	"estenroll/cmd/est-enroll": {
-		"estenroll", "estenroll/csr", "estenroll/engine", "estenroll/engine/pkcs11", "estenroll/est", "estenroll/est/coaps", "estenroll/internal/durable", "estenroll/lwm2m",
+		"estenroll", "estenroll/csr", "estenroll/engine", "estenroll/engine/pkcs11", "estenroll/est", "estenroll/est/coaps", "estenroll/internal/agent", "estenroll/internal/durable", "estenroll/lwm2m",
 		"github.com/spf13/cobra", "github.com/spf13/pflag", "go.yaml.in/yaml/v3", "golang.org/x/term",
 	},
 	"estenroll/cmd/est-testserver": {"estenroll/csr", "estenroll/internal/durable", "estenroll/testserver", "github.com/spf13/cobra"},
@@ -26,6 +26,7 @@ var rooms = map[string][]string{
 	"estenroll/engine/pkcs11":      {"estenroll/engine", "estenroll/internal/durable", "github.com/miekg/pkcs11"},
 	"estenroll/est":                {"go.mozilla.org/pkcs7"},
 	"estenroll/est/coaps":          {"estenroll/est", "estenroll/internal/coap"},
+	"estenroll/internal/agent":     {"estenroll", "estenroll/internal/durable"},
 	"estenroll/internal/coap":      {"github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 	"estenroll/internal/durable":   {"github.com/gofrs/flock", "github.com/google/renameio/v2", "golang.org/x/sys"},
 	"estenroll/lwm2m":              {"estenroll/engine", "estenroll/internal/durable"},

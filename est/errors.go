@@ -48,6 +48,8 @@ type StatusError struct {
 	Class int
 	// Unauthorized says that the code is 4.01 or 401.
 	Unauthorized bool
+	// NotFound says that the code is 4.04 or 404.
+	NotFound bool
 	// Detail is the server's own text: capped and printable, see NewDetail.
 	Detail string
 }

@@ -35,11 +35,16 @@ func (o Operation) ShortPath() string {
 	return ""
 }
 
+// ResourceType returns the operation's resource type, by which it is discovered
+// (RFC 9148 §4.1, §8.2).
+func (o Operation) ResourceType() string { return "ace.est." + o.ShortPath() }
+
 // ContentFormat is a CoAP Content-Format number; HTTPS media types are mapped to it.
 type ContentFormat uint16
 
-// Content-Formats of EST (RFC 9148 §8.1, RFC 8710).
+// Content-Formats of EST and of its discovery (RFC 9148 §8.1, RFC 8710, RFC 7252 §12.3).
 const (
+	ContentFormatLinkFormat     ContentFormat = 40
 	ContentFormatMultipartCore  ContentFormat = 62
 	ContentFormatPKCS7ServerKey ContentFormat = 280
 	ContentFormatPKCS7CertsOnly ContentFormat = 281

@@ -195,20 +195,48 @@ func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 	if err != nil {
 		return fmt.Errorf("server: %w", err)
 	}
-	cfg.ServerURI, cfg.ServerName = server.String(), server.Host
-	if s.maxRetransmit == 0 {
-		s.maxRetransmit = -1 // below, zero means the default
-	}
 	options := coaps.Config{
 		URI: server, BlockSize: s.blockSize, AckTimeout: s.ackTimeout, MaxRetransmit: s.maxRetransmit,
 		ExchangeTimeout: s.exchangeTimeout, HandshakeTimeout: s.handshakeTimeout,
 	}
+	if err := s.resources(&options); err != nil {
+		return err
+	}
+	cfg.ServerURI, cfg.ServerName = server.WithLabel(options.Label).String(), server.Host
+	if s.maxRetransmit == 0 {
+		options.MaxRetransmit = -1 // there, zero means the default
+	}
 	cfg.Dial = func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
 		dial := options
-		dial.Certificate, dial.Key, dial.Trust, dial.Now = with.Certificate, with.Key, with.Trust, with.Now
+		dial.Certificate, dial.Key, dial.Trust, dial.Now, dial.Warn = with.Certificate, with.Key, with.Trust, with.Now, with.Warn
 		return coaps.Dial(ctx, dial)
 	}
 	return nil
+}
+
+// resources says where on the server EST is. A path in the server's URI is used as
+// it is, so it is not to be looked for, nor to be made longer.
+func (s *settings) resources(options *coaps.Config) (err error) {
+	if options.Discovery, err = choice("discovery", s.discovery, "off", "on"); err != nil {
+		return err
+	}
+	if s.label != "" {
+		if options.Label, err = est.ParseLabel(s.label); err != nil {
+			return err
+		}
+	}
+	if options.URI.Root != est.DefaultRoot && (options.Discovery || options.Label != "") {
+		return errors.New("server: it has a path: want it without, or neither discovery nor label")
+	}
+	return nil
+}
+
+// choice reads a setting of two values and reports whether it is the second.
+func choice(setting, value, first, second string) (bool, error) {
+	if value != first && value != second {
+		return false, fmt.Errorf("%s: want %s or %s", setting, first, second)
+	}
+	return value == second, nil
 }
 
 const certificatesLimit = 1 << 20 // bytes

@@ -20,12 +20,12 @@ it does nothing and exits 0. It first finishes what an interrupted run left.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
-				result, err := device.Credential(s.credential).Enroll(ctx)
-				if err != nil {
-					return err
+				credential := device.Credential(s.credential)
+				result, err := credential.Enroll(ctx)
+				if err == nil {
+					out.outcome(result)
 				}
-				out.outcome(result)
-				return nil
+				return errors.Join(err, s.export(ctx, credential, out))
 			})
 		},
 	}

@@ -10,6 +10,7 @@ import (
 	"estenroll"
 	"estenroll/engine"
 	"estenroll/est"
+	"estenroll/internal/agent"
 	"estenroll/internal/durable"
 	"estenroll/lwm2m"
 )
@@ -69,8 +70,12 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitToken, "check that this user can read the file that pin-source names, and can write to lock-dir"}
 	case errors.As(err, &engineErr):
 		return judgement{exitToken, "look at the token: pkcs11-tool --module MODULE --list-token-slots"}
+	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts:
+		return judgement{exitRefused, "EST is not at that path: --discovery on asks the server where it is, or name the path in --server"}
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
+	case errors.Is(err, agent.ErrExport):
+		return judgement{exitTryLater, "the credential itself is in place: make export-dir writable for this user, and the next run writes the files"}
 	}
 	for _, known := range fileJudgements {
 		if errors.Is(err, known.is) {

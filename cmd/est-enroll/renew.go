@@ -24,12 +24,12 @@ now, whatever the age of the certificate: scheduling is not there yet, so
 				return &usageError{errors.New("renew: scheduling is not there yet: renew --force renews now")}
 			}
 			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
-				result, err := device.Credential(s.credential).Renew(ctx)
-				if err != nil {
-					return err
+				credential := device.Credential(s.credential)
+				result, err := credential.Renew(ctx)
+				if err == nil {
+					out.outcome(result)
 				}
-				out.outcome(result)
-				return nil
+				return errors.Join(err, s.export(ctx, credential, out))
 			})
 		},
 	}

@@ -35,6 +35,7 @@ type settings struct {
 	engine                 string
 	credential             string
 	server, trustAnchors   string
+	discovery, label       string
 	subject                string
 	san                    []string
 	idevidKey, idevidCert  string
@@ -53,6 +54,7 @@ type settings struct {
 	exchangeTimeout        time.Duration
 	handshakeTimeout       time.Duration
 	requireClock           bool
+	exportDir              string
 	retryPIN               bool
 	quiet, verbose         bool
 	engineSource           engine.PINSource // where the engine's address was read
@@ -60,7 +62,7 @@ type settings struct {
 }
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "json": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "json": true, "uri": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -69,6 +71,8 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.engine, "engine", "", "engine `address` of the token: pkcs11:token=…?module-path=…&pin-source=file:…")
 	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token")
 	flags.StringVar(&s.server, "server", "", "EST server: coaps://host[:port][/path], the path is /.well-known/est unless given")
+	flags.StringVar(&s.discovery, "discovery", "off", "`on` asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1), or off")
+	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
 	flags.StringVar(&s.idevidKey, "idevid-key", "pkcs11:object=idevid;type=private", "engine `address` of the factory key (IDevID)")
 	flags.StringVar(&s.idevidCert, "idevid-certificate", "pkcs11:object=idevid;type=cert", "engine `address` of the factory certificate")
@@ -88,6 +92,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.IntVar(&s.maxRetransmit, "max-retransmit", 4, "MAX_RETRANSMIT (RFC 7252 §4.8), 0 for none")
 	flags.DurationVar(&s.exchangeTimeout, "exchange-timeout", 0, "bound on one request and all blocks of it and of its answer (default: by RFC 7252)")
 	flags.DurationVar(&s.handshakeTimeout, "handshake-timeout", 30*time.Second, "bound on one DTLS handshake")
+	flags.StringVar(&s.exportDir, "export-dir", "", "`directory` for other programs: certificate, chain and the key's address, as files below NAME/")
 	flags.BoolVar(&s.requireClock, "require-clock", false, "refuse to work while the system clock is behind what the device has verified")
 	flags.StringVar(&s.lockDir, "lock-dir", "/run/lock/est-enroll", "`directory` of the writer locks that all users of a token share")
 	flags.DurationVar(&s.lockWait, "lock-wait", 30*time.Second, "how long to wait for another run")
@@ -190,6 +195,9 @@ func wanted(f *pflag.Flag) string {
 		return "true or false"
 	case "uint", "uint16", "int":
 		return "a whole number"
+	}
+	if c, ok := f.Value.(*oneOf); ok {
+		return c.wanted()
 	}
 	return "a text"
 }

@@ -22,12 +22,23 @@ const (
 	codeGET                coap.Code = 0x01
 	codePOST               coap.Code = 0x02
 	codeUnauthorized       coap.Code = 4<<5 | 1
+	codeNotFound           coap.Code = 4<<5 | 4
 	codeServiceUnavailable coap.Code = 5<<5 | 3
 )
 
 // Config is what a session needs. URI, Trust, Certificate and Key are required.
 type Config struct {
 	URI URI
+	// Label is appended to URI's path, and chooses among what is discovered.
+	// Default: none.
+	Label est.Label
+	// Discovery asks the server for the paths of its resources when the session
+	// is opened (RFC 9148 §4.1), which costs a round trip; what it does not say is
+	// below URI's path. Default: all is.
+	Discovery bool
+	// Warn is told what discovery did not find or did not follow. Default: nobody.
+	Warn func(format string, args ...any)
+
 	// Certificate (DER, leaf first) and Key authenticate us: the client
 	// presents a certificate for every function, crts too (RFC 9148 §3).
 	Certificate [][]byte
@@ -58,6 +69,8 @@ type Config struct {
 type Session struct {
 	conn *coap.Conn
 	uri  URI
+	// resources are what discovery found; others are below the URI's path.
+	resources map[est.Operation]resource
 }
 
 var (
@@ -66,16 +79,26 @@ var (
 )
 
 // Dial opens a session: the server's chain, name and time are judged before
-// anything is sent to it. est.ErrUnreachable; est.ErrServerCertificate beside
-// est.ErrNotTrusted or est.ErrNotValidNow; est.ErrCredentialRefused,
-// est.ErrCredentialNotYetValid; est.ErrKeyMismatch for a Key that is not the
-// Certificate's; and what the Key says when it cannot sign.
+// anything is sent to it, the question for its resources included.
+// est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
+// est.ErrNotValidNow; est.ErrCredentialRefused, est.ErrCredentialNotYetValid;
+// est.ErrKeyMismatch for a Key that is not the Certificate's; and what the Key
+// says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
 	conn, err := dial(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open session with %s: %w", cfg.URI, err)
 	}
-	return NewSession(conn, cfg.URI), nil
+	session := NewSession(conn, cfg.URI.WithLabel(cfg.Label))
+	if cfg.Discovery {
+		if cfg.Warn == nil {
+			cfg.Warn = func(string, ...any) {}
+		}
+		if err := session.discover(ctx, cfg.Label, cfg.Warn); err != nil {
+			return nil, errors.Join(err, session.Close())
+		}
+	}
+	return session, nil
 }
 
 func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
@@ -177,29 +200,33 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 	if name == "" {
 		return nil, fmt.Errorf("%s over CoAPs: unknown operation", req.Operation)
 	}
-	resource := s.uri.String() + "/" + name
-	accept := uint16(est.ContentFormatPKCS7CertsOnly) // RFC 9148 §4.3
-	request := &coap.Request{Method: codeGET, Path: s.uri.Root + "/" + name, Accept: &accept}
+	at, discovered := s.resources[req.Operation]
+	if !discovered {
+		at = resource{path: s.uri.Root + "/" + name, accept: est.ContentFormatPKCS7CertsOnly} // RFC 9148 §4.3
+	}
+	server := URI{Host: s.uri.Host, Port: s.uri.Port, Root: at.path}.String()
+	accept := uint16(at.accept)
+	request := &coap.Request{Method: codeGET, Path: at.path, Accept: &accept}
 	if req.Operation != est.CACerts {
 		format := uint16(est.ContentFormatPKCS10)
 		request.Method, request.ContentFormat, request.Body = codePOST, &format, req.Body
 	}
 	response, err := s.conn.Do(ctx, request)
 	if err != nil {
-		return nil, fmt.Errorf("%s at %s: %w", req.Operation, resource, classify(ctx, err))
+		return nil, fmt.Errorf("%s at %s: %w", req.Operation, server, classify(ctx, err))
 	}
-	return interpret(req.Operation, resource, response)
+	return interpret(req.Operation, server, response)
 }
 
 // interpret maps a CoAP response to EST (RFC 9148 §4.5, §4.7).
-func interpret(operation est.Operation, resource string, response *coap.Response) (*est.Response, error) {
+func interpret(operation est.Operation, server string, response *coap.Response) (*est.Response, error) {
 	switch class := int(response.Code) >> 5; {
 	case response.Code == codeServiceUnavailable:
-		return nil, est.NewPendingError(operation, resource, retryAfter(response.MaxAge))
+		return nil, est.NewPendingError(operation, server, retryAfter(response.MaxAge))
 	case class != 2:
 		return nil, &est.StatusError{
-			Operation: operation, Server: resource, Code: codeText(response.Code), Class: class,
-			Unauthorized: response.Code == codeUnauthorized, Detail: est.NewDetail(response.Body),
+			Operation: operation, Server: server, Code: codeText(response.Code), Class: class,
+			Unauthorized: response.Code == codeUnauthorized, NotFound: response.Code == codeNotFound, Detail: est.NewDetail(response.Body),
 		}
 	case response.ContentFormat == nil:
 		return nil, &est.ResponseError{Operation: operation, Err: errors.New("no content-format")}

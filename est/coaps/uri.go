@@ -70,12 +70,25 @@ func ParseURI(s string) (URI, error) {
 	if u.RawPath != "" {
 		return wrong("its path has escapes that would be lost")
 	}
-	for segment := range strings.SplitSeq(result.Root[1:], "/") {
-		if segment == "" || segment == "." || segment == ".." || len(segment) > 255 || !printable(segment) {
-			return wrong("its path has a segment that is empty, a dot, not printable ASCII or longer than 255 bytes") // RFC 7252 §5.10
-		}
+	if !validPath(result.Root) {
+		return wrong("its path has a segment that is empty, a dot, not printable ASCII or longer than 255 bytes")
 	}
 	return result, nil
+}
+
+// validPath reports whether a path arrives as it is: each segment is one
+// Uri-Path option (RFC 7252 §5.10).
+func validPath(path string) bool {
+	segments, found := strings.CutPrefix(path, "/")
+	if !found {
+		return false
+	}
+	for segment := range strings.SplitSeq(segments, "/") {
+		if segment == "" || segment == "." || segment == ".." || len(segment) > 255 || !printable(segment) {
+			return false
+		}
+	}
+	return true
 }
 
 func validHost(host string) bool {
@@ -97,6 +110,14 @@ func validHost(host string) bool {
 
 func printable(s string) bool {
 	return strings.IndexFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '%' }) < 0
+}
+
+// WithLabel returns the URI of the CA that a label names (RFC 7030 §3.2.2).
+func (u URI) WithLabel(label est.Label) URI {
+	if label != "" {
+		u.Root += "/" + string(label)
+	}
+	return u
 }
 
 // String returns the whole URI, with its port and path.

@@ -25,6 +25,7 @@ import (
 // Errors of files, to be tested with errors.Is. A missing file is fs.ErrNotExist.
 var (
 	ErrNotRegular = errors.New("not a regular file")
+	ErrNotLink    = errors.New("not a symbolic link")
 	ErrTooLarge   = errors.New("file is too large")
 )
 
@@ -59,6 +60,35 @@ func WriteFile(path string, data []byte, perm os.FileMode) (err error) {
 	}
 	if err != nil {
 		return errors.Join(err, pending.Cleanup())
+	}
+	return syncDirectory(dir)
+}
+
+// Symlink makes path a symbolic link to target, or turns the link that is there,
+// atomically: whoever opens path sees the old target or the new one. When it
+// returns nil the link is on the disk. Anything else at path is refused with
+// ErrNotLink. Two calls for one path MUST NOT run at once.
+func Symlink(target, path string) (err error) {
+	defer wrap(&err, "write link", path)
+	switch existing, err := os.Lstat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return err
+	case existing.Mode().Type() != fs.ModeSymlink:
+		return ErrNotLink
+	}
+	// Not renameio.Symlink: a killed one leaves a directory with a random name. What
+	// a killed call of this leaves, the next one takes away.
+	dir := filepath.Dir(path)
+	temporary := filepath.Join(dir, "."+filepath.Base(path)+".link")
+	if err := syscall.Unlink(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return &fs.PathError{Op: "unlink", Path: temporary, Err: err}
+	}
+	if err := os.Symlink(target, temporary); err != nil {
+		return err
+	}
+	if err := os.Rename(temporary, path); err != nil {
+		return errors.Join(err, syscall.Unlink(temporary))
 	}
 	return syncDirectory(dir)
 }

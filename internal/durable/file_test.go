@@ -165,6 +165,48 @@ func TestReadFile(t *testing.T) {
 	}
 }
 
+func TestSymlink(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "current")
+	// What a killed call leaves.
+	if err := os.Symlink("killed", filepath.Join(dir, ".current.link")); err != nil {
+		t.Fatal(err)
+	}
+	for _, target := range []string{"first", "second", "second"} {
+		if err := durable.Symlink(target, path); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := os.Readlink(path); err != nil || got != target {
+			t.Errorf("got %q, %v, want %q", got, err, target)
+		}
+		if got, want := names(t, dir), []string{"current"}; !cmp.Equal(got, want) {
+			t.Errorf("left behind: got %q, want %q", got, want)
+		}
+	}
+}
+
+// What is no link is neither replaced nor removed.
+func TestSymlinkRefused(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file, folder := filepath.Join(dir, "file"), filepath.Join(dir, "folder")
+	if err := errors.Join(os.WriteFile(file, []byte("mine"), 0o600), os.Mkdir(folder, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{file, folder} {
+		if err := durable.Symlink("target", path); !errors.Is(err, durable.ErrNotLink) || !strings.Contains(err.Error(), "write link: "+path) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	if err := durable.Symlink("target", filepath.Join(dir, "missing", "link")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no directory: %v", err)
+	}
+	if got, want := names(t, dir), []string{"file", "folder"}; !cmp.Equal(got, want) {
+		t.Errorf("in the directory: got %q, want %q", got, want)
+	}
+}
+
 func TestRemove(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")

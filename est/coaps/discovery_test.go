@@ -1,0 +1,236 @@
+package coaps_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
+	"estenroll/est"
+	"estenroll/est/coaps"
+	"estenroll/internal/coap"
+)
+
+// host answers discovery with a document and everything else with its path. It
+// notes each request as "METHOD path?query accept".
+type host struct {
+	discovery coap.Response
+	mu        sync.Mutex
+	asked     []string
+}
+
+func (h *host) handle(_ context.Context, req *coap.Request) *coap.Response {
+	note := fmt.Sprintf("%v %s", req.Method, req.Path)
+	if len(req.Query) > 0 {
+		note += "?" + strings.Join(req.Query, "&")
+	}
+	if req.Accept != nil {
+		note += fmt.Sprintf(" %d", *req.Accept)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.asked = append(h.asked, note)
+	if req.Path == "/.well-known/core" {
+		return &h.discovery
+	}
+	return &coap.Response{Code: codes.Content, ContentFormat: number(281), Body: []byte(req.Path)}
+}
+
+// requests returns what was asked since the last time.
+func (h *host) requests() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	asked := h.asked
+	h.asked = nil
+	return asked
+}
+
+func links(text string) coap.Response {
+	return coap.Response{Code: codes.Content, ContentFormat: number(40), Body: []byte(text)}
+}
+
+// Discovery finds the paths, whatever they are, on this server and no other; what
+// it does not find is below /.well-known/est, with a warning (RFC 9148 §4.1).
+func TestDiscovery(t *testing.T) {
+	h := new(host)
+	w := newWorld(t, nil, h.handle)
+	const wellKnown = "/.well-known/est/"
+	for _, c := range []struct {
+		name     string
+		answer   coap.Response
+		label    est.Label
+		want     []string // the requests for crts, sen and sren: path and Accept
+		warnings []string // a part of each
+	}{
+		{name: "one root", answer: links(`</est/crts>;rt="ace.est.crts";ct="281 287",</est/sen>;rt="ace.est.sen";ct="281 287",</est/sren>;rt="ace.est.sren";ct="281 287"`),
+			want: []string{"/est/crts 281", "/est/sen 281", "/est/sren 281"}},
+		{name: "paths of their own, without quotes, in any order",
+			answer: links("</renew>;ct=287;rt=ace.est.sren,\n</e/plz/sen>;rt=ace.est.sen;ct=281,\n</certs>;rt=ace.est.crts"),
+			want:   []string{"/certs 281", "/e/plz/sen 281", "/renew 287"}},
+		{name: "one resource of several types, and others beside",
+			answer: links(`</>;ct=0,</sensors>;ct=40;rt="sen",</x>;rt="core.x ace.est.sen ace.est.sren";ct="287 0",</y>;rt="ace.est.crts ace.est.att";ct="287 281"`),
+			want:   []string{"/y 281", "/x 287", "/x 287"}},
+		{name: "absolute and relative references",
+			answer: links(fmt.Sprintf(`<coaps://%s/a/crts>;rt=ace.est.crts,<//%s/b/../c/sen>;rt=ace.est.sen,<d/sren>;rt=ace.est.sren`, w.uri.Address(), w.uri.Address())),
+			want:   []string{"/a/crts 281", "/c/sen 281", "/d/sren 281"}},
+		{name: "without a content-format", answer: coap.Response{Code: codes.Content, Body: []byte(`</a>;rt="ace.est.crts ace.est.sen ace.est.sren"`)},
+			want: []string{"/a 281", "/a 281", "/a 281"}},
+		{name: "with labels, none asked for",
+			answer: links(`</est/a/crts>;rt=ace.est.crts,</est/crts>;rt=ace.est.crts,</est/sen>;rt=ace.est.sen,</est/a/sen>;rt=ace.est.sen,</est/sren>;rt=ace.est.sren`),
+			want:   []string{"/est/crts 281", "/est/sen 281", "/est/sren 281"}},
+		{name: "with labels, one asked for", label: "a",
+			answer: links(`</est/a/crts>;rt=ace.est.crts,</est/crts>;rt=ace.est.crts,</est/sen>;rt=ace.est.sen,</a/est/sen>;rt=ace.est.sen,</est/a>;rt=ace.est.sren,</est/b/sren>;rt=ace.est.sren`),
+			want:   []string{"/est/a/crts 281", "/a/est/sen 281", wellKnown + "a/sren 281"}, warnings: []string{`simplereenroll: no link with the label "a": /.well-known/est/a is used`}},
+		{name: "two that could be meant",
+			answer: links(`</x/crts>;rt=ace.est.crts,</y/crts>;rt=ace.est.crts,</x/sen>;rt=ace.est.sen,</x/sen2>;rt=ace.est.sen,</x/sren>;rt=ace.est.sren`),
+			want:   []string{wellKnown + "crts 281", wellKnown + "sen 281", "/x/sren 281"}, warnings: []string{"cacerts: 2 links, and which is meant only a label can tell; simpleenroll: 2 links"}},
+		{name: "elsewhere",
+			answer: links(`<coaps://other.example/est/crts>;rt=ace.est.crts,<coaps://127.0.0.1:1/est/sen>;rt=ace.est.sen,<coap://127.0.0.1/x>;rt=ace.est.sren,<//evil/x>;rt=ace.est.sren`),
+			want:   []string{wellKnown + "crts 281", wellKnown + "sen 281", wellKnown + "sren 281"},
+			warnings: []string{`not followed: "coaps://other.example/est/crts" (another host or port), "coaps://127.0.0.1:1/est/sen" (another host or port), "coap://127.0.0.1/x" (another scheme), 1 more`,
+				"cacerts: no link; simpleenroll: no link; simplereenroll: no link: /.well-known/est is used"}},
+		{name: "paths that are none of ours",
+			answer: links(`</est/crts?x>;rt=ace.est.crts,</est/%2e%2e%2fcrts>;rt=ace.est.crts,<coaps://u@127.0.0.1/x>;rt=ace.est.crts,</a#b>;rt=ace.est.crts,</a//b>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`),
+			want:   []string{wellKnown + "crts 281", "/a 281", "/b 281"}, warnings: []string{"a query or a fragment", "cacerts: no link:"}},
+		{name: "about another resource",
+			answer: links(`</a>;rt=ace.est.crts;anchor="coaps://other.example/",</b>;rt="ace.est.crts ace.est.sen ace.est.sren"`),
+			want:   []string{"/b 281", "/b 281", "/b 281"}, warnings: []string{"not followed"}},
+		{name: "a target without an end", answer: links("</a"), warnings: []string{"link format: link 1: no '>': /.well-known/est is used"}},
+		{name: "nothing", answer: links(""), warnings: []string{"no link"}},
+		{name: "4.04", answer: coap.Response{Code: codes.NotFound, Body: []byte("no \x1b[31msuch")}, warnings: []string{`4.04 NotFound: "no .[31msuch": /.well-known/est is used`}},
+		{name: "5.03", answer: coap.Response{Code: codes.ServiceUnavailable}, warnings: []string{"5.03 ServiceUnavailable"}},
+		{name: "another format", answer: coap.Response{Code: codes.Content, ContentFormat: number(0), Body: []byte("</a>")}, warnings: []string{"content-format 0, want 40"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h.mu.Lock()
+			h.discovery = c.answer
+			h.mu.Unlock()
+			var warnings []string
+			cfg := w.config()
+			cfg.URI.Root, cfg.Discovery, cfg.Label = est.DefaultRoot, true, c.label
+			cfg.Warn = func(format string, args ...any) { warnings = append(warnings, fmt.Sprintf(format, args...)) }
+			session, err := coaps.Dial(t.Context(), cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer session.Close()
+			if c.want == nil {
+				c.want = []string{wellKnown + "crts 281", wellKnown + "sen 281", wellKnown + "sren 281"}
+			}
+			want := []string{"GET /.well-known/core?rt=ace.est*", "GET " + c.want[0], "POST " + c.want[1], "POST " + c.want[2]}
+			for _, operation := range []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll} {
+				if _, err := session.RoundTrip(t.Context(), &est.Request{Operation: operation}); err != nil {
+					t.Error(err)
+				}
+			}
+			if diff := cmp.Diff(want, h.requests()); diff != "" {
+				t.Errorf("requests (-want +got)\n%s", diff)
+			}
+			if !slices.EqualFunc(c.warnings, warnings, func(part, whole string) bool {
+				return strings.HasPrefix(whole, "discovery at "+w.uri.String()[:len(w.uri.String())-len("/est")]+"/.well-known/core: ") && strings.Contains(whole, part)
+			}) {
+				t.Errorf("warnings: got %q, want %q", warnings, c.warnings)
+			}
+		})
+	}
+}
+
+// Without discovery nothing is asked that was not asked for; a label is a segment
+// after the root, and the error names the resource.
+func TestLabel(t *testing.T) {
+	h := new(host)
+	w := newWorld(t, nil, h.handle)
+	cfg := w.config()
+	cfg.URI.Root, cfg.Label = est.DefaultRoot, "tls-ca"
+	session, err := coaps.Dial(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	if _, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts}); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff([]string{"GET /.well-known/est/tls-ca/crts 281"}, h.requests()); diff != "" {
+		t.Errorf("requests (-want +got)\n%s", diff)
+	}
+	if got, want := w.uri.WithLabel("x").Root, "/est/x"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	if got := w.uri.WithLabel(""); got != w.uri {
+		t.Errorf("no label: got %s", got)
+	}
+}
+
+// A document of many blocks is one answer.
+func TestDiscoveryInBlocks(t *testing.T) {
+	h := &host{discovery: links(strings.Repeat("</filler/0123456789>;rt=other,\n", 40) + `</late>;rt="ace.est.crts ace.est.sen ace.est.sren"`)}
+	w := newWorld(t, nil, h.handle)
+	cfg := w.config()
+	cfg.Discovery, cfg.BlockSize = true, 16
+	cfg.Warn = func(format string, args ...any) { t.Errorf("warning: "+format, args...) }
+	session, err := coaps.Dial(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	response, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts})
+	if err != nil || string(response.Body) != "/late" {
+		t.Errorf("got %v, %v", response, err)
+	}
+}
+
+// A server that is silent about its resources is asked at the default root; one
+// that ends, or a caller that gives up, is no session.
+func TestDiscoveryUnanswered(t *testing.T) {
+	asked, ended := make(chan struct{}, 1), make(chan struct{})
+	w := newWorld(t, nil, func(_ context.Context, req *coap.Request) *coap.Response {
+		if req.Path != "/.well-known/core" {
+			return &coap.Response{Code: codes.Content, ContentFormat: number(281), Body: []byte(req.Path)}
+		}
+		asked <- struct{}{}
+		<-ended
+		return &coap.Response{Code: codes.NotFound}
+	})
+	t.Cleanup(func() { close(ended) })
+	cfg := w.config()
+	cfg.URI.Root, cfg.Discovery = est.DefaultRoot, true
+	t.Run("silence", func(t *testing.T) {
+		var warnings []string
+		cfg := cfg
+		cfg.ExchangeTimeout = 300 * time.Millisecond
+		cfg.Warn = func(format string, args ...any) { warnings = append(warnings, fmt.Sprintf(format, args...)) }
+		session, err := coaps.Dial(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer session.Close()
+		<-asked
+		response, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts})
+		if err != nil || string(response.Body) != "/.well-known/est/crts" {
+			t.Errorf("got %v, %v", response, err)
+		}
+		if len(warnings) != 1 || !strings.Contains(warnings[0], "no answer") {
+			t.Errorf("warnings %q", warnings)
+		}
+	})
+	t.Run("cancelled", func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { <-asked; cancel() }()
+		if _, err := coaps.Dial(ctx, cfg); !errors.Is(err, context.Canceled) || errors.Is(err, est.ErrUnreachable) {
+			t.Errorf("got %v, want context.Canceled", err)
+		}
+	})
+	t.Run("the server ends", func(t *testing.T) {
+		go func() { <-asked; w.stop() }()
+		if _, err := coaps.Dial(t.Context(), cfg); !errors.Is(err, est.ErrUnreachable) {
+			t.Errorf("got %v, want ErrUnreachable", err)
+		}
+	})
+}

@@ -1,0 +1,35 @@
+package estenroll
+
+import (
+	"context"
+	"crypto/x509"
+
+	"estenroll/engine"
+)
+
+// Public is what of an enrolled credential is public, for other programs: where
+// its key and its certificates are, and the certificates themselves.
+type Public struct {
+	Key engine.Address
+	// Certificates are the addresses of the chain, Chain is the chain: leaf first.
+	Certificates []engine.Address
+	Chain        []*x509.Certificate
+	// TrustAnchors judge the EST server: the Explicit TA that came with the
+	// certificate, or the Implicit TA where there is none.
+	TrustAnchors []*x509.Certificate
+}
+
+// Public returns the enrolled credential that the Security object points at,
+// whole and a pair, expired or not. It changes nothing. ErrNotEnrolled,
+// engine.ErrNotFound, ErrState.
+func (d *Credential) Public(ctx context.Context) (*Public, error) {
+	c, enrolled := d.current()
+	if !enrolled {
+		return nil, ErrNotEnrolled
+	}
+	p, err := d.openCredential(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	return &Public{Key: p.key, Certificates: addresses(c.Certificates), Chain: p.chain, TrustAnchors: p.trust.Certificates()}, nil
+}
