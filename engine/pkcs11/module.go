@@ -222,32 +222,40 @@ func (s slot) is(id tokenID) bool {
 	return s.uri.Token == id.label && s.uri.Serial == id.serial && (id.twin == "" || s.uri.SlotID == id.twin)
 }
 
-// slots lists the slots with their tokens.
-func (m *module) slots() ([]slot, error) {
-	library, err := m.ctx.GetInfo()
-	if err != nil {
-		return nil, fmt.Errorf("look at module: %w", explain(err))
-	}
+// slots lists the slots with their tokens, and with what is known of the slots and
+// the module if it is asked for.
+func (m *module) slots(places bool) ([]slot, error) {
 	numbers, err := m.ctx.GetSlotList(true)
 	if err != nil {
 		return nil, fmt.Errorf("list tokens: %w", explain(err))
 	}
+	var library pkcs11.Info
+	if places {
+		if library, err = m.ctx.GetInfo(); err != nil {
+			return nil, fmt.Errorf("look at module: %w", explain(err))
+		}
+	}
 	var found []slot
 	for _, number := range numbers {
-		place, err := m.ctx.GetSlotInfo(number)
-		if err != nil {
-			continue
-		}
 		info, err := m.ctx.GetTokenInfo(number)
 		if err != nil || info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
 			continue // a slot that lost its token meanwhile, or has a blank one
 		}
-		found = append(found, slot{number: number, flags: info.Flags, uri: URI{
+		s := slot{number: number, flags: info.Flags, uri: URI{
 			Token: trim(info.Label), Manufacturer: trim(info.ManufacturerID), Model: trim(info.Model), Serial: trim(info.SerialNumber),
-			SlotManufacturer: trim(place.ManufacturerID), SlotDescription: trim(place.SlotDescription), SlotID: strconv.FormatUint(uint64(number), 10),
-			LibraryManufacturer: trim(library.ManufacturerID), LibraryDescription: trim(library.LibraryDescription),
-			LibraryVersion: fmt.Sprintf("%d.%d", library.LibraryVersion.Major, library.LibraryVersion.Minor),
-		}.described()})
+			SlotID: strconv.FormatUint(uint64(number), 10),
+		}.known(ownAttributes)}
+		if places {
+			place, err := m.ctx.GetSlotInfo(number)
+			if err != nil {
+				continue
+			}
+			s.uri.SlotManufacturer, s.uri.SlotDescription = trim(place.ManufacturerID), trim(place.SlotDescription)
+			s.uri.LibraryManufacturer, s.uri.LibraryDescription = trim(library.ManufacturerID), trim(library.LibraryDescription)
+			s.uri.LibraryVersion = fmt.Sprintf("%d.%d", library.LibraryVersion.Major, library.LibraryVersion.Minor)
+			s.uri = s.uri.known(tokenAttributes)
+		}
+		found = append(found, s)
 	}
 	return found, nil
 }
@@ -260,7 +268,8 @@ func (m *module) slot(at URI, known tokenID) (slot, tokenID, error) {
 	if err := at.foreign(); err != nil {
 		return slot{}, tokenID{}, fmt.Errorf("%w: %w", engine.ErrTokenNotFound, err)
 	}
-	all, err := m.slots()
+	// The token that is opened is asked for all, which objects' addresses may say.
+	all, err := m.slots(known != tokenID{} || at.namesPlace())
 	if err != nil {
 		return slot{}, tokenID{}, err
 	}

@@ -41,9 +41,9 @@ type URI struct {
 	Model        string
 	Serial       string
 	// Of its slot, from CK_SLOT_INFO.
+	SlotID           string // CK_SLOT_ID, decimal
 	SlotManufacturer string
 	SlotDescription  string
-	SlotID           string // CK_SLOT_ID, decimal
 	// Of the module, from CK_INFO.
 	LibraryManufacturer string
 	LibraryDescription  string
@@ -85,16 +85,17 @@ func (e *ParseError) Error() string {
 }
 
 // The attributes of RFC 7512 §2.3, in canonical order. The first tokenAttributes of
-// the path select a token, the others an object in it.
+// the path select a token, the others an object in it; of those the first
+// ownAttributes are the token's own, and the others its slot's and the module's.
 var (
 	pathAttributes = []attribute{
 		{"token", kindText, func(u *URI) *string { return &u.Token }},
 		{"manufacturer", kindText, func(u *URI) *string { return &u.Manufacturer }},
 		{"model", kindText, func(u *URI) *string { return &u.Model }},
 		{"serial", kindText, func(u *URI) *string { return &u.Serial }},
+		{"slot-id", kindSlotID, func(u *URI) *string { return &u.SlotID }},
 		{"slot-manufacturer", kindText, func(u *URI) *string { return &u.SlotManufacturer }},
 		{"slot-description", kindText, func(u *URI) *string { return &u.SlotDescription }},
-		{"slot-id", kindSlotID, func(u *URI) *string { return &u.SlotID }},
 		{"library-manufacturer", kindText, func(u *URI) *string { return &u.LibraryManufacturer }},
 		{"library-description", kindText, func(u *URI) *string { return &u.LibraryDescription }},
 		{"library-version", kindLibraryVersion, func(u *URI) *string { return &u.LibraryVersion }},
@@ -111,6 +112,7 @@ var (
 )
 
 const (
+	ownAttributes   = 5
 	tokenAttributes = 10
 	pinValue        = "pin-value"
 )
@@ -544,9 +546,9 @@ func (u URI) foreign() error {
 	return fmt.Errorf("attribute %s is unknown, and so matches nothing", name)
 }
 
-// described marks every attribute of the token as known: what is empty is so there.
-func (u URI) described() URI {
-	for i, a := range pathAttributes[:tokenAttributes] {
+// known marks the first attributes of a token as known: what is empty is so there.
+func (u URI) known(attributes int) URI {
+	for i, a := range pathAttributes[:attributes] {
 		if *a.field(&u) == "" {
 			u.empty |= 1 << i
 		}
@@ -554,9 +556,15 @@ func (u URI) described() URI {
 	return u
 }
 
+// namesPlace reports whether the address says anything of the slot or the module,
+// which a token is asked for only then.
+func (u URI) namesPlace() bool { return u.hasAny(ownAttributes, tokenAttributes) }
+
 // namesObject reports whether the address says anything of an object.
-func (u URI) namesObject() bool {
-	for i := tokenAttributes; i < len(pathAttributes); i++ {
+func (u URI) namesObject() bool { return u.hasAny(tokenAttributes, len(pathAttributes)) }
+
+func (u URI) hasAny(from, to int) bool {
+	for i := from; i < to; i++ {
 		if u.has(i) {
 			return true
 		}

@@ -43,7 +43,7 @@ func TestParseURI(t *testing.T) {
 		{"id of any octets", "pkcs11:id=%00%ff%3b", "pkcs11:id=%00%FF%3B", ""},
 		{"any case", "pkcs11:Token=a;TYPE=Private?Module-Name=SoftHSM2", "pkcs11:token=a;type=private?module-name=softhsm2", ""},
 		{"token, slot and module", "pkcs11:library-version=3;library-description=d;library-manufacturer=l;slot-id=007;slot-description=s;slot-manufacturer=t;serial=1;model=m;manufacturer=n",
-			"pkcs11:manufacturer=n;model=m;serial=1;slot-manufacturer=t;slot-description=s;slot-id=7;library-manufacturer=l;library-description=d;library-version=3.0", ""},
+			"pkcs11:manufacturer=n;model=m;serial=1;slot-id=7;slot-manufacturer=t;slot-description=s;library-manufacturer=l;library-description=d;library-version=3.0", ""},
 		{"empty values", "pkcs11:object=;token=;id=", "pkcs11:token=;object=;id=", ""},
 		{"vendor attributes", "pkcs11:x-b=%31;object=a;x-a=?b=2/&a=3&pin-value=1&module-path=/m.so", "pkcs11:object=a?module-path=/m.so",
 			"pkcs11:object=a;x-a=;x-b=1?module-path=/m.so&a=3&b=2%2F&pin-value=1"},
