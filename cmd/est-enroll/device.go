@@ -190,8 +190,8 @@ func objectAddress(setting, text string) (engine.Address, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", setting, err)
 	}
-	if uri, ok := at.(pkcs11.URI); ok && (uri.ModulePath != "" || uri.PINSource != "" || uri.HasPINValue()) {
-		return nil, fmt.Errorf("%s: module-path, pin-source and pin-value belong in engine", setting)
+	if uri, ok := at.(pkcs11.URI); ok && (uri.ModuleName != "" || uri.ModulePath != "" || uri.PINSource != "" || uri.HasPINValue()) {
+		return nil, fmt.Errorf("%s: module-name, module-path, pin-source and pin-value belong in engine", setting)
 	}
 	return at, nil
 }

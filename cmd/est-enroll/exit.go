@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"strings"
 	"syscall"
 
 	"estenroll"
@@ -63,8 +64,11 @@ func judge(err error, interrupted bool) judgement {
 	var status *est.StatusError
 	var response *est.ResponseError
 	var engineErr *engine.Error
+	var ambiguous *engine.AmbiguousError
 	var security lwm2m.ValidationError
 	switch {
+	case errors.As(err, &ambiguous):
+		return judgement{exitToken, "say which one is meant: " + alternatives(ambiguous)}
 	case errors.As(err, &security):
 		return judgement{exitUsage, "check security-instance, security-server, security-server-certificate and short-server-id"}
 	case isUsage(err):
@@ -86,6 +90,21 @@ func judge(err error, interrupted bool) judgement {
 		}
 	}
 	return judgement{exitTryLater, "run it again with -v; if it fails alike, it is a defect of this program or of the machine"}
+}
+
+// alternatives lists addresses that tell the matches apart, to be pasted.
+func alternatives(ambiguous *engine.AmbiguousError) string {
+	const most = 8
+	var addresses []string
+	for _, match := range ambiguous.Matches {
+		if match.Address != nil {
+			addresses = append(addresses, match.Address.String())
+		}
+	}
+	if len(addresses) > most {
+		addresses = append(addresses[:most], "…")
+	}
+	return strings.Join(addresses, " or ")
 }
 
 // fileJudgements are for errors of files that are nothing more particular.

@@ -20,6 +20,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -201,6 +202,8 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"issued":        plain(s.checkIssued),
 		"same-csr":      plain(sameCSR),
 		"spy":           plain(s.spy),
+		"token-serial":  plain(s.tokenSerial),
+		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.token.Add(s.token.Label) }),
 		"logins":        plain(s.checkLogins),
 		"pin-in-config": plain(s.pinInConfig),
 		"credentials":   plain(s.withCredentials),
@@ -355,6 +358,19 @@ func (s *session) spy(ts *testscript.TestScript, _ []string) error {
 		return errors.New("pkcs11-spy.so is missing: make deps")
 	}
 	ts.Setenv("EST_ENROLL_ENGINE", strings.Replace(s.token.URI(), s.token.ModulePath, found[0], 1))
+	return nil
+}
+
+// tokenSerial sets SERIAL to what pkcs11-tool says is the token's serial number.
+func (s *session) tokenSerial(ts *testscript.TestScript, _ []string) error {
+	if err := ts.Exec("pkcs11-tool", "--module", s.token.ModulePath, "--list-token-slots"); err != nil {
+		return err
+	}
+	serial := regexp.MustCompile(`serial num +: +(\S+)`).FindStringSubmatch(ts.ReadFile("stdout"))
+	if serial == nil {
+		return errors.New("pkcs11-tool names no serial number")
+	}
+	ts.Setenv("SERIAL", serial[1])
 	return nil
 }
 
