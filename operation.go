@@ -122,7 +122,10 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 		last.Result = "unchanged"
 	}
 	c.journal.LastAttempt = last
-	return result, errors.Join(err, c.save())
+	if err := errors.Join(err, c.save()); err != nil {
+		return result, err
+	}
+	return result, c.removeUnreferencedFiles()
 }
 
 func truncate(text string, limit int) string {
