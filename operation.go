@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"estenroll/engine"
@@ -112,7 +113,7 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	case errors.As(err, &pending):
 		record.Result = "pending"
 	case err != nil:
-		record.Result, record.Error = "failed", truncate(err.Error(), 512)
+		record.Result, record.Error = "failed", truncate(err.Error(), maxRecorded)
 	case result == nil || result.Kind == "":
 		return result, nil // nothing was tried
 	case !result.Changed:
@@ -122,11 +123,18 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	return result, errors.Join(err, c.save())
 }
 
+const (
+	// maxRecorded bounds an error in the journal: a server's text has 512 bytes at
+	// most, and twice as many where each is quoted.
+	maxRecorded = 2048
+	maxShown    = 512 // bytes of a name in a warning
+)
+
 func truncate(text string, limit int) string {
 	if len(text) <= limit {
 		return text
 	}
-	return text[:limit] + "…"
+	return strings.ToValidUTF8(text[:limit], "") + "…"
 }
 
 // usable returns the current certificate if there is no reason to enrol.
