@@ -87,6 +87,9 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	if err := s.request(&cfg.Request); err != nil {
 		return cfg, err
 	}
+	if cfg.RefuseOtherNames, err = choice("subject-mismatch", s.subjectMismatch, "warn", "refuse"); err != nil {
+		return cfg, err
+	}
 	return cfg, s.transport(&cfg)
 }
 
@@ -186,7 +189,11 @@ func (s *settings) request(template *csr.Template) (err error) {
 		}
 		template.SANs = append(template.SANs, san)
 	}
-	return nil
+	if template.KeyUsage, err = csr.ParseKeyUsage(s.keyUsage); err != nil {
+		return err
+	}
+	template.ExtKeyUsage, err = csr.ParseExtKeyUsage(s.extKeyUsage)
+	return err
 }
 
 // transport chooses how EST is carried.

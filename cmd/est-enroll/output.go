@@ -15,6 +15,7 @@ import (
 	"os"
 	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/term"
 
@@ -52,7 +53,18 @@ func (o *output) progress(event estenroll.Event) {
 }
 
 func (o *output) line(text string) {
-	_, _ = fmt.Fprintf(o.stderr, "est-enroll: %s\n", strings.ReplaceAll(text, "\n", ": "))
+	_, _ = fmt.Fprintf(o.stderr, "est-enroll: %s\n", printable(strings.ReplaceAll(text, "\n", ": ")))
+}
+
+// printable keeps what came from a network, a token or a file from steering the
+// terminal: no control characters, none that turn the direction of writing.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '.'
+	}, text)
 }
 
 // result prints a line of the outcome.
@@ -60,7 +72,7 @@ func (o *output) result(format string, args ...any) {
 	if o.quiet {
 		return
 	}
-	if _, err := fmt.Fprintf(o.stdout, format+"\n", args...); err != nil && o.lost == nil {
+	if _, err := fmt.Fprintln(o.stdout, printable(fmt.Sprintf(format, args...))); err != nil && o.lost == nil {
 		o.lost = fmt.Errorf("write the result: %w", err)
 	}
 }
@@ -138,6 +150,9 @@ func (o *output) status(s *estenroll.Status) {
 		o.result("unfinished:   %s at step %s, begun %s", op.Kind, op.Step, stamp(op.StartedAt))
 		if !op.NotBefore.IsZero() {
 			o.result("  pending:    the server has not decided, ask again at %s", stamp(op.NotBefore))
+			if op.Detail != "" {
+				o.result("  its text:   %q", op.Detail)
+			}
 		}
 	}
 	if a := s.LastAttempt; a != nil {

@@ -38,6 +38,8 @@ type settings struct {
 	discovery, label       string
 	subject                string
 	san                    []string
+	keyUsage, extKeyUsage  []string
+	subjectMismatch        string
 	idevidKey, idevidCert  string
 	idevidChain            string
 	securityInstance       uint16
@@ -79,6 +81,9 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.idevidChain, "idevid-chain", "", "`file` with the certificates to send after the factory certificate")
 	flags.StringVar(&s.subject, "subject", "", "Subject to ask for, RFC 4514: CN=dev-17,O=Example (default: the IDevID's)")
 	flags.StringArrayVar(&s.san, "san", nil, "SAN to ask for, repeatable: DNS:…, IP:…, URI:…, hwModuleName:<oid>;<hex serial>")
+	flags.StringArrayVar(&s.keyUsage, "key-usage", nil, "key usage to ask for, `names` with commas, repeatable: digitalSignature, contentCommitment, keyEncipherment, dataEncipherment, keyAgreement, encipherOnly, decipherOnly")
+	flags.StringArrayVar(&s.extKeyUsage, "ext-key-usage", nil, "extended key usage to ask for, `names` with commas, repeatable: clientAuth, serverAuth, codeSigning, emailProtection, timeStamping, OCSPSigning or OIDs")
+	flags.StringVar(&s.subjectMismatch, "subject-mismatch", "warn", "what to do with a certificate whose Subject or SAN is not what was asked for: `warn` and take it, or refuse it")
 	flags.Uint16Var(&s.securityInstance, "security-instance", 0, "instance of the LwM2M Security object to keep")
 	flags.StringVar(&s.securityServer, "security-server", "", "server `URI` of that instance (default: the EST server)")
 	flags.StringVar(&s.securityServerCert, "security-server-certificate", "", "`file` with that server's certificate (default: the one the EST server shows)")
