@@ -78,6 +78,8 @@ func TestCompareNames(t *testing.T) {
 		{name: "the SAN dropped", asked: csr.Template{SANs: sans("DNS:dev.example", "IP:2001:db8::1")},
 			want: []csr.Difference{{"SAN", "DNS:dev.example,IP:2001:db8::1", ""}}},
 		{name: "a SAN added", got: csr.Template{SANs: sans("URI:urn:dev:ops:1")}, want: []csr.Difference{{"SAN", "", "URI:urn:dev:ops:1"}}},
+		{name: "case where it counts", asked: csr.Template{SANs: sans("URI:urn:dev:a")}, got: csr.Template{SANs: sans("URI:urn:dev:A")},
+			want: []csr.Difference{{"SAN", "URI:urn:dev:a", "URI:urn:dev:A"}}},
 		{name: "one of two, twice", asked: csr.Template{SANs: sans("DNS:a", "DNS:b")}, got: csr.Template{SANs: sans("DNS:a", "DNS:A")},
 			want: []csr.Difference{{"SAN", "DNS:a,DNS:b", "DNS:a,DNS:A"}}},
 		{name: "names of other kinds", asked: csr.Template{SANs: sans("hwModuleName:1.2.3;4711")}, got: csr.Template{RawSAN: raw("3005810361406b")}, // an rfc822Name

@@ -220,6 +220,7 @@ func TestChain(t *testing.T) {
 	issuing := newCA(t, root, "issuing")
 	under := newCA(t, subordinate, "under the subordinate")
 	deep := newCA(t, under, "deep")
+	renamed := issue(t, abroad, "another name", subordinate.key, asCA)
 	// Two that have signed each other: neither is above the other.
 	left, right := newCA(t, nil, "left"), newCA(t, nil, "right")
 	leftByRight, rightByLeft := issue(t, right, "left", left.key, asCA), issue(t, left, "right", right.key, asCA)
@@ -239,6 +240,7 @@ func TestChain(t *testing.T) {
 		{"each twice", []*x509.Certificate{issuing.cert, root.cert, issuing.cert, root.cert}, issuing, []*x509.Certificate{issuing.cert, issuing.cert}, []*x509.Certificate{issuing.cert}},
 		{"a root that is not self-signed", []*x509.Certificate{subordinate.cert, under.cert}, under, nil, []*x509.Certificate{under.cert}},
 		{"and two below it, upside down", []*x509.Certificate{deep.cert, under.cert, subordinate.cert}, deep, nil, []*x509.Certificate{deep.cert, under.cert}},
+		{"a key under another name is no issuer", []*x509.Certificate{under.cert, renamed}, under, nil, nil},
 		{"that root alone", []*x509.Certificate{subordinate.cert}, under, []*x509.Certificate{under.cert}, []*x509.Certificate{under.cert}},
 		{"cross-signed, and none above", []*x509.Certificate{leftByRight, rightByLeft}, left, nil, nil},
 	} {

@@ -60,7 +60,7 @@ func (o *output) line(text string) {
 // terminal: no control characters, none that turn the direction of writing.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) {
+		if r != unicode.ReplacementChar && unicode.IsPrint(r) {
 			return r
 		}
 		return '.'
