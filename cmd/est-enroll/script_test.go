@@ -206,6 +206,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.token.Add(s.token.Label) }),
 		"logins":        plain(s.checkLogins),
 		"pin-in-config": plain(s.pinInConfig),
+		"credentials":   plain(s.withCredentials),
 		"interrupt":     plain(s.interrupt),
 		"hold-lock":     plain(s.holdLock),
 		"other-ca":      plain(otherCA),
@@ -396,6 +397,16 @@ func (s *session) pinInConfig(ts *testscript.TestScript, _ []string) error {
 	ts.Setenv("EST_ENROLL_CONFIG", path)
 	ts.Setenv("EST_ENROLL_ENGINE", "") // the spy's
 	return os.WriteFile(path, []byte(text), 0o600)
+}
+
+// withCredentials FILE puts the settings of the script's configuration before
+// those of a file that lists credentials.
+func (s *session) withCredentials(ts *testscript.TestScript, args []string) error {
+	config, err := os.ReadFile(s.config)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(ts.MkAbs(args[0]), append(config, ts.ReadFile(args[0])...), 0o600)
 }
 
 // interrupt starts est-enroll, sends it SIGINT when the server has its CSR (the
