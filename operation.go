@@ -119,6 +119,7 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 		record.Result = "unchanged"
 	}
 	c.journal.LastAttempt = record
+	c.shared.journal.rememberPIN(err) // that of a device which came back
 	return result, errors.Join(err, c.save())
 }
 

@@ -55,6 +55,9 @@ func (o *output) line(text string) {
 	_, _ = fmt.Fprintf(o.stderr, "est-enroll: %s\n", strings.ReplaceAll(text, "\n", ": "))
 }
 
+// prompt asks a person; a question has no newline.
+func (o *output) prompt(text string) { _, _ = io.WriteString(o.stderr, text) }
+
 // result prints a line of the outcome.
 func (o *output) result(format string, args ...any) {
 	if o.quiet {
