@@ -33,7 +33,10 @@ const exitCodeHelp = `Exit codes:
   3    pending: the server has not decided, run again at the time that is said
   4    token, module or PIN: do not retry, a person must look
   5    the server refused, or its answer is refused: do not retry
-  130  interrupted; the next run goes on`
+  130  interrupted; the next run goes on
+
+With several credentials the code is the worst of theirs, in this order:
+4, 130, 5, 2, 1, 3, 0.`
 
 type judgement struct {
 	code int
@@ -44,6 +47,10 @@ type judgement struct {
 func judge(err error, interrupted bool) judgement {
 	if interrupted || errors.Is(err, context.Canceled) {
 		return judgement{exitInterrupted, "nothing is lost: run the same command again and it goes on"}
+	}
+	var told *toldError
+	if errors.As(err, &told) {
+		return judgement{told.code, ""}
 	}
 	var pending *estenroll.PendingError
 	if errors.As(err, &pending) {
@@ -143,6 +150,7 @@ var judgements = []struct {
 	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
 	{estenroll.ErrOwner, judgement{exitUsage, "run as that user, or name another directory with --state-dir"}},
 	{estenroll.ErrConfig, judgement{exitUsage, "give each credential a name and a security-instance of its own; one that is renamed begins anew, in another instance"}},
+	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or look at it with est-enroll status"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
 	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
 	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},
@@ -161,6 +169,7 @@ var judgements = []struct {
 	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
 	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate"}},
 	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},
+	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it: compare its suites, its key and its certificate with that"}},
 	{est.ErrCredentialNotYetValid, judgement{exitTryLater, "the server's clock is not the device's: wait, or set it"}},
 	{est.ErrCredentialRefused, judgement{exitRefused, "the server does not accept the certificate of this device: ask the people of the server"}},
 	{est.ErrUnreachable, judgement{exitTryLater, "check the network and the server's URI; the key and the request are kept for the next run"}},

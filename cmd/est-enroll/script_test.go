@@ -43,7 +43,7 @@ const markerPIN = "marker-4f1d9c"
 const transcriptVar = "TRANSCRIPT"
 
 func TestMain(m *testing.M) {
-	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "load-module": loadModule})
+	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "load-module": loadModule, "token-dump": dumpToken})
 }
 
 // cleaning removes the built programs after the tests.
@@ -208,6 +208,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.token.Add(s.token.Label) }),
 		"logins":        plain(s.checkLogins),
 		"pin-in-config": plain(s.pinInConfig),
+		"credentials":   plain(s.withCredentials),
 		"interrupt":     plain(s.interrupt),
 		"hold-lock":     plain(s.holdLock),
 		"other-ca":      plain(otherCA),
@@ -408,6 +409,16 @@ func (s *session) pinInConfig(ts *testscript.TestScript, _ []string) error {
 	ts.Setenv("EST_ENROLL_CONFIG", path)
 	ts.Setenv("EST_ENROLL_ENGINE", "") // the spy's
 	return os.WriteFile(path, []byte(text), 0o600)
+}
+
+// withCredentials FILE puts the settings of the script's configuration before
+// those of a file that lists credentials.
+func (s *session) withCredentials(ts *testscript.TestScript, args []string) error {
+	config, err := os.ReadFile(s.config)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(ts.MkAbs(args[0]), append(config, ts.ReadFile(args[0])...), 0o600)
 }
 
 // interrupt starts est-enroll, sends it SIGINT when the server has its CSR (the

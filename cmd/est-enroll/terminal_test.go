@@ -47,9 +47,9 @@ func (p pty) echoes() (bool, error) {
 	return state.Lflag&syscall.ECHO != 0, err
 }
 
-// typeAt runs "type EXIT TEXT command…": it starts a command on a terminal, types a text at each prompt for a
-// PIN that ends with "^C" or, if it does not, a newline, and wants its exit code. What
-// the terminal showed is in the file "shown".
+// typeAt EXIT TEXT command… runs a command at a terminal, types a text at each prompt
+// for a PIN, with a newline unless it ends with "^C", and wants its exit code. What the
+// terminal showed is in the file "shown".
 func (s *session) typeAt(ts *testscript.TestScript, args []string) (err error) {
 	if len(args) < 3 {
 		return errors.New("usage: type EXIT TEXT command [args...]")
