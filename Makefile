@@ -4,7 +4,7 @@
 GO ?= go
 FUZZTIME ?= 30s
 
-.PHONY: demo test build lint deps loss crash fuzz
+.PHONY: demo test build lint deps loss crash bench figures fuzz
 
 demo: deps build
 	@examples/demo
@@ -32,6 +32,14 @@ loss: deps
 # The program killed before and after every PKCS#11 call of first boot and renewal.
 crash: deps
 	$(GO) test -timeout 60m -count 1 -run '^TestCrash$$' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
+
+# What an enrolment costs beside what it cannot do without: each figure beside its
+# target. "make figures" also writes them to testdata/figures.json and README.md.
+bench: deps
+	$(GO) test -timeout 15m -count 1 -run '^TestBench$$' -v ./cmd/est-enroll -args -bench.n 41 -bench.objects 10000 $(BENCH)
+
+figures: BENCH += -bench.write
+figures: bench
 
 # Each fuzz target for FUZZTIME.
 fuzz: deps

@@ -40,45 +40,45 @@ func samePublicKey(a, b crypto.PublicKey) bool {
 }
 
 // openIDevID opens the factory credential and checks that it is a pair.
-func (d *Credential) openIDevID(ctx context.Context) (*pair, error) {
-	at := d.cfg.IDevID
-	signer, err := d.engine.Signer(ctx, at.Key)
+func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
+	at := c.cfg.IDevID
+	signer, err := c.engine.Signer(ctx, at.Key)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
-	cert, err := d.store.Certificate(ctx, at.Certificate)
+	cert, err := c.store.Certificate(ctx, at.Certificate)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
 	if !samePublicKey(cert.PublicKey, signer.Public()) {
 		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", at.Certificate, at.Key, ErrIDevID)
 	}
-	return &pair{name: "IDevID", key: at.Key, signer: signer, chain: append([]*x509.Certificate{cert}, at.Chain...), trust: d.cfg.ImplicitTA}, nil
+	return &pair{name: "IDevID", key: at.Key, signer: signer, chain: append([]*x509.Certificate{cert}, at.Chain...), trust: c.cfg.ImplicitTA}, nil
 }
 
 // openCredential opens an enrolled credential.
-func (d *Credential) openCredential(ctx context.Context, c credential) (*pair, error) {
-	signer, err := d.engine.Signer(ctx, c.Key.Address)
+func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair, error) {
+	signer, err := c.engine.Signer(ctx, kept.Key.Address)
 	if err != nil {
 		return nil, err
 	}
-	p := &pair{name: "current", key: c.Key.Address, signer: signer, trust: d.cfg.ImplicitTA}
-	for _, at := range c.Certificates {
-		cert, err := d.store.Certificate(ctx, at.Address)
+	p := &pair{name: "current", key: kept.Key.Address, signer: signer, trust: c.cfg.ImplicitTA}
+	for _, at := range kept.Certificates {
+		cert, err := c.store.Certificate(ctx, at.Address)
 		if err != nil {
 			return nil, err
 		}
 		p.chain = append(p.chain, cert)
 	}
 	if !samePublicKey(p.chain[0].PublicKey, signer.Public()) {
-		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", c.Certificates[0], c.Key, ErrState)
+		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", kept.Certificates[0], kept.Key, ErrState)
 	}
-	if c.ExplicitTA != "" {
+	if kept.ExplicitTA != "" {
 		// New sessions use the Explicit TA (RFC 9148 §3, RFC 7030 §4.1.3).
-		anchors, err := d.loadExplicitTA(c.ExplicitTA)
+		anchors, err := c.loadExplicitTA(kept.ExplicitTA)
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, ErrState):
-			d.warn("%v: the server is judged by the configured trust anchors until the next renewal", err)
+			c.warn("%v: the server is judged by the configured trust anchors until the next renewal", err)
 		case err != nil:
 			return nil, err
 		default:
@@ -90,18 +90,18 @@ func (d *Credential) openCredential(ctx context.Context, c credential) (*pair, e
 
 // current returns the enrolled credential that the Security object points at,
 // or false where it points at the IDevID or at nothing.
-func (d *Credential) current() (credential, bool) {
-	instance, ok := d.security.Instance(d.cfg.Security.Instance)
+func (c *Credential) current() (credential, bool) {
+	instance, ok := c.security.Instance(c.cfg.Security.Instance)
 	if !ok {
 		return credential{}, false
 	}
 	cert, ok := instance.ClientCertificate.Engine()
-	if !ok || cert == d.cfg.IDevID.Certificate {
+	if !ok || cert == c.cfg.IDevID.Certificate {
 		return credential{}, false
 	}
-	for _, c := range d.journal.Pairs {
-		if c.sameLeaf(cert) {
-			return c, true
+	for _, kept := range c.journal.Pairs {
+		if kept.sameLeaf(cert) {
+			return kept, true
 		}
 	}
 	key, ok := instance.PrivateKey.Engine()
@@ -114,95 +114,95 @@ func (d *Credential) current() (credential, bool) {
 
 // checkInstance refuses a Security instance that points at another credential's
 // pair: it would be taken from that one.
-func (d *Credential) checkInstance() error {
-	instance, _ := d.security.Instance(d.cfg.Security.Instance)
+func (c *Credential) checkInstance() error {
+	instance, _ := c.security.Instance(c.cfg.Security.Instance)
 	at, ok := instance.ClientCertificate.Engine()
-	if !ok || d.journal.has(at) {
+	if !ok || c.journal.has(at) {
 		return nil
 	}
-	for name, r := range d.shared.journal.Credentials {
+	for name, r := range c.shared.journal.Credentials {
 		if r.has(at) {
-			return fmt.Errorf("security instance /0/%d is that of credential %q: %w", d.cfg.Security.Instance, name, ErrConfig)
+			return fmt.Errorf("security instance /0/%d is that of credential %q: %w", c.cfg.Security.Instance, name, ErrConfig)
 		}
 	}
 	return nil
 }
 
 // pointSecurityAt makes the Security object refer to a pair: the commit point.
-func (d *Credential) pointSecurityAt(key, cert engine.Address, serverCertificate []byte) error {
-	next := d.securityWith(key, cert, serverCertificate)
-	if err := next.Save(filepath.Join(d.cfg.StateDir, securityName)); err != nil {
+func (c *Credential) pointSecurityAt(key, cert engine.Address, serverCertificate []byte) error {
+	next := c.securityWith(key, cert, serverCertificate)
+	if err := next.Save(filepath.Join(c.cfg.StateDir, securityName)); err != nil {
 		return fmt.Errorf("write Security object: %w", err)
 	}
-	d.security = next
+	c.security = next
 	return nil
 }
 
 // checkSecurity judges the Security object as the commit will make it, before
 // anything is created or asked that a wrong setting would waste.
-func (d *Credential) checkSecurity() error {
-	if err := d.securityWith(d.cfg.IDevID.Key, d.cfg.IDevID.Certificate, nil).Validate(); err != nil {
+func (c *Credential) checkSecurity() error {
+	if err := c.securityWith(c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil).Validate(); err != nil {
 		return fmt.Errorf("check Security object: %w", err)
 	}
 	return nil
 }
 
 // securityWith returns the Security object with our instance pointing at a pair.
-func (d *Credential) securityWith(key, cert engine.Address, serverCertificate []byte) *lwm2m.SecurityObject {
+func (c *Credential) securityWith(key, cert engine.Address, serverCertificate []byte) *lwm2m.SecurityObject {
 	next := new(lwm2m.SecurityObject)
-	for id, instance := range d.security.All() {
+	for id, instance := range c.security.All() {
 		next.Set(id, instance)
 	}
-	instance, _ := d.security.Instance(d.cfg.Security.Instance)
-	instance.ServerURI = d.cfg.Security.ServerURI
-	instance.ShortServerID = d.cfg.Security.ShortServerID
+	instance, _ := c.security.Instance(c.cfg.Security.Instance)
+	instance.ServerURI = c.cfg.Security.ServerURI
+	instance.ShortServerID = c.cfg.Security.ShortServerID
 	instance.Mode = lwm2m.ModeEST
 	instance.ClientCertificate = engine.CertificateChainFromEngine(cert)
 	instance.PrivateKey = engine.PrivateKeyFromEngine(key)
 	switch {
-	case len(d.cfg.Security.ServerCertificate) > 0:
-		instance.ServerPublicKey, instance.CertificateUsage = d.cfg.Security.ServerCertificate, nil
+	case len(c.cfg.Security.ServerCertificate) > 0:
+		instance.ServerPublicKey, instance.CertificateUsage = c.cfg.Security.ServerCertificate, nil
 	case len(serverCertificate) > 0:
 		instance.ServerPublicKey, instance.CertificateUsage = serverCertificate, nil
 	case len(instance.ServerPublicKey) == 0:
 		// The server has not been met yet: what it is judged by stands for it.
 		usage := lwm2m.TrustAnchorAssertion
-		instance.ServerPublicKey, instance.CertificateUsage = d.cfg.ImplicitTA.Certificates()[0].Raw, &usage
+		instance.ServerPublicKey, instance.CertificateUsage = c.cfg.ImplicitTA.Certificates()[0].Raw, &usage
 	}
-	next.Set(d.cfg.Security.Instance, instance)
+	next.Set(c.cfg.Security.Instance, instance)
 	return next
 }
 
 // prepare makes sure that the Security object points at a usable credential
 // before anything is created: at first boot the IDevID.
-func (d *Credential) prepare(ctx context.Context) (*pair, error) {
-	idevid, err := d.openIDevID(ctx)
+func (c *Credential) prepare(ctx context.Context) (*pair, error) {
+	idevid, err := c.openIDevID(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if _, exists := d.security.Instance(d.cfg.Security.Instance); exists {
+	if _, exists := c.security.Instance(c.cfg.Security.Instance); exists {
 		return idevid, nil
 	}
-	return idevid, d.pointSecurityAt(d.cfg.IDevID.Key, d.cfg.IDevID.Certificate, nil)
+	return idevid, c.pointSecurityAt(c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil)
 }
 
 // restoreSecurity makes up for a Security object that was lost while the journal
 // was not: it points at the newest credential that is whole, else at the IDevID.
-func (d *Credential) restoreSecurity(ctx context.Context) error {
-	if _, exists := d.security.Instance(d.cfg.Security.Instance); exists || len(d.journal.Pairs) == 0 && d.journal.Operation == nil {
+func (c *Credential) restoreSecurity(ctx context.Context) error {
+	if _, exists := c.security.Instance(c.cfg.Security.Instance); exists || len(c.journal.Pairs) == 0 && c.journal.Operation == nil {
 		return nil
 	}
-	for _, c := range d.journal.Pairs {
-		_, err := d.openCredential(ctx, c)
+	for _, kept := range c.journal.Pairs {
+		_, err := c.openCredential(ctx, kept)
 		if errors.Is(err, engine.ErrNotFound) || errors.Is(err, ErrState) {
 			continue
 		}
 		if err != nil {
 			return err
 		}
-		d.warn("the Security object has no instance /0/%d: it points at %s again", d.cfg.Security.Instance, c.Certificates[0])
-		return d.pointSecurityAt(c.Key.Address, c.Certificates[0].Address, nil)
+		c.warn("the Security object has no instance /0/%d: it points at %s again", c.cfg.Security.Instance, kept.Certificates[0])
+		return c.pointSecurityAt(kept.Key.Address, kept.Certificates[0].Address, nil)
 	}
-	_, err := d.prepare(ctx)
+	_, err := c.prepare(ctx)
 	return err
 }

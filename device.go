@@ -182,7 +182,7 @@ type Credential struct {
 }
 
 // Name returns the credential's name.
-func (d *Credential) Name() string { return d.cfg.Name }
+func (c *Credential) Name() string { return c.cfg.Name }
 
 // credentialName holds for a label in a token and for a file's name.
 var credentialName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
@@ -450,39 +450,39 @@ func (d *Device) Close() error {
 func (d *shared) save() error { return d.journal.save(d.cfg.StateDir) }
 
 // advance names the next step of the operation on the disk before it is done.
-func (d *Credential) advance(step Step) error {
-	d.journal.Operation.Step = step
-	return d.save()
+func (c *Credential) advance(step Step) error {
+	c.journal.Operation.Step = step
+	return c.save()
 }
 
 func (d *shared) warn(format string, args ...any) {
 	d.cfg.Progress(Event{Message: fmt.Sprintf(format, args...), Warning: true})
 }
 
-func (d *Credential) warn(format string, args ...any) {
-	d.cfg.Progress(Event{Credential: d.Name(), Message: fmt.Sprintf(format, args...), Warning: true})
+func (c *Credential) warn(format string, args ...any) {
+	c.cfg.Progress(Event{Credential: c.Name(), Message: fmt.Sprintf(format, args...), Warning: true})
 }
 
 // warnOnce says what each session would say again.
-func (d *Credential) warnOnce(format string, args ...any) {
+func (c *Credential) warnOnce(format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
-	if d.warned[text] {
+	if c.warned[text] {
 		return
 	}
-	if d.warned == nil {
-		d.warned = map[string]bool{}
+	if c.warned == nil {
+		c.warned = map[string]bool{}
 	}
-	d.warned[text] = true
-	d.warn("%s", text)
+	c.warned[text] = true
+	c.warn("%s", text)
 }
 
-func (d *Credential) say(step Step, format string, args ...any) {
-	d.cfg.Progress(Event{Credential: d.Name(), Step: step, Message: fmt.Sprintf(format, args...)})
+func (c *Credential) say(step Step, format string, args ...any) {
+	c.cfg.Progress(Event{Credential: c.Name(), Step: step, Message: fmt.Sprintf(format, args...)})
 }
 
 // timed does one step and tells of it when it is done.
-func (d *Credential) timed(step Step, do func() (string, error)) error {
-	start := d.cfg.Now()
+func (c *Credential) timed(step Step, do func() (string, error)) error {
+	start := c.cfg.Now()
 	message, err := do()
 	if err != nil {
 		var already *StepError
@@ -491,6 +491,6 @@ func (d *Credential) timed(step Step, do func() (string, error)) error {
 		}
 		return &StepError{Step: step, Err: err}
 	}
-	d.cfg.Progress(Event{Credential: d.Name(), Step: step, Message: message, Elapsed: max(d.cfg.Now().Sub(start), 1)})
+	c.cfg.Progress(Event{Credential: c.Name(), Step: step, Message: message, Elapsed: max(c.cfg.Now().Sub(start), 1)})
 	return nil
 }

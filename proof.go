@@ -19,19 +19,19 @@ const (
 
 // prove shows the new pair to the server it is for, on a new connection, and
 // decides by the three results of DESIGN.md §7 rule 3.
-func (d *Credential) prove(ctx context.Context) error {
-	op := d.journal.Operation
-	fresh, err := d.openCredential(ctx, op.credential())
+func (c *Credential) prove(ctx context.Context) error {
+	op := c.journal.Operation
+	fresh, err := c.openCredential(ctx, op.credential())
 	if err != nil {
 		return &StepError{Step: StepProve, Err: err}
 	}
 	var why error
 	var got verdict
-	err = d.timed(StepProve, func() (string, error) {
-		if got, why = d.show(ctx, fresh); got != accepted {
+	err = c.timed(StepProve, func() (string, error) {
+		if got, why = c.show(ctx, fresh); got != accepted {
 			return "", why
 		}
-		return fmt.Sprintf("%s accepts the new certificate", d.cfg.ServerURI), d.advance(StepCommit)
+		return fmt.Sprintf("%s accepts the new certificate", c.cfg.ServerURI), c.advance(StepCommit)
 	})
 	if got == accepted {
 		return err
@@ -45,69 +45,69 @@ func (d *Credential) prove(ctx context.Context) error {
 	if got == undecided {
 		return &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrUnproven, why)}
 	}
-	return d.newPairRefused(ctx, why)
+	return c.newPairRefused(ctx, why)
 }
 
 // newPairRefused asks whether the server refuses the new pair or everything:
 // the new one is removed only if the old one is accepted.
-func (d *Credential) newPairRefused(ctx context.Context, why error) error {
-	op := d.journal.Operation
-	old, err := d.authenticator(ctx)
+func (c *Credential) newPairRefused(ctx context.Context, why error) error {
+	op := c.journal.Operation
+	old, err := c.authenticator(ctx)
 	if errors.Is(err, ErrNotEnrolled) {
 		// Killed inside fallBack, between its two writes.
-		return d.endFallBack(fmt.Errorf("%w: %w", ErrRefused, why))
+		return c.endFallBack(fmt.Errorf("%w: %w", ErrRefused, why))
 	}
 	if err != nil {
 		return &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; then %w", ErrUnproven, why, err)}
 	}
-	verdictOnOld, whyOld := d.show(ctx, old)
+	verdictOnOld, whyOld := c.show(ctx, old)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
 	cause := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrRefused, why)}
 	if verdictOnOld == accepted {
-		d.say(StepProve, "the server accepts the %s certificate: the new one is removed", old.name)
-		return d.discard(ctx, cause)
+		c.say(StepProve, "the server accepts the %s certificate: the new one is removed", old.name)
+		return c.discard(ctx, cause)
 	}
 	unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; the %s certificate is %s too: %w", ErrUnproven, why, old.name, verdictOnOld, whyOld)}
-	if verdictOnOld == undecided || op.Kind == KindEnroll || d.cfg.NoFallback {
+	if verdictOnOld == undecided || op.Kind == KindEnroll || c.cfg.NoFallback {
 		return unproven
 	}
-	return d.fallBack(ctx, cause, unproven)
+	return c.fallBack(ctx, cause, unproven)
 }
 
 // fallBack points the Security object at the IDevID when the server refuses
 // both enrolled pairs and accepts it. Both are kept: the next Enroll begins anew.
-func (d *Credential) fallBack(ctx context.Context, cause, unproven error) error {
-	idevid, err := d.openIDevID(ctx)
+func (c *Credential) fallBack(ctx context.Context, cause, unproven error) error {
+	idevid, err := c.openIDevID(ctx)
 	if err != nil {
 		return errors.Join(unproven, err)
 	}
-	if got, _ := d.show(ctx, idevid); got != accepted {
+	if got, _ := c.show(ctx, idevid); got != accepted {
 		return unproven
 	}
-	if err := d.pointSecurityAt(d.cfg.IDevID.Key, d.cfg.IDevID.Certificate, nil); err != nil {
+	if err := c.pointSecurityAt(c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil); err != nil {
 		return errors.Join(cause, err)
 	}
-	return d.endFallBack(cause)
+	return c.endFallBack(cause)
 }
 
-func (d *Credential) endFallBack(cause error) error {
-	d.adopt(d.journal.Operation.credential())
-	d.journal.Operation = nil
-	d.warn("the server refuses the new and the current certificate and accepts the IDevID: the Security object points at the IDevID again")
-	return errors.Join(cause, d.save())
+func (c *Credential) endFallBack(cause error) error {
+	c.adopt(c.journal.Operation.credential())
+	c.journal.Operation = nil
+	c.warn("the server refuses the new and the current certificate and accepts the IDevID: the Security object points at the IDevID again")
+	return errors.Join(cause, c.save())
 }
 
 // show is one proof: the server asked for a certificate, ours was sent in a full
 // handshake, and one response was read afterwards.
-func (d *Credential) show(ctx context.Context, p *pair) (verdict, error) {
-	_, err := retry(ctx, d, func() (struct{}, error) {
-		session, err := d.dial(ctx, p)
+func (c *Credential) show(ctx context.Context, p *pair) (verdict, error) {
+	_, err := retry(ctx, c, func() (struct{}, error) {
+		session, err := c.dial(ctx, p)
 		if err != nil {
 			return struct{}{}, err
 		}
-		defer d.closeSession(session)
+		defer c.closeSession(session)
 		if asked, ok := session.(est.ClientAuthenticator); !ok || !asked.ClientAuthenticated() {
 			return struct{}{}, errors.New("the server did not ask for our certificate: its answer proves nothing")
 		}

@@ -17,64 +17,64 @@ import (
 )
 
 // authenticator is the pair that authenticates the request.
-func (d *Credential) authenticator(ctx context.Context) (*pair, error) {
-	if d.journal.Operation.Kind == KindEnroll {
-		return d.openIDevID(ctx)
+func (c *Credential) authenticator(ctx context.Context) (*pair, error) {
+	if c.journal.Operation.Kind == KindEnroll {
+		return c.openIDevID(ctx)
 	}
-	c, enrolled := d.current()
+	kept, enrolled := c.current()
 	if !enrolled {
 		return nil, ErrNotEnrolled
 	}
-	return d.openCredential(ctx, c)
+	return c.openCredential(ctx, kept)
 }
 
 // request exchanges the CSR for certificates. A result ends the operation.
-func (d *Credential) request(ctx context.Context) (*Result, error) {
-	op := d.journal.Operation
-	if err := d.checkSecurity(); err != nil {
+func (c *Credential) request(ctx context.Context) (*Result, error) {
+	op := c.journal.Operation
+	if err := c.checkSecurity(); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	auth, err := d.authenticator(ctx)
+	auth, err := c.authenticator(ctx)
 	if err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	if err := d.buildCSR(ctx, auth); err != nil {
+	if err := c.buildCSR(ctx, auth); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	if err := d.stillPending(); err != nil {
+	if err := c.stillPending(); err != nil {
 		return nil, err
 	}
 	var got *answer
-	err = d.timed(StepRequest, func() (string, error) {
-		if got, err = retry(ctx, d, func() (*answer, error) { return d.exchange(ctx, auth) }); err != nil {
+	err = c.timed(StepRequest, func() (string, error) {
+		if got, err = retry(ctx, c, func() (*answer, error) { return c.exchange(ctx, auth) }); err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("%s at %s: a certificate valid until %s", operationOf(op.Kind), d.cfg.ServerURI,
+		return fmt.Sprintf("%s at %s: a certificate valid until %s", operationOf(op.Kind), c.cfg.ServerURI,
 			got.chain[0].NotAfter.UTC().Format(time.RFC3339)), nil
 	})
 	if err != nil {
-		return nil, d.requestFailed(ctx, err)
+		return nil, c.requestFailed(ctx, err)
 	}
 	if op.Kind == KindRenew {
-		if unchanged := d.notRenewed(auth.chain[0], got.chain[0]); unchanged {
-			return d.unchanged(auth)
+		if unchanged := c.notRenewed(auth.chain[0], got.chain[0]); unchanged {
+			return c.unchanged(auth)
 		}
 	}
-	return d.accept(ctx, auth, got)
+	return c.accept(ctx, auth, got)
 }
 
 // stillPending returns the pending answer again until its time has come:
 // the client waits at least as long as the server said (RFC 9148 §4.7).
-func (d *Credential) stillPending() error {
-	op := d.journal.Operation
+func (c *Credential) stillPending() error {
+	op := c.journal.Operation
 	if op.AskedAt.IsZero() {
 		return nil
 	}
-	now := d.cfg.Now()
-	if floor, _ := d.clockFloor(); op.StartedAt.Before(floor) && !now.Before(floor) {
+	now := c.cfg.Now()
+	if floor, _ := c.clockFloor(); op.StartedAt.Before(floor) && !now.Before(floor) {
 		// The clock was known to be behind then and was set since: between the two
 		// lie decades that nobody waited.
-		op.StartedAt, op.Deadline = now, now.Add(d.cfg.PendingLimit)
+		op.StartedAt, op.Deadline = now, now.Add(c.cfg.PendingLimit)
 	}
 	// A clock that was set back would keep the device waiting: ask then.
 	if notBefore := op.AskedAt.Add(op.RetryAfter); now.Before(notBefore) && !now.Before(op.AskedAt) {
@@ -85,9 +85,9 @@ func (d *Credential) stillPending() error {
 
 // buildCSR makes the CSR once and keeps it in the journal: every repetition, in
 // this run or the next, sends the same bytes.
-func (d *Credential) buildCSR(ctx context.Context, auth *pair) error {
-	op := d.journal.Operation
-	template := d.cfg.Request
+func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
+	op := c.journal.Operation
+	template := c.cfg.Request
 	switch {
 	case op.Kind == KindRenew:
 		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
@@ -102,18 +102,18 @@ func (d *Credential) buildCSR(ctx context.Context, auth *pair) error {
 	if len(op.CSR) > 0 && bytes.Equal(wanted, op.Wanted) {
 		return nil
 	}
-	return d.timed(StepRequest, func() (string, error) {
-		signer, err := d.engine.Signer(ctx, op.Key.Address)
+	return c.timed(StepRequest, func() (string, error) {
+		signer, err := c.engine.Signer(ctx, op.Key.Address)
 		if err != nil {
 			return "", err
 		}
-		if op.CSR, err = csr.Build(d.cfg.Rand, template, signer); err != nil {
+		if op.CSR, err = csr.Build(c.cfg.Rand, template, signer); err != nil {
 			return "", err
 		}
 		// Another question: what the server said of the old one does not hold for it.
 		op.Wanted, op.AskedAt, op.RetryAfter = wanted, time.Time{}, 0
-		op.Deadline = d.cfg.Now().Add(d.cfg.PendingLimit)
-		return "built the CSR, signed in the token", d.save()
+		op.Deadline = c.cfg.Now().Add(c.cfg.PendingLimit)
+		return "built the CSR, signed in the token", c.save()
 	})
 }
 
@@ -145,13 +145,13 @@ func operationOf(kind Kind) est.Operation {
 
 // exchange is one session: crts, the live session judged by the Explicit TA,
 // then sen or sren (RFC 9148 §3).
-func (d *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) {
-	op := d.journal.Operation
-	session, err := d.dial(ctx, auth)
+func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) {
+	op := c.journal.Operation
+	session, err := c.dial(ctx, auth)
 	if err != nil {
 		return nil, err
 	}
-	defer d.closeSession(session)
+	defer c.closeSession(session)
 	client := est.Client{Session: session}
 	caCerts, err := client.CACerts(ctx)
 	if err != nil {
@@ -161,11 +161,11 @@ func (d *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err != nil {
 		return nil, err
 	}
-	now, err := d.verificationTime()
+	now, err := c.verificationTime()
 	if err != nil {
 		return nil, err
 	}
-	if err := anchors.VerifyServer(session.PeerChain(), d.cfg.ServerName, now); err != nil {
+	if err := anchors.VerifyServer(session.PeerChain(), c.cfg.ServerName, now); err != nil {
 		return nil, fmt.Errorf("judge the server by its own cacerts: %w", err)
 	}
 	request, err := x509.ParseCertificateRequest(op.CSR)
@@ -176,7 +176,7 @@ func (d *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if op.Kind == KindRenew {
 		enroll = client.SimpleReenroll
 	}
-	d.sent = true
+	c.sent = true
 	issued, err := enroll(ctx, op.CSR)
 	if err != nil {
 		return nil, err
@@ -188,30 +188,30 @@ func (d *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	return &answer{chain: chain, anchors: anchors, server: session.PeerChain()[0]}, nil
 }
 
-func (d *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
-	now, err := d.verificationTime()
+func (c *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
+	now, err := c.verificationTime()
 	if err != nil {
 		return nil, err
 	}
 	connection := as.connection()
 	connection.Now = func() time.Time { return now }
-	connection.Warn = d.warnOnce
-	return d.cfg.Dial(ctx, connection)
+	connection.Warn = c.warnOnce
+	return c.cfg.Dial(ctx, connection)
 }
 
 // closeSession ends a session. A failure does not undo what was received: an
 // answer must not be taken for a failed request because of it.
-func (d *Credential) closeSession(session est.Session) {
+func (c *Credential) closeSession(session est.Session) {
 	if err := session.Close(); err != nil {
-		d.warn("close session with %s: %v", d.cfg.ServerURI, err)
+		c.warn("close session with %s: %v", c.cfg.ServerURI, err)
 	}
 }
 
 // retry repeats an exchange that got no answer, and nothing else, a bounded
 // number of times; the CSR in the journal makes the repetition safe.
-func retry[T any](ctx context.Context, d *Credential, try func() (T, error)) (T, error) {
+func retry[T any](ctx context.Context, c *Credential, try func() (T, error)) (T, error) {
 	pause := backoff.NewExponentialBackOff()
-	pause.InitialInterval = d.cfg.RetryInterval
+	pause.InitialInterval = c.cfg.RetryInterval
 	pause.Multiplier = 2
 	attempt := func() (T, error) {
 		got, err := try()
@@ -220,9 +220,9 @@ func retry[T any](ctx context.Context, d *Credential, try func() (T, error)) (T,
 		}
 		return got, err
 	}
-	got, err := backoff.Retry(ctx, attempt, backoff.WithBackOff(pause), backoff.WithMaxTries(d.cfg.Tries), backoff.WithMaxElapsedTime(0),
+	got, err := backoff.Retry(ctx, attempt, backoff.WithBackOff(pause), backoff.WithMaxTries(c.cfg.Tries), backoff.WithMaxElapsedTime(0),
 		backoff.WithNotify(func(err error, wait time.Duration) {
-			d.say(StepRequest, "no answer (%v): again in %s", err, wait.Round(time.Millisecond))
+			c.say(StepRequest, "no answer (%v): again in %s", err, wait.Round(time.Millisecond))
 		}))
 	// Measured: backoff v5.0.3 leaves its wrapper around the last try's error.
 	var permanent *backoff.PermanentError
@@ -234,19 +234,19 @@ func retry[T any](ctx context.Context, d *Credential, try func() (T, error)) (T,
 
 // requestFailed decides what a failed request leaves: all of it where the next
 // run goes on with the same CSR, nothing where the answer was final.
-func (d *Credential) requestFailed(ctx context.Context, err error) error {
-	op := d.journal.Operation
+func (c *Credential) requestFailed(ctx context.Context, err error) error {
+	op := c.journal.Operation
 	var pending *est.PendingError
 	var status *est.StatusError
 	switch {
 	case errors.As(err, &pending):
-		asked, now := !op.AskedAt.IsZero(), d.cfg.Now()
+		asked, now := !op.AskedAt.IsZero(), c.cfg.Now()
 		if asked && now.After(op.Deadline) {
 			// Only now: the server may have said to come back after the deadline.
-			return d.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("asked first at %s: %w", op.StartedAt.UTC().Format(time.RFC3339), ErrGivenUp)})
+			return c.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("asked first at %s: %w", op.StartedAt.UTC().Format(time.RFC3339), ErrGivenUp)})
 		}
 		op.AskedAt, op.RetryAfter = now, pending.RetryAfter
-		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline}, d.save())
+		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline}, c.save())
 	case ctx.Err() != nil, errors.Is(err, est.ErrUnreachable), isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
 	case errors.Is(err, est.ErrServerCertificate), errors.Is(err, est.ErrCredentialNotYetValid):
@@ -255,12 +255,12 @@ func (d *Credential) requestFailed(ctx context.Context, err error) error {
 		return err
 	case errors.As(err, &status) && status.Temporary():
 		return err
-	case d.sent && !isAnswer(err):
+	case c.sent && !isAnswer(err):
 		// Whoever sits on the network can present a wrong certificate or forge an
 		// alert of the handshake: that must not cost a request under decision.
 		return err
 	}
-	return d.discard(ctx, err)
+	return c.discard(ctx, err)
 }
 
 // isAnswer reports an error that only the authenticated server can have caused.
@@ -279,28 +279,28 @@ func isEngineError(err error) bool {
 
 // notRenewed reports whether the answer is the certificate we have, or, unless
 // forced, one that does not last longer (DESIGN.md §7 rule 5).
-func (d *Credential) notRenewed(old, issued *x509.Certificate) bool {
-	return old.Equal(issued) || !d.journal.Operation.Force && !issued.NotAfter.After(old.NotAfter)
+func (c *Credential) notRenewed(old, issued *x509.Certificate) bool {
+	return old.Equal(issued) || !c.journal.Operation.Force && !issued.NotAfter.After(old.NotAfter)
 }
 
-func (d *Credential) unchanged(current *pair) (*Result, error) {
-	c, _ := d.current()
-	d.warn("the server answered with a certificate that is no renewal of the current one (until %s): nothing is changed",
+func (c *Credential) unchanged(current *pair) (*Result, error) {
+	kept, _ := c.current()
+	c.warn("the server answered with a certificate that is no renewal of the current one (until %s): nothing is changed",
 		current.chain[0].NotAfter.UTC().Format(time.RFC3339))
-	d.journal.Operation = nil
-	return &Result{Kind: KindRenew, Certificate: current.chain[0], CertificateAddress: c.Certificates[0].Address, Key: c.Key.Address}, d.save()
+	c.journal.Operation = nil
+	return &Result{Kind: KindRenew, Certificate: current.chain[0], CertificateAddress: kept.Certificates[0].Address, Key: kept.Key.Address}, c.save()
 }
 
 // accept writes down the answer and where it will be stored.
-func (d *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Result, error) {
-	op := d.journal.Operation
-	addresses, err := d.store.CertificateAddresses(ctx, op.Key.Address, got.chain)
+func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Result, error) {
+	op := c.journal.Operation
+	addresses, err := c.store.CertificateAddresses(ctx, op.Key.Address, got.chain)
 	if err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
-	for _, known := range d.journal.Pairs {
+	for _, known := range c.journal.Pairs {
 		if known.sameLeaf(addresses[0]) {
-			return d.unchanged(auth) // the previous one, once more
+			return c.unchanged(auth) // the previous one, once more
 		}
 	}
 	op.Chain, op.Certificates = nil, nil
@@ -308,11 +308,11 @@ func (d *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 		op.Chain = append(op.Chain, cert.Raw)
 		op.Certificates = append(op.Certificates, reference{Address: addresses[i]})
 	}
-	if op.ExplicitTA, err = d.saveExplicitTA(got.anchors); err != nil {
+	if op.ExplicitTA, err = c.saveExplicitTA(got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
 	op.ServerCertificate = got.server.Raw
-	d.sawVerified(got.server.NotBefore)
-	d.sawVerified(got.chain[0].NotBefore)
-	return nil, d.advance(StepStore)
+	c.sawVerified(got.server.NotBefore)
+	c.sawVerified(got.chain[0].NotBefore)
+	return nil, c.advance(StepStore)
 }

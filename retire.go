@@ -14,30 +14,30 @@ import (
 const keepPrevious = 1
 
 // retire removes what is older than the previous pair and ends the operation.
-func (d *Credential) retire(ctx context.Context) (*Result, error) {
-	op := d.journal.Operation
-	err := d.timed(StepRetire, func() (string, error) {
+func (c *Credential) retire(ctx context.Context) (*Result, error) {
+	op := c.journal.Operation
+	err := c.timed(StepRetire, func() (string, error) {
 		retired := 0
-		for len(d.journal.Pairs) > 1+keepPrevious {
-			last := len(d.journal.Pairs) - 1
-			old := d.journal.Pairs[last]
-			d.journal.Pairs = d.journal.Pairs[:last]
-			if err := d.removeCredential(ctx, old.Certificates, old.Key.Address); err != nil {
+		for len(c.journal.Pairs) > 1+keepPrevious {
+			last := len(c.journal.Pairs) - 1
+			old := c.journal.Pairs[last]
+			c.journal.Pairs = c.journal.Pairs[:last]
+			if err := c.removeCredential(ctx, old.Certificates, old.Key.Address); err != nil {
 				// The record of the attempt is saved next: it must not forget this one.
-				d.journal.Pairs = append(d.journal.Pairs, old)
+				c.journal.Pairs = append(c.journal.Pairs, old)
 				return "", err
 			}
 			retired++
 		}
-		d.journal.Operation = nil
-		if err := d.save(); err != nil {
+		c.journal.Operation = nil
+		if err := c.save(); err != nil {
 			return "", err
 		}
 		message := "nothing is old enough to go"
 		if retired > 0 {
 			message = fmt.Sprintf("removed %d certificates older than the previous one", retired)
 		}
-		return message, d.removeUnreferencedFiles()
+		return message, c.removeUnreferencedFiles()
 	})
 	if err != nil {
 		return nil, err
@@ -51,16 +51,16 @@ func (d *Credential) retire(ctx context.Context) (*Result, error) {
 
 // removeCredential destroys certificates and, when no kept certificate and no
 // Security instance uses it, their key.
-func (d *Credential) removeCredential(ctx context.Context, certs []reference, key engine.Address) error {
+func (c *Credential) removeCredential(ctx context.Context, certs []reference, key engine.Address) error {
 	if len(certs) > 0 {
-		if err := d.store.RemoveCertificates(ctx, addresses(certs)); err != nil {
+		if err := c.store.RemoveCertificates(ctx, addresses(certs)); err != nil {
 			return err
 		}
 	}
-	if d.keyInUse(key) {
+	if c.keyInUse(key) {
 		return nil
 	}
-	if err := d.engine.RemoveKey(ctx, key); err != nil && !errors.Is(err, engine.ErrNotFound) {
+	if err := c.engine.RemoveKey(ctx, key); err != nil && !errors.Is(err, engine.ErrNotFound) {
 		return err
 	}
 	return nil
@@ -90,12 +90,12 @@ func (d *shared) keyInUse(key engine.Address) bool {
 }
 
 // discard removes what the operation created, ends it and returns the cause.
-func (d *Credential) discard(ctx context.Context, cause error) error {
-	op := d.journal.Operation
+func (c *Credential) discard(ctx context.Context, cause error) error {
+	op := c.journal.Operation
 	if cause != nil {
 		op.Reason = truncate(cause.Error(), 512)
 	}
-	if err := d.advance(StepDiscard); err != nil {
+	if err := c.advance(StepDiscard); err != nil {
 		return errors.Join(cause, err)
 	}
 	// Ctrl-C does not stop the cleaning up: it is short, and asked for.
@@ -104,19 +104,19 @@ func (d *Credential) discard(ctx context.Context, cause error) error {
 	if op.NewKey {
 		key = op.Key.Address
 	}
-	if err := d.removeOperation(ctx, op, key); err != nil {
+	if err := c.removeOperation(ctx, op, key); err != nil {
 		return errors.Join(cause, &StepError{Step: StepDiscard, Err: err})
 	}
-	d.journal.Operation = nil
-	return errors.Join(cause, d.save(), d.removeUnreferencedFiles())
+	c.journal.Operation = nil
+	return errors.Join(cause, c.save(), c.removeUnreferencedFiles())
 }
 
-func (d *Credential) removeOperation(ctx context.Context, op *operation, key engine.Address) error {
+func (c *Credential) removeOperation(ctx context.Context, op *operation, key engine.Address) error {
 	if key != nil {
-		return d.removeCredential(ctx, op.Certificates, key)
+		return c.removeCredential(ctx, op.Certificates, key)
 	}
 	if len(op.Certificates) == 0 {
 		return nil
 	}
-	return d.store.RemoveCertificates(ctx, addresses(op.Certificates))
+	return c.store.RemoveCertificates(ctx, addresses(op.Certificates))
 }

@@ -53,17 +53,17 @@ type OperationStatus struct {
 }
 
 // Status reports what the state directory and the token hold. It changes nothing.
-func (d *Credential) Status(ctx context.Context) (*Status, error) {
-	s := &Status{Server: d.cfg.ServerURI, LastAttempt: d.journal.LastAttempt}
-	if op := d.journal.Operation; op != nil {
+func (c *Credential) Status(ctx context.Context) (*Status, error) {
+	s := &Status{Server: c.cfg.ServerURI, LastAttempt: c.journal.LastAttempt}
+	if op := c.journal.Operation; op != nil {
 		s.Pending = &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
 		if !op.AskedAt.IsZero() {
 			s.Pending.NotBefore = op.AskedAt.Add(op.RetryAfter)
 		}
 	}
-	current, enrolled := d.current()
+	current, enrolled := c.current()
 	s.Enrolled = enrolled
-	instance, exists := d.security.Instance(d.cfg.Security.Instance)
+	instance, exists := c.security.Instance(c.cfg.Security.Instance)
 	if !enrolled && exists {
 		key, hasKey := instance.PrivateKey.Engine()
 		cert, hasCert := instance.ClientCertificate.Engine()
@@ -72,20 +72,20 @@ func (d *Credential) Status(ctx context.Context) (*Status, error) {
 		}
 	}
 	if current.Key.Address != nil {
-		shown, err := d.credentialStatus(ctx, current)
+		shown, err := c.credentialStatus(ctx, current)
 		if err != nil {
 			return nil, err
 		}
 		s.Current = shown
-		if err := d.checkInstance(); err != nil {
+		if err := c.checkInstance(); err != nil {
 			s.Current.Problem = err.Error()
 		}
 	}
-	for _, c := range d.journal.Pairs {
-		if current.Key.Address != nil && c.sameLeaf(current.Certificates[0].Address) {
+	for _, kept := range c.journal.Pairs {
+		if current.Key.Address != nil && kept.sameLeaf(current.Certificates[0].Address) {
 			continue
 		}
-		shown, err := d.credentialStatus(ctx, c)
+		shown, err := c.credentialStatus(ctx, kept)
 		if err != nil {
 			return nil, err
 		}
@@ -94,15 +94,15 @@ func (d *Credential) Status(ctx context.Context) (*Status, error) {
 	return s, nil
 }
 
-func (d *Credential) credentialStatus(ctx context.Context, c credential) (*CredentialStatus, error) {
-	s := &CredentialStatus{Key: c.Key.String(), Certificate: c.Certificates[0].String()}
-	for _, at := range c.Certificates[1:] {
+func (c *Credential) credentialStatus(ctx context.Context, kept credential) (*CredentialStatus, error) {
+	s := &CredentialStatus{Key: kept.Key.String(), Certificate: kept.Certificates[0].String()}
+	for _, at := range kept.Certificates[1:] {
 		s.Chain = append(s.Chain, at.String())
 	}
-	cert, err := d.store.Certificate(ctx, c.Certificates[0].Address)
+	cert, err := c.store.Certificate(ctx, kept.Certificates[0].Address)
 	if err == nil {
 		s.describe(cert)
-		s.Problem, err = d.problemOf(ctx, c, cert)
+		s.Problem, err = c.problemOf(ctx, kept, cert)
 	}
 	if errors.Is(err, engine.ErrNotFound) {
 		s.Problem, err = "not in the token: "+err.Error(), nil
@@ -110,8 +110,8 @@ func (d *Credential) credentialStatus(ctx context.Context, c credential) (*Crede
 	if err != nil {
 		return nil, err
 	}
-	if inspector, ok := d.engine.(engine.KeyInspector); ok {
-		attributes, err := inspector.KeyAttributes(ctx, c.Key.Address)
+	if inspector, ok := c.engine.(engine.KeyInspector); ok {
+		attributes, err := inspector.KeyAttributes(ctx, kept.Key.Address)
 		if err == nil {
 			s.KeyAttributes = &attributes
 		} else if !errors.Is(err, engine.ErrNotFound) && !errors.Is(err, engine.ErrUnsupported) {
@@ -127,15 +127,15 @@ func (s *CredentialStatus) describe(cert *x509.Certificate) {
 	s.NotBefore, s.NotAfter = cert.NotBefore.UTC(), cert.NotAfter.UTC()
 }
 
-func (d *Credential) problemOf(ctx context.Context, c credential, cert *x509.Certificate) (string, error) {
-	signer, err := d.engine.Signer(ctx, c.Key.Address)
+func (c *Credential) problemOf(ctx context.Context, kept credential, cert *x509.Certificate) (string, error) {
+	signer, err := c.engine.Signer(ctx, kept.Key.Address)
 	if err != nil {
 		return "", err
 	}
 	if !samePublicKey(cert.PublicKey, signer.Public()) {
 		return "the certificate is not that of the key", nil
 	}
-	now, err := d.verificationTime()
+	now, err := c.verificationTime()
 	if errors.Is(err, ErrClock) {
 		return "whether it is valid cannot be said: " + err.Error(), nil
 	}

@@ -32,38 +32,38 @@ func addresses(refs []reference) []engine.Address {
 	return out
 }
 
-func (d *Credential) storeCertificates(ctx context.Context) error {
-	op := d.journal.Operation
-	return d.timed(StepStore, func() (string, error) {
+func (c *Credential) storeCertificates(ctx context.Context) error {
+	op := c.journal.Operation
+	return c.timed(StepStore, func() (string, error) {
 		chain, err := op.chain()
 		if err != nil {
 			return "", err
 		}
-		if err := d.store.StoreCertificates(ctx, addresses(op.Certificates), chain); err != nil {
+		if err := c.store.StoreCertificates(ctx, addresses(op.Certificates), chain); err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("stored the certificate and its chain (%d) in the token: %s", len(chain)-1, op.Certificates[0]), d.advance(StepProve)
+		return fmt.Sprintf("stored the certificate and its chain (%d) in the token: %s", len(chain)-1, op.Certificates[0]), c.advance(StepProve)
 	})
 }
 
 // commit makes the Security object point at the new pair.
-func (d *Credential) commit() error {
-	op := d.journal.Operation
-	return d.timed(StepCommit, func() (string, error) {
-		if err := d.pointSecurityAt(op.Key.Address, op.Certificates[0].Address, op.ServerCertificate); err != nil {
+func (c *Credential) commit() error {
+	op := c.journal.Operation
+	return c.timed(StepCommit, func() (string, error) {
+		if err := c.pointSecurityAt(op.Key.Address, op.Certificates[0].Address, op.ServerCertificate); err != nil {
 			return "", err
 		}
-		d.adopt(op.credential())
-		return fmt.Sprintf("security instance /0/%d points at the new pair", d.cfg.Security.Instance), d.advance(StepRetire)
+		c.adopt(op.credential())
+		return fmt.Sprintf("security instance /0/%d points at the new pair", c.cfg.Security.Instance), c.advance(StepRetire)
 	})
 }
 
 // adopt puts a credential at the head of the list, once.
-func (d *Credential) adopt(c credential) {
-	for _, known := range d.journal.Pairs {
-		if known.sameLeaf(c.Certificates[0].Address) {
+func (c *Credential) adopt(kept credential) {
+	for _, known := range c.journal.Pairs {
+		if known.sameLeaf(kept.Certificates[0].Address) {
 			return
 		}
 	}
-	d.journal.Pairs = append([]credential{c}, d.journal.Pairs...)
+	c.journal.Pairs = append([]credential{kept}, c.journal.Pairs...)
 }

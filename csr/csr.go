@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -28,6 +29,10 @@ type Template struct {
 	SANs []SAN
 	// RawSAN is a whole extension, copied from a certificate; not beside SANs.
 	RawSAN *pkix.Extension
+	// PSS has an RSA key sign with RSASSA-PSS (RFC 4055 §3) instead of PKCS #1
+	// v1.5. The key in the request is an RSA key all the same (rsaEncryption), whose
+	// certificate may be used with either.
+	PSS bool
 }
 
 // ForReenrollment returns the template with the Subject and SAN of a
@@ -72,13 +77,17 @@ func (t Template) subject() []byte {
 }
 
 // Build returns the DER of a CSR with the names of the template, signed by the
-// signer. The signature is verified before it leaves, since a token can fail. A
-// nil random source is crypto/rand.
+// signer: with the hash that is as strong as its curve (SHA-256, SHA-384 or
+// SHA-512), or SHA-256 for an RSA key. The signature is verified before it
+// leaves, since a token can fail. A nil random source is crypto/rand.
 func Build(random io.Reader, template Template, signer crypto.Signer) ([]byte, error) {
 	if random == nil {
 		random = rand.Reader
 	}
 	request := &x509.CertificateRequest{RawSubject: template.subject()}
+	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS {
+		request.SignatureAlgorithm = x509.SHA256WithRSAPSS
+	}
 	san, err := template.SANExtension()
 	if err != nil {
 		return nil, err

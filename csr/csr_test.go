@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -188,6 +189,44 @@ func TestBuild(t *testing.T) {
 	request, err := x509.ParseCertificateRequest(der)
 	if err != nil || !key.PublicKey.Equal(request.PublicKey) {
 		t.Errorf("got %v, want the signer's key", err)
+	}
+}
+
+// Each kind of key signs with the hash that is as strong, and RSA with the
+// padding that is asked for; OpenSSL verifies all of them.
+func TestBuildSignature(t *testing.T) {
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	onCurve := func(curve elliptic.Curve) crypto.Signer {
+		key, err := ecdsa.GenerateKey(curve, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key
+	}
+	for name, c := range map[string]struct {
+		key  crypto.Signer
+		pss  bool
+		want []string // of openssl
+	}{
+		"P-256":         {onCurve(elliptic.P256()), false, []string{"ecdsa-with-SHA256"}},
+		"P-384":         {onCurve(elliptic.P384()), false, []string{"ecdsa-with-SHA384"}},
+		"P-521":         {onCurve(elliptic.P521()), false, []string{"ecdsa-with-SHA512"}},
+		"RSA":           {rsaKey, false, []string{"sha256WithRSAEncryption"}},
+		"RSA with PSS":  {rsaKey, true, []string{"rsassaPss", "Hash Algorithm: sha256", "Mask Algorithm: mgf1 with sha256", "Salt Length: 0x20", "Public Key Algorithm: rsaEncryption"}},
+		"PSS is of RSA": {onCurve(elliptic.P256()), true, []string{"ecdsa-with-SHA256"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			der := build(t, csr.Template{PSS: c.pss}, opaque{c.key})
+			got := judge(t, der, "req", "-inform", "DER", "-noout", "-verify", "-text")
+			for _, want := range append(c.want, "verify OK") {
+				if !strings.Contains(got, want) {
+					t.Errorf("openssl: no %q in %s", want, got)
+				}
+			}
+		})
 	}
 }
 

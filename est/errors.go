@@ -33,6 +33,9 @@ var (
 	ErrUnreachable = errors.New("no answer from the server")
 	// ErrCredentialRefused says that the server refused our certificate.
 	ErrCredentialRefused = errors.New("the server refuses our certificate")
+	// ErrKeyUnsuitable says that the server takes no certificate, or no signature,
+	// of the kind of our key.
+	ErrKeyUnsuitable = errors.New("the server does not accept this kind of key")
 	// ErrCredentialNotYetValid says that our certificate is not valid by the
 	// server's clock.
 	ErrCredentialNotYetValid = errors.New("our certificate is not valid by the server's clock")

@@ -6,6 +6,7 @@ package est
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 )
 
@@ -88,4 +89,11 @@ type Session interface {
 // answer proves nothing about our certificate.
 type ClientAuthenticator interface {
 	ClientAuthenticated() bool
+}
+
+// KeyAccepter is implemented by sessions that know which kinds of client
+// certificates the server takes: one for a key that it does not take would be
+// issued in vain.
+type KeyAccepter interface {
+	AcceptsKey(public crypto.PublicKey) bool
 }

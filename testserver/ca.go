@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -180,14 +181,14 @@ func (a *authorities) serverCertificate(names []string, now time.Time) (*x509.Ce
 }
 
 // parseCSR accepts what this CA signs: PKCS#10 whose signature proves
-// possession of a P-256 key (RFC 2986 §4.2, RFC 9148 §3).
+// possession of a key that checkKey takes (RFC 2986 §4.2).
 func parseCSR(der []byte) (*x509.CertificateRequest, error) {
 	request, err := x509.ParseCertificateRequest(der)
 	if err != nil {
 		return nil, fmt.Errorf("not a PKCS#10 request: %w", err)
 	}
-	if err := checkP256(request.PublicKey); err != nil {
-		return nil, err
+	if err := checkKey(request.PublicKey); err != nil {
+		return nil, err // before the signature, whose cost the key decides
 	}
 	if err := request.CheckSignature(); err != nil {
 		return nil, errors.New("the request's signature does not verify")
@@ -195,11 +196,35 @@ func parseCSR(der []byte) (*x509.CertificateRequest, error) {
 	return request, nil
 }
 
-func checkP256(pub crypto.PublicKey) error {
-	if key, ok := pub.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
-		return errors.New("the public key is not EC P-256")
+// maxRSABits keeps a request from costing more than a certificate is worth.
+const maxRSABits = 4096
+
+// checkKey takes the keys that an HSM signs with: P-256, which RFC 9148 §3 makes
+// mandatory, and what the field has beside it.
+func checkKey(pub crypto.PublicKey) error {
+	switch key := pub.(type) {
+	case *ecdsa.PublicKey:
+		switch key.Curve {
+		case elliptic.P256(), elliptic.P384(), elliptic.P521():
+			return nil
+		}
+	case *rsa.PublicKey:
+		if bits := key.N.BitLen(); bits >= 2048 && bits <= maxRSABits && key.N.Bit(0) == 1 && key.E >= 3 && key.E%2 == 1 {
+			return nil
+		}
 	}
-	return nil
+	return fmt.Errorf("the public key is neither EC on P-256, P-384 or P-521 nor RSA of 2048 to %d bits", maxRSABits)
+}
+
+// keyLike makes another key of the same kind.
+func keyLike(pub crypto.PublicKey) (crypto.Signer, error) {
+	switch key := pub.(type) {
+	case *ecdsa.PublicKey:
+		return ecdsa.GenerateKey(key.Curve, rand.Reader)
+	case *rsa.PublicKey:
+		return rsa.GenerateKey(rand.Reader, key.N.BitLen())
+	}
+	return nil, fmt.Errorf("a key of type %T", pub)
 }
 
 // subjectAltName returns the extension as it stands, nil if there is none.

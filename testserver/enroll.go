@@ -5,9 +5,6 @@ import (
 	"cmp"
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
 	"fmt"
@@ -192,7 +189,7 @@ func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time
 		ca = s.ca.foreign
 	}
 	if faults.WrongKey {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		key, err := keyLike(pub)
 		if err != nil {
 			return nil, fmt.Errorf("generate foreign key: %w", err)
 		}

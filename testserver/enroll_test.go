@@ -2,14 +2,19 @@ package testserver_test
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"errors"
+	"math/big"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -152,6 +157,79 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// Every kind of key that an HSM signs with gets a certificate, also as an IDevID,
+// and the fault wrong-key makes one of the same kind.
+func TestKeys(t *testing.T) {
+	t.Parallel()
+	server := start(t, testserver.Config{})
+	wrong := start(t, testserver.Config{Faults: testserver.Faults{WrongKey: true}})
+	keys := map[string]crypto.Signer{}
+	for _, curve := range []elliptic.Curve{elliptic.P256(), elliptic.P384(), elliptic.P521()} {
+		key, err := ecdsa.GenerateKey(curve, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[curve.Params().Name] = key
+	}
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys["RSA"] = key
+	pss := named("RSA-PSS")
+	pss.SignatureAlgorithm = x509.SHA256WithRSAPSS
+	for name, key := range keys {
+		t.Run(name, func(t *testing.T) {
+			requests := []*x509.CertificateRequest{named(name)}
+			if name == "RSA" {
+				requests = append(requests, pss)
+			}
+			for _, request := range requests {
+				der := newCSR(t, key, request)
+				factory, err := server.IssueIDevID(testserver.IDevIDRequest{CSR: der})
+				if err != nil {
+					t.Fatal(err)
+				}
+				cert := enroll(t, server, "sen", credential{cert: factory}, der)
+				for _, got := range []*x509.Certificate{factory, cert} {
+					if public, ok := got.PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(key.Public()) {
+						t.Errorf("a certificate for another key: %v", got.Subject)
+					}
+				}
+				other, err := wrong.IssueIDevID(testserver.IDevIDRequest{CSR: der})
+				if err != nil {
+					t.Fatal(err)
+				}
+				forged := enroll(t, wrong, "sen", credential{cert: other}, der)
+				if forged.PublicKeyAlgorithm != cert.PublicKeyAlgorithm || bytes.Equal(forged.RawSubjectPublicKeyInfo, cert.RawSubjectPublicKeyInfo) ||
+					len(forged.RawSubjectPublicKeyInfo) != len(cert.RawSubjectPublicKeyInfo) {
+					t.Error("the wrong key is not another of the same kind")
+				}
+			}
+		})
+	}
+}
+
+// Keys that are too weak, too large or of a kind that no HSM here has.
+func TestRefusedKeys(t *testing.T) {
+	t.Parallel()
+	server := start(t, testserver.Config{})
+	modulus := func(bits uint) *big.Int { n := new(big.Int).Lsh(big.NewInt(1), bits-1); return n.SetBit(n, 0, 1) }
+	for name, key := range map[string]crypto.PublicKey{
+		"RSA 2047":         &rsa.PublicKey{N: modulus(2047), E: 65537},
+		"RSA 4097":         &rsa.PublicKey{N: modulus(4097), E: 65537},
+		"exponent 1":       &rsa.PublicKey{N: modulus(2048), E: 1},
+		"an even exponent": &rsa.PublicKey{N: modulus(2048), E: 65536},
+		"an even modulus":  &rsa.PublicKey{N: new(big.Int).Lsh(big.NewInt(1), 2047), E: 65537},
+		"Ed25519":          ed25519.PublicKey(make([]byte, ed25519.PublicKeySize)),
+	} {
+		_, err := server.IssueIDevID(testserver.IDevIDRequest{PublicKey: key, RawSubject: []byte{0x30, 0}})
+		if err == nil || !strings.Contains(err.Error(), "the public key is neither") {
+			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
 func TestRefusedRequests(t *testing.T) {
 	t.Parallel()
 	server := start(t, testserver.Config{})
@@ -159,7 +237,7 @@ func TestRefusedRequests(t *testing.T) {
 	good := newCSR(t, device.key, named("dev"))
 	broken := bytes.Clone(good)
 	broken[len(broken)-1] ^= 1
-	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	p224, err := ecdsa.GenerateKey(elliptic.P224(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -184,7 +262,7 @@ func TestRefusedRequests(t *testing.T) {
 		{"empty body", post("sen", device, nil), codes.BadRequest},
 		{"trailing byte", post("sen", device, append(bytes.Clone(good), 0)), codes.BadRequest},
 		{"broken signature", post("sen", device, broken), codes.BadRequest},
-		{"P-384", post("sen", device, newCSR(t, p384, named("dev"))), codes.BadRequest},
+		{"P-224", post("sen", device, newCSR(t, p224, named("dev"))), codes.BadRequest},
 		{"no name at all", post("sen", device, newCSR(t, device.key, &x509.CertificateRequest{})), codes.BadRequest},
 	}
 	for _, test := range tests {

@@ -31,7 +31,7 @@ type Faults struct {
 	// leaves the option out, which means 60 s (RFC 7252 §5.10.5).
 	DeferMaxAge *time.Duration
 
-	// WrongKey issues for a key that nobody asked for. "wrong-key"
+	// WrongKey issues for a key that nobody asked for, of the kind that was. "wrong-key"
 	WrongKey bool
 	// NotYetValid issues certificates that begin an hour from now. "not-yet-valid"
 	NotYetValid bool
@@ -79,7 +79,7 @@ type Faults struct {
 const FaultsHelp = `  delay=DURATION                 an enrolment takes this long: a separate response
   defer=N[,max-age=DURATION]     the first N answers to a CSR are 5.03 (come back later);
                                  without max-age there is no Max-Age, which means 60 s
-  wrong-key                      issue for a key that nobody asked for
+  wrong-key                      issue for a key that nobody asked for, of the same kind
   not-yet-valid                  issue certificates that begin an hour from now
   expired                        issue certificates that ended an hour ago
   foreign-chain                  issue under a CA of the same name and another key

@@ -52,7 +52,7 @@ func (s *Server) issueIDevID(req IDevIDRequest) (*x509.Certificate, error) {
 	case rawSubject == nil:
 		return nil, errors.New("a public key needs a subject")
 	}
-	if err := errors.Join(checkP256(pub), checkNames(rawSubject, san)); err != nil {
+	if err := errors.Join(checkKey(pub), checkNames(rawSubject, san)); err != nil {
 		return nil, err
 	}
 	now := s.now()

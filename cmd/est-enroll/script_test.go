@@ -42,7 +42,7 @@ const markerPIN = "marker-4f1d9c"
 const transcriptVar = "TRANSCRIPT"
 
 func TestMain(m *testing.M) {
-	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain})
+	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "load-module": loadModule})
 }
 
 // cleaning removes the built programs after the tests.

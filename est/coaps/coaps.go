@@ -76,14 +76,15 @@ type Session struct {
 var (
 	_ est.Session             = (*Session)(nil)
 	_ est.ClientAuthenticator = (*Session)(nil)
+	_ est.KeyAccepter         = (*Session)(nil)
 )
 
 // Dial opens a session: the server's chain, name and time are judged before
 // anything is sent to it, the question for its resources included.
 // est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
-// est.ErrNotValidNow; est.ErrCredentialRefused, est.ErrCredentialNotYetValid;
-// est.ErrKeyMismatch for a Key that is not the Certificate's; and what the Key
-// says when it cannot sign.
+// est.ErrNotValidNow; est.ErrCredentialRefused, est.ErrCredentialNotYetValid,
+// est.ErrKeyUnsuitable; est.ErrKeyMismatch for a Key that is not the
+// Certificate's; and what the Key says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
 	conn, err := dial(ctx, cfg)
 	if err != nil {
@@ -182,6 +183,8 @@ func classify(ctx context.Context, err error) error {
 		return fmt.Errorf("%w: %w", context.Canceled, err)
 	case errors.Is(err, est.ErrServerCertificate):
 		return err
+	case errors.Is(err, coap.ErrKeyUnsuitable):
+		return fmt.Errorf("%w: %w", est.ErrKeyUnsuitable, err)
 	case errors.Is(err, coap.ErrTimeout), errors.Is(err, coap.ErrClosed), errors.Is(err, coap.ErrReset), isNetwork(err):
 		return &unreachableError{err}
 	}
@@ -258,6 +261,9 @@ func (s *Session) ChannelBinding() ([]byte, error) {
 
 // ClientAuthenticated implements est.ClientAuthenticator.
 func (s *Session) ClientAuthenticated() bool { return s.conn.ClientAuthenticated() }
+
+// AcceptsKey implements est.KeyAccepter.
+func (s *Session) AcceptsKey(public crypto.PublicKey) bool { return s.conn.AcceptsKey(public) }
 
 // Close implements est.Session.
 func (s *Session) Close() error { return s.conn.Close() }

@@ -3,16 +3,21 @@ package coap
 import (
 	"context"
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync/atomic"
 
 	"github.com/pion/dtls/v3"
+	"github.com/pion/dtls/v3/pkg/crypto/clientcertificate"
 	"github.com/pion/dtls/v3/pkg/crypto/elliptic"
+	"github.com/pion/dtls/v3/pkg/crypto/signaturehash"
 	dtlsnet "github.com/pion/dtls/v3/pkg/net"
 )
 
@@ -33,8 +38,14 @@ const (
 	AlertInsufficientSecurity Alert = 71
 )
 
+// ErrKeyUnsuitable is a server that accepts no signature of a kind that our key
+// makes. Measured: in DTLS 1.2 pion v3.1.15 has an RSA key sign with PKCS #1 v1.5
+// only, never with PSS.
+var ErrKeyUnsuitable = errors.New("the server accepts no signature that our key can make in DTLS 1.2")
+
 // HandshakeError is a handshake that did not succeed. Err is ErrTimeout when it
-// took too long, Verify's own error when it refused the peer, what the key said
+// took too long, Verify's own error when it refused the peer, ErrKeyUnsuitable
+// when it has no use for the kind of our key, what the key said
 // when it could not sign, and the system's error (ECONNREFUSED) when the peer's
 // port is known to be closed.
 type HandshakeError struct {
@@ -56,6 +67,8 @@ func (e *HandshakeError) Unwrap() error { return e.Err }
 type handshake struct {
 	peer   []*x509.Certificate
 	signed atomic.Bool
+	// types of client certificates that the server asked for.
+	types []clientcertificate.Type
 }
 
 // proofSigner notes that the key has signed. A client's key signs only its
@@ -91,7 +104,7 @@ func dtlsOptions(cfg *Config, verify func(*dtls.State) error) []dtls.Option {
 			dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM,
 			dtls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
 		),
-		dtls.WithEllipticCurves(elliptic.P256),
+		dtls.WithEllipticCurves(groups(cfg)...),
 		// RFC 9148 §3, RFC 7925 §16: extended master secret.
 		dtls.WithExtendedMasterSecret(dtls.RequireExtendedMasterSecret),
 		dtls.WithFlightInterval(cfg.FlightInterval),
@@ -100,6 +113,32 @@ func dtlsOptions(cfg *Config, verify func(*dtls.State) error) []dtls.Option {
 		dtls.WithVerifyConnection(verify),
 	}
 }
+
+// groupP521 is secp521r1, which pion has no name for (RFC 8422 §5.1.1).
+const groupP521 elliptic.Curve = 25
+
+// groups are the curves for the key exchange: P-256 alone, of which RFC 9148 §3
+// makes the support mandatory. A client's hello also names the curve of its own
+// certificate: it says which curves its end supports (RFC 8422 §5.1), and
+// OpenSSL 3.0 answers illegal_parameter to a certificate on another.
+func groups(cfg *Config) []elliptic.Curve {
+	curves := []elliptic.Curve{elliptic.P256}
+	if cfg.Key == nil {
+		return curves
+	}
+	if key, ok := cfg.Key.Public().(*ecdsa.PublicKey); ok {
+		switch key.Curve.Params().BitSize {
+		case 384:
+			curves = append(curves, elliptic.P384)
+		case 521:
+			curves = append(curves, groupP521)
+		}
+	}
+	return curves
+}
+
+// errNoScheme is pion's error for a server that takes no signature of our key.
+var _, errNoScheme = signaturehash.SelectSignatureScheme(nil, proofSigner{})
 
 // verifyPeer parses the chain of a handshake and has it judged.
 func verifyPeer(cfg *Config, state *dtls.State) ([]*x509.Certificate, error) {
@@ -139,7 +178,8 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	})
 	// Not WithCertificates: pion silently drops a certificate that the server's
 	// list of CAs does not name.
-	options = append(options, dtls.WithGetClientCertificate(func(*dtls.CertificateRequestInfo) (*tls.Certificate, error) {
+	options = append(options, dtls.WithGetClientCertificate(func(asked *dtls.CertificateRequestInfo) (*tls.Certificate, error) {
+		shake.types = asked.CertificateTypes
 		return shake.certificate(&cfg), nil
 	}))
 	if cfg.ServerName != "" {
@@ -160,7 +200,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 		return nil, handshakeError(addr, shake, err)
 	}
 	c := newConn(conn, cfg, nil)
-	c.peer, c.authenticated = shake.peer, shake.signed.Load()
+	c.peer, c.authenticated, c.keyTypes = shake.peer, shake.signed.Load(), shake.types
 	c.start()
 	return c, nil
 }
@@ -170,6 +210,9 @@ func handshakeError(addr string, shake *handshake, err error) *HandshakeError {
 	var pionError *dtls.HandshakeError
 	if errors.As(err, &pionError) {
 		result.Err = pionError.Err
+	}
+	if errors.Is(err, errNoScheme) {
+		result.Err = ErrKeyUnsuitable
 	}
 	result.Err = timedOut(result.Err)
 	// pion's error of a received alert is unexported, but encodes itself like
@@ -202,6 +245,17 @@ func (c *Conn) PeerCertificates() []*x509.Certificate { return c.peer }
 // for a certificate and ours was sent and proven in a full handshake. There is
 // no other kind of handshake here: sessions are not resumed.
 func (c *Conn) ClientAuthenticated() bool { return c.authenticated }
+
+// AcceptsKey reports whether the server of a dialled connection would take a
+// certificate for the key: it asked for ones of its type (RFC 5246 §7.4.4,
+// RFC 8422 §5.5), or for none at all.
+func (c *Conn) AcceptsKey(public crypto.PublicKey) bool {
+	wanted := clientcertificate.ECDSASign
+	if _, isRSA := public.(*rsa.PublicKey); isRSA {
+		wanted = clientcertificate.RSASign
+	}
+	return len(c.keyTypes) == 0 || slices.Contains(c.keyTypes, wanted)
+}
 
 // listenDTLS opens the socket of a server.
 func listenDTLS(addr string, cfg *Config) (net.Listener, error) {

@@ -1,6 +1,7 @@
 package coap_test
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/tls"
@@ -37,10 +38,14 @@ func TestHandshake(t *testing.T) {
 	}
 }
 
-// clientHello is what a client with this server name sends first.
-func clientHello(t *testing.T, name string) (*handshake.MessageClientHello, string) {
+// firstDatagram is what a client with this server name, and this key or else a
+// P-256 one, sends first.
+func firstDatagram(t *testing.T, name string, key crypto.Signer) []byte {
 	t.Helper()
 	p := newPKI(t)
+	if key != nil {
+		p.client = p.issueFor(t, key, "device", x509.ExtKeyUsageClientAuth, time.Now().Add(time.Hour))
+	}
 	var once sync.Once
 	first := make(chan []byte, 1)
 	proxy := coaptest.NewProxy(t, "127.0.0.1:9", coaptest.Faults{Hook: func(d coaptest.Datagram) coaptest.Action {
@@ -52,8 +57,14 @@ func clientHello(t *testing.T, name string) (*handshake.MessageClientHello, stri
 	if conn, err := coap.Dial(t.Context(), proxy.Addr(), cfg); err == nil {
 		_ = conn.Close()
 	}
+	return <-first
+}
+
+// clientHello is what a client with this server name sends first.
+func clientHello(t *testing.T, name string) (*handshake.MessageClientHello, string) {
+	t.Helper()
 	var record recordlayer.RecordLayer
-	if err := record.Unmarshal(<-first); err != nil {
+	if err := record.Unmarshal(firstDatagram(t, name, nil)); err != nil {
 		t.Fatal(err)
 	}
 	hello, ok := record.Content.(*handshake.Handshake).Message.(*handshake.MessageClientHello)
@@ -96,6 +107,22 @@ func TestClientHello(t *testing.T) {
 		}
 		if sent != name {
 			t.Errorf("server name %q, want %q", sent, name)
+		}
+	}
+}
+
+// The groups are P-256 and the curve of our certificate, if that is another: the
+// hello for a P-256 or an RSA key does not grow. pion's parser drops P-521, so
+// the extension is looked for as it stands (RFC 8422 §5.1.1).
+func TestClientHelloGroups(t *testing.T) {
+	t.Parallel()
+	keys := clientKeys(t)
+	for name, want := range map[string][]byte{
+		"P-256": {0, 10, 0, 4, 0, 2, 0, 23}, "RSA": {0, 10, 0, 4, 0, 2, 0, 23},
+		"P-384": {0, 10, 0, 6, 0, 4, 0, 23, 0, 24}, "P-521": {0, 10, 0, 6, 0, 4, 0, 23, 0, 25},
+	} {
+		if hello := firstDatagram(t, "", keys[name]); !bytes.Contains(hello, want) {
+			t.Errorf("%s: no extension %v in %v", name, want, hello)
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/pion/dtls/v3/pkg/crypto/clientcertificate"
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 	"github.com/plgd-dev/go-coap/v3/udp/coder"
@@ -58,7 +59,8 @@ type Conn struct {
 	cfg           Config
 	peer          []*x509.Certificate
 	authenticated bool
-	responder     *responder // nil: requests of the peer are rejected
+	keyTypes      []clientcertificate.Type // that the server asked for
+	responder     *responder               // nil: requests of the peer are rejected
 
 	turn    chan struct{}
 	done    chan struct{} // closed after the last datagram was read

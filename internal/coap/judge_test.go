@@ -4,6 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -286,6 +291,143 @@ func TestOpenSSLServer(t *testing.T) {
 			}
 		})
 	}
+}
+
+// clientKeys are the kinds of keys beside P-256 that an IDevID may have.
+func clientKeys(t *testing.T) map[string]crypto.Signer {
+	t.Helper()
+	keys := map[string]crypto.Signer{}
+	for _, curve := range []elliptic.Curve{elliptic.P384(), elliptic.P521()} {
+		key, err := ecdsa.GenerateKey(curve, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[curve.Params().Name] = key
+	}
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys["RSA"] = key
+	return keys
+}
+
+// Each kind of client key authenticates itself over the ECDSA suites, to our
+// server and to foreign ones, and foreign clients do so to our server. Measured:
+// OpenSSL 3.0 answers illegal_parameter to a certificate on a curve that the
+// client's hello does not name.
+func TestClientKeys(t *testing.T) {
+	t.Parallel()
+	for name, key := range clientKeys(t) {
+		p := newPKI(t)
+		p.client = p.issueFor(t, key, "device", x509.ExtKeyUsageClientAuth, time.Now().Add(time.Hour))
+		f := p.files(t)
+		authenticates := func(t *testing.T, conn *coap.Conn) {
+			t.Helper()
+			if !conn.ClientAuthenticated() || !conn.AcceptsKey(key.Public()) {
+				t.Errorf("authenticated: %t, asked for this kind of key: %t", conn.ClientAuthenticated(), conn.AcceptsKey(key.Public()))
+			}
+		}
+		t.Run(name+"/our server", func(t *testing.T) {
+			t.Parallel()
+			conn := dial(t, serve(t, p.serverConfig(), echo), p.clientConfig())
+			authenticates(t, conn)
+			if _, err := conn.Do(t.Context(), get); err != nil {
+				t.Error(err)
+			}
+		})
+		t.Run(name+"/openssl s_server", func(t *testing.T) {
+			t.Parallel()
+			server, addr := sServer(t, f)
+			authenticates(t, dial(t, addr, p.clientConfig()))
+			poll(t, server, func() (bool, error) {
+				if !strings.Contains(server.output.String(), "subject=CN = device") {
+					return false, errors.New("our certificate is not in its output")
+				}
+				return true, nil
+			})
+		})
+		for _, libcoap := range []string{"coap-server-openssl", "coap-server-gnutls"} {
+			t.Run(name+"/"+libcoap, func(t *testing.T) {
+				t.Parallel()
+				port := portPair(t)
+				server := start(t, libcoap, "-A", "127.0.0.1", "-p", strconv.Itoa(port), "-c", f.serverCert, "-j", f.serverKey, "-C", f.ca)
+				cfg := p.clientConfig()
+				cfg.AckTimeout, cfg.HandshakeTimeout = 2*time.Second, 2*time.Second
+				conn := poll(t, server, func() (*coap.Conn, error) {
+					return coap.Dial(t.Context(), fmt.Sprintf("127.0.0.1:%d", port+1), cfg)
+				})
+				authenticates(t, conn)
+				if _, err := conn.Do(t.Context(), get); err != nil {
+					t.Error(err)
+				}
+				if err := conn.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		for _, libcoap := range []string{"coap-client-openssl", "coap-client-gnutls"} {
+			t.Run(name+"/"+libcoap, func(t *testing.T) {
+				t.Parallel()
+				handled := make(chan string, 1)
+				addr := serve(t, p.serverConfig(), func(_ context.Context, req *coap.Request) *coap.Response {
+					handled <- req.Peer[0].Subject.CommonName
+					return &coap.Response{Code: codes.Content}
+				})
+				output, err := exec.CommandContext(t.Context(), tool(t, libcoap), "-v", "7", "-B", "20", "-m", "get",
+					"-c", f.clientCert, "-j", f.clientKey, "-C", f.ca, "coaps://"+addr+"/x").CombinedOutput()
+				if err != nil || len(handled) != 1 || <-handled != "device" {
+					t.Errorf("%v\n%s", err, output)
+				}
+			})
+		}
+	}
+}
+
+// A server that takes nothing of the kind of our key is said to be one: before
+// our certificate goes out, at once, and, for a key that is not the session's,
+// before anything is asked for it.
+func TestUnsuitableKey(t *testing.T) {
+	t.Parallel()
+	keys := clientKeys(t)
+	for name, test := range map[string]struct {
+		key  string
+		args []string
+	}{
+		"ECDSA only": {"RSA", []string{"-client_sigalgs", "ECDSA+SHA256"}},
+		// pion has no PSS in DTLS 1.2.
+		"PSS only": {"RSA", []string{"-client_sigalgs", "rsa_pss_rsae_sha256"}},
+		"RSA only": {"P-384", []string{"-client_sigalgs", "RSA+SHA256"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := newPKI(t)
+			p.client = p.issueFor(t, keys[test.key], "device", x509.ExtKeyUsageClientAuth, time.Now().Add(time.Hour))
+			_, addr := sServer(t, p.files(t), test.args...)
+			begun := time.Now()
+			conn, err := coap.Dial(t.Context(), addr, p.clientConfig())
+			if err == nil {
+				_ = conn.Close()
+				t.Fatal("connected")
+			}
+			var handshake *coap.HandshakeError
+			if !errors.Is(err, coap.ErrKeyUnsuitable) || !errors.As(err, &handshake) || handshake.CertificateSent {
+				t.Errorf("got %v", err)
+			}
+			if waited := time.Since(begun); waited > 5*time.Second {
+				t.Errorf("it took %v", waited)
+			}
+		})
+	}
+	t.Run("another key", func(t *testing.T) {
+		t.Parallel()
+		p := newPKI(t)
+		_, addr := sServer(t, p.files(t), "-client_sigalgs", "ECDSA+SHA256")
+		conn := dial(t, addr, p.clientConfig())
+		if conn.AcceptsKey(keys["RSA"].Public()) || !conn.AcceptsKey(keys["P-384"].Public()) {
+			t.Errorf("RSA: %t, EC: %t", conn.AcceptsKey(keys["RSA"].Public()), conn.AcceptsKey(keys["P-384"].Public()))
+		}
+	})
 }
 
 // OpenSSL's alert says why it refuses our certificate.

@@ -27,7 +27,7 @@ type opaqueKey struct{ crypto.Signer }
 // identity is a certificate with its key.
 type identity struct {
 	chain [][]byte
-	key   *ecdsa.PrivateKey
+	key   crypto.Signer
 }
 
 // pki is a CA with one server and one client.
@@ -68,18 +68,22 @@ func newKey(t testing.TB) *ecdsa.PrivateKey {
 
 func (p *pki) issue(t testing.TB, name string, usage x509.ExtKeyUsage, notAfter time.Time) identity {
 	t.Helper()
+	return p.issueFor(t, newKey(t), name, usage, notAfter)
+}
+
+func (p *pki) issueFor(t testing.TB, key crypto.Signer, name string, usage x509.ExtKeyUsage, notAfter time.Time) identity {
+	t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
 	if err != nil {
 		t.Fatal(err)
 	}
-	key := newKey(t)
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: name},
 		DNSNames: []string{name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: notAfter,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage},
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, p.ca, &key.PublicKey, p.caKey)
+	der, err := x509.CreateCertificate(rand.Reader, template, p.ca, key.Public(), p.caKey)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,12 +140,12 @@ func (p *pki) files(t testing.TB) files {
 		}
 		return path
 	}
-	key := func(name string, key *ecdsa.PrivateKey) string {
-		der, err := x509.MarshalECPrivateKey(key)
+	key := func(name string, key crypto.Signer) string {
+		der, err := x509.MarshalPKCS8PrivateKey(key)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return write(name, "EC PRIVATE KEY", der)
+		return write(name, "PRIVATE KEY", der)
 	}
 	return files{
 		ca:         write("ca.pem", "CERTIFICATE", p.ca.Raw),
