@@ -90,6 +90,9 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	return cfg, s.transport(&cfg)
 }
 
+// requiredSettings have no default.
+var requiredSettings = []string{"engine", "server", "trust-anchors"}
+
 func (s *settings) required() error {
 	var missing []string
 	for name, value := range map[string]string{"engine": s.engine, "server": s.server, "trust-anchors": s.trustAnchors} {
