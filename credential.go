@@ -91,7 +91,7 @@ func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair
 // current returns the enrolled credential that the Security object points at,
 // or false where it points at the IDevID or at nothing.
 func (c *Credential) current() (credential, bool) {
-	instance, ok := c.security.Instance(c.cfg.Security.Instance)
+	instance, ok := c.instance()
 	if !ok {
 		return credential{}, false
 	}
@@ -112,10 +112,28 @@ func (c *Credential) current() (credential, bool) {
 	return credential{Key: reference{Address: key}, Certificates: []reference{{Address: cert}}}, true
 }
 
-// checkInstance refuses a Security instance that points at another credential's
-// pair: it would be taken from that one.
-func (c *Credential) checkInstance() error {
-	instance, _ := c.security.Instance(c.cfg.Security.Instance)
+// instance returns the credential's instance of the Security object: the
+// configured one, or, where there is no configuration, one that points at it.
+func (c *Credential) instance() (lwm2m.Security, bool) {
+	if !c.forgotten {
+		return c.security.Instance(c.cfg.Security.Instance)
+	}
+	for _, instance := range c.security.All() {
+		if at, ok := instance.ClientCertificate.Engine(); ok && c.journal.has(at) {
+			return instance, true
+		}
+	}
+	return lwm2m.Security{}, false
+}
+
+// checkUse refuses the use of a credential that the configuration has no more,
+// or whose Security instance points at another one's pair: it would be taken
+// from that one.
+func (c *Credential) checkUse() error {
+	if c.forgotten {
+		return fmt.Errorf("credential %q: %w", c.Name(), ErrNotConfigured)
+	}
+	instance, _ := c.instance()
 	at, ok := instance.ClientCertificate.Engine()
 	if !ok || c.journal.has(at) {
 		return nil

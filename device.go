@@ -23,6 +23,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -63,7 +64,8 @@ type Security struct {
 	// server showed when it issued ours (Certificate Usage 3, domain-issued), and
 	// before that the first Implicit TA (usage 2, trust anchor assertion).
 	ServerCertificate []byte
-	// ShortServerID is resource 10, 1 to 65534. Default: 1.
+	// ShortServerID is resource 10, 1 to 65534, and no two instances have one.
+	// Default: the number of the instance and 1.
 	ShortServerID uint16
 }
 
@@ -176,13 +178,19 @@ type Credential struct {
 		Config
 		CredentialConfig
 	}
-	journal *record         // its part of the device's journal
-	sent    bool            // the CSR of the operation may have reached a server
-	warned  map[string]bool // what was said of sessions
+	journal *record // its part of the device's journal
+	// forgotten says that the journal has it and the configuration does not.
+	forgotten bool
+	sent      bool            // the CSR of the operation may have reached a server
+	warned    map[string]bool // what was said of sessions
 }
 
 // Name returns the credential's name.
 func (c *Credential) Name() string { return c.cfg.Name }
+
+// Configured reports whether the configuration has the credential. One that it
+// has no more keeps what it has in the token: it can be looked at and reset.
+func (c *Credential) Configured() bool { return !c.forgotten }
 
 // credentialName holds for a label in a token and for a file's name.
 var credentialName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
@@ -247,7 +255,7 @@ func (c *CredentialConfig) setDefaults() {
 		c.Security.ServerURI = c.ServerURI
 	}
 	if c.Security.ShortServerID == 0 {
-		c.Security.ShortServerID = 1
+		c.Security.ShortServerID = c.Security.Instance + 1
 	}
 }
 
@@ -357,6 +365,13 @@ func (d *Device) openCredentials() error {
 	if n := len(d.journal.Credentials); n > maxCredentials {
 		return fmt.Errorf("%d credentials, with those that the journal has of earlier: more than %d: %w", n, maxCredentials, ErrConfig)
 	}
+	for _, name := range slices.Sorted(maps.Keys(d.journal.Credentials)) {
+		if d.Credential(name) == nil {
+			c := &Credential{shared: d.shared, journal: d.journal.Credentials[name], forgotten: true}
+			c.cfg.Config, c.cfg.Name = d.cfg, name
+			d.credentials = append(d.credentials, c)
+		}
+	}
 	return nil
 }
 
@@ -377,7 +392,7 @@ func (d *Device) nameRecord() {
 	d.journal.rename(unnamed, owner.Name())
 }
 
-// Credential returns the credential with a name; nil if the configuration has none.
+// Credential returns the credential with a name; nil if there is none.
 func (d *Device) Credential(name string) *Credential {
 	for _, c := range d.credentials {
 		if c.Name() == name {
@@ -387,7 +402,8 @@ func (d *Device) Credential(name string) *Credential {
 	return nil
 }
 
-// Credentials returns the credentials in the order of the configuration.
+// Credentials returns the credentials in the order of the configuration, then
+// those that it has no more, by name.
 func (d *Device) Credentials() []*Credential { return slices.Clone(d.credentials) }
 
 func (d *Device) openEngine(ctx context.Context) error {

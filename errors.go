@@ -24,6 +24,9 @@ var (
 	ErrClock = errors.New("the system clock is behind what this device has verified")
 	// ErrConfig says that the credentials of the configuration contradict each other.
 	ErrConfig = errors.New("the configuration contradicts itself")
+	// ErrNotConfigured says that the configuration has a credential no more that the
+	// journal has.
+	ErrNotConfigured = errors.New("not in the configuration")
 	// ErrState says that the state directory holds something this program did not write.
 	ErrState = errors.New("the state is not usable")
 	// ErrOwner says that the state directory belongs to another user: files of

@@ -76,6 +76,9 @@ func (c *Credential) Renew(ctx context.Context) (*Result, error) {
 // removes what nothing refers to. The result is nil if there was none.
 func (c *Credential) Recover(ctx context.Context) (*Result, error) {
 	if c.journal.Operation == nil {
+		if err := c.checkUse(); err != nil {
+			return nil, err
+		}
 		return c.recover(ctx)
 	}
 	return c.attempt(c.journal.Operation.Kind, func() (*Result, error) { return c.recover(ctx) })
@@ -101,24 +104,24 @@ func (c *Credential) recover(ctx context.Context) (*Result, error) {
 // attempt records what a run tried and how it ended: the one thing that a
 // failure changes.
 func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, error) {
-	if err := c.checkInstance(); err != nil {
+	if err := c.checkUse(); err != nil {
 		return nil, err
 	}
 	began := c.cfg.Now()
 	result, err := do()
-	record := &Attempt{Kind: kind, Time: began, Result: "done"}
+	last := &Attempt{Kind: kind, Time: began, Result: "done"}
 	var pending *PendingError
 	switch {
 	case errors.As(err, &pending):
-		record.Result = "pending"
+		last.Result = "pending"
 	case err != nil:
-		record.Result, record.Error = "failed", truncate(err.Error(), 512)
+		last.Result, last.Error = "failed", truncate(err.Error(), 512)
 	case result == nil || result.Kind == "":
 		return result, nil // nothing was tried
 	case !result.Changed:
-		record.Result = "unchanged"
+		last.Result = "unchanged"
 	}
-	c.journal.LastAttempt = record
+	c.journal.LastAttempt = last
 	return result, errors.Join(err, c.save())
 }
 

@@ -22,14 +22,14 @@ type Public struct {
 // Public returns the enrolled credential that the Security object points at,
 // whole and a pair, expired or not. It changes nothing. ErrNotEnrolled,
 // engine.ErrNotFound, ErrState.
-func (d *Credential) Public(ctx context.Context) (*Public, error) {
-	c, enrolled := d.current()
+func (c *Credential) Public(ctx context.Context) (*Public, error) {
+	kept, enrolled := c.current()
 	if !enrolled {
 		return nil, ErrNotEnrolled
 	}
-	p, err := d.openCredential(ctx, c)
+	p, err := c.openCredential(ctx, kept)
 	if err != nil {
 		return nil, err
 	}
-	return &Public{Key: p.key, Certificates: addresses(c.Certificates), Chain: p.chain, TrustAnchors: p.trust.Certificates()}, nil
+	return &Public{Key: p.key, Certificates: addresses(kept.Certificates), Chain: p.chain, TrustAnchors: p.trust.Certificates()}, nil
 }

@@ -45,7 +45,7 @@ func TestInstanceOfAnother(t *testing.T) {
 	wantError(t, err, estenroll.ErrConfig)
 	_, err = d.renew()
 	wantError(t, err, estenroll.ErrConfig)
-	if problem := d.status().Current.Problem; !strings.Contains(problem, `is that of credential "first"`) {
+	if problem := d.status().Problem; !strings.Contains(problem, `is that of credential "first"`) {
 		t.Errorf("problem %q", problem)
 	}
 	d.unchangedSince(before)
@@ -82,4 +82,66 @@ func TestCredentialsRefused(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Two credentials share the directory, the token and the chain certificate, and
+// nothing else; one that the configuration has no more keeps what it has.
+func TestSeveral(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "lwm2m")
+	mqtt := d.cfg.CredentialConfig
+	mqtt.Name, mqtt.Security.Instance, mqtt.Request.RawSubject = "mqtt", 1, subject(t, "CN=mqtt")
+	d.others = []estenroll.CredentialConfig{mqtt}
+	all := func(do func(*estenroll.Credential) error) {
+		t.Helper()
+		device, err := estenroll.Open(t.Context(), d.cfg.config(d.others...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range device.Credentials() {
+			if err := do(c); err != nil {
+				t.Errorf("%s: %v", c.Name(), err)
+			}
+		}
+		if err := device.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	all(func(c *estenroll.Credential) error { _, err := c.Enroll(t.Context()); return err })
+	for range 3 {
+		all(func(c *estenroll.Credential) error { _, err := c.Renew(t.Context()); return err })
+	}
+	// A key, its two certificates each, and one chain certificate for both.
+	if objects := d.objects(); len(objects) != 2*(2+2)+1 {
+		t.Errorf("objects:\n%s", strings.Join(objects, "\n"))
+	}
+	if files := d.files(); len(files) != 4 {
+		t.Errorf("files %q", files)
+	}
+
+	d.others = nil
+	before := len(d.objects())
+	d.mustRenew()
+	if objects := d.objects(); len(objects) != before {
+		t.Errorf("objects:\n%s", strings.Join(objects, "\n"))
+	}
+	if files := d.files(); len(files) != 4 {
+		t.Errorf("files %q", files)
+	}
+	all(func(c *estenroll.Credential) error {
+		if c.Configured() {
+			return nil
+		}
+		_, err := c.Renew(t.Context())
+		wantError(t, err, estenroll.ErrNotConfigured)
+		_, err = c.Recover(t.Context())
+		wantError(t, err, estenroll.ErrNotConfigured)
+		status, err := c.Status(t.Context())
+		if err == nil && (status.Name != "mqtt" || !status.Enrolled || status.Current == nil || status.Current.Problem != "" || !strings.Contains(status.Problem, "not in the configuration")) {
+			t.Errorf("status %+v", status)
+		}
+		return err
+	})
+	d.others = []estenroll.CredentialConfig{mqtt}
+	all(func(c *estenroll.Credential) error { _, err := c.Renew(t.Context()); return err })
 }

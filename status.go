@@ -14,6 +14,7 @@ import (
 // Status is what the device has, for a person or, as JSON, for a program. No
 // field can hold a PIN.
 type Status struct {
+	Name string `json:"name"`
 	// Enrolled says that the Security object points at an enrolled credential.
 	Enrolled bool `json:"enrolled"`
 	// Current is the credential that the Security object points at; nil before
@@ -21,8 +22,10 @@ type Status struct {
 	Current *CredentialStatus `json:"current,omitempty"`
 	// Previous are the enrolled credentials that are kept beside it.
 	Previous []CredentialStatus `json:"previous,omitempty"`
+	// Problem says why the credential as a whole cannot be used.
+	Problem string `json:"problem,omitempty"`
 	// Server is the EST server.
-	Server string `json:"server"`
+	Server string `json:"server,omitempty"`
 	// Pending is the operation that the next run goes on with.
 	Pending     *OperationStatus `json:"operation,omitempty"`
 	LastAttempt *Attempt         `json:"last_attempt,omitempty"`
@@ -54,7 +57,10 @@ type OperationStatus struct {
 
 // Status reports what the state directory and the token hold. It changes nothing.
 func (c *Credential) Status(ctx context.Context) (*Status, error) {
-	s := &Status{Server: c.cfg.ServerURI, LastAttempt: c.journal.LastAttempt}
+	s := &Status{Name: c.Name(), Server: c.cfg.ServerURI, LastAttempt: c.journal.LastAttempt}
+	if err := c.checkUse(); err != nil {
+		s.Problem = err.Error()
+	}
 	if op := c.journal.Operation; op != nil {
 		s.Pending = &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
 		if !op.AskedAt.IsZero() {
@@ -63,7 +69,7 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 	}
 	current, enrolled := c.current()
 	s.Enrolled = enrolled
-	instance, exists := c.security.Instance(c.cfg.Security.Instance)
+	instance, exists := c.instance()
 	if !enrolled && exists {
 		key, hasKey := instance.PrivateKey.Engine()
 		cert, hasCert := instance.ClientCertificate.Engine()
@@ -77,9 +83,6 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 			return nil, err
 		}
 		s.Current = shown
-		if err := c.checkInstance(); err != nil {
-			s.Current.Problem = err.Error()
-		}
 	}
 	for _, kept := range c.journal.Pairs {
 		if current.Key.Address != nil && kept.sameLeaf(current.Certificates[0].Address) {

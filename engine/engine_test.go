@@ -195,7 +195,9 @@ func TestErrors(t *testing.T) {
 	t.Parallel()
 	matches := []engine.Object{
 		{Class: engine.ClassPrivateKey, Label: "a", ID: []byte{1}},
-		{Class: engine.ClassToken, Label: "b", ID: []byte("0123")},
+		{Class: engine.ClassPrivateKey, Label: "b", ID: []byte{2}},
+		{Class: engine.ClassToken, Label: "c", ID: []byte("0123")},
+		{Class: engine.ClassToken, Label: "c", ID: []byte("4567")},
 	}
 	for _, tc := range []struct {
 		err  error
@@ -205,7 +207,8 @@ func TestErrors(t *testing.T) {
 		{&engine.Error{Op: "open key", Address: address("a"), Module: "/m.so", Err: engine.ErrNotFound}, engine.ErrNotFound,
 			"open key fake:a: module /m.so: no such object"},
 		{&engine.Error{Op: "list objects", Err: engine.ErrClosed}, engine.ErrClosed, "list objects: engine is closed"},
-		{&engine.AmbiguousError{Address: address("a"), Matches: matches}, nil, `2 objects match fake:a: private "a" id 01; token "b" serial "0123"`},
+		{&engine.AmbiguousError{Address: address("a"), Matches: matches[:2]}, nil, `2 objects match fake:a: private "a" id 01; private "b" id 02`},
+		{&engine.AmbiguousError{Address: address("a"), Matches: matches[2:]}, engine.ErrTokenAmbiguous, `2 tokens match fake:a: token "c" serial "0123"; token "c" serial "4567"`},
 		{&engine.PINError{Source: engine.PINSource{Path: "/pin"}, Err: engine.ErrPINIncorrect}, engine.ErrPINIncorrect, "PIN of /pin: the PIN is wrong"},
 		{&engine.PINError{Err: engine.ErrPINLocked}, engine.ErrPINLocked, "the PIN is locked"},
 	} {

@@ -34,8 +34,10 @@ func (s *settings) openDevice(ctx context.Context, out *output) (*estenroll.Devi
 }
 
 func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
-	if err := cmp.Or(s.required(), s.inRange()); err != nil {
-		return cfg, err
+	for _, one := range s.all() {
+		if err := cmp.Or(one.required(), one.inRange()); err != nil {
+			return cfg, s.of(one, err)
+		}
 	}
 	token, err := s.tokenAddress(out)
 	if err != nil {
@@ -51,9 +53,30 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 		},
 		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: out.progress,
 	}
-	credential, err := s.credentialConfig()
-	cfg.Credentials = []estenroll.CredentialConfig{credential}
-	return cfg, err
+	for _, one := range s.all() {
+		credential, err := one.credentialConfig()
+		if err != nil {
+			return cfg, s.of(one, err)
+		}
+		cfg.Credentials = append(cfg.Credentials, credential)
+	}
+	return cfg, nil
+}
+
+// all returns the settings of each credential.
+func (s *settings) all() []*settings {
+	if len(s.credentials) > 0 {
+		return s.credentials
+	}
+	return []*settings{s}
+}
+
+// of names the credential whose settings an error is about, where there are several.
+func (s *settings) of(one *settings, err error) error {
+	if one == s {
+		return err
+	}
+	return fmt.Errorf("credential %q: %w", one.credential, err)
 }
 
 func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error) {
@@ -126,7 +149,7 @@ func (s *settings) inRange() error {
 	if err := estenroll.CheckName(s.credential); err != nil {
 		return fmt.Errorf("credential: %w", err)
 	}
-	if s.shortServerID == 0 || s.shortServerID == 65535 {
+	if s.shortServerID == 65535 {
 		return fmt.Errorf("short-server-id: %d is not from 1 to 65534", s.shortServerID) // LwM2M Core 1.2 §E.1
 	}
 	for name, d := range map[string]time.Duration{
@@ -170,8 +193,8 @@ func objectAddress(setting, text string) (engine.Address, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", setting, err)
 	}
-	if uri, ok := at.(pkcs11.URI); ok && (uri.ModulePath != "" || uri.PINSource != "" || uri.HasPINValue()) {
-		return nil, fmt.Errorf("%s: module-path, pin-source and pin-value belong in engine", setting)
+	if uri, ok := at.(pkcs11.URI); ok && (uri.ModuleName != "" || uri.ModulePath != "" || uri.PINSource != "" || uri.HasPINValue()) {
+		return nil, fmt.Errorf("%s: module-name, module-path, pin-source and pin-value belong in engine", setting)
 	}
 	return at, nil
 }

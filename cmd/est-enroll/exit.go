@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"strings"
 	"syscall"
 
 	"estenroll"
@@ -32,7 +33,10 @@ const exitCodeHelp = `Exit codes:
   3    pending: the server has not decided, run again at the time that is said
   4    token, module or PIN: do not retry, a person must look
   5    the server refused, or its answer is refused: do not retry
-  130  interrupted; the next run goes on`
+  130  interrupted; the next run goes on
+
+With several credentials the code is the worst of theirs, in this order:
+4, 130, 5, 2, 1, 3, 0.`
 
 type judgement struct {
 	code int
@@ -43,6 +47,10 @@ type judgement struct {
 func judge(err error, interrupted bool) judgement {
 	if interrupted || errors.Is(err, context.Canceled) {
 		return judgement{exitInterrupted, "nothing is lost: run the same command again and it goes on"}
+	}
+	var told *toldError
+	if errors.As(err, &told) {
+		return judgement{told.code, ""}
 	}
 	var pending *estenroll.PendingError
 	if errors.As(err, &pending) {
@@ -56,8 +64,11 @@ func judge(err error, interrupted bool) judgement {
 	var status *est.StatusError
 	var response *est.ResponseError
 	var engineErr *engine.Error
+	var ambiguous *engine.AmbiguousError
 	var security lwm2m.ValidationError
 	switch {
+	case errors.As(err, &ambiguous):
+		return judgement{exitToken, "say which one is meant: " + alternatives(ambiguous)}
 	case errors.As(err, &security):
 		return judgement{exitUsage, "check security-instance, security-server, security-server-certificate and short-server-id"}
 	case isUsage(err):
@@ -79,6 +90,21 @@ func judge(err error, interrupted bool) judgement {
 		}
 	}
 	return judgement{exitTryLater, "run it again with -v; if it fails alike, it is a defect of this program or of the machine"}
+}
+
+// alternatives lists addresses that tell the matches apart, to be pasted.
+func alternatives(ambiguous *engine.AmbiguousError) string {
+	const most = 8
+	var addresses []string
+	for _, match := range ambiguous.Matches {
+		if match.Address != nil {
+			addresses = append(addresses, match.Address.String())
+		}
+	}
+	if len(addresses) > most {
+		addresses = append(addresses[:most], "…")
+	}
+	return strings.Join(addresses, " or ")
 }
 
 // fileJudgements are for errors of files that are nothing more particular.
@@ -106,6 +132,7 @@ var judgements = []struct {
 	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
 	{estenroll.ErrOwner, judgement{exitUsage, "run as that user, or name another directory with --state-dir"}},
 	{estenroll.ErrConfig, judgement{exitUsage, "give each credential a name and a security-instance of its own; one that is renamed begins anew, in another instance"}},
+	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or look at it with est-enroll status"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
 	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
 	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},

@@ -49,6 +49,16 @@ Example of /etc/est-enroll/config.yaml:
   idevid-key: pkcs11:object=idevid;type=private
   idevid-certificate: pkcs11:object=idevid;type=cert
 
+A device with several credentials lists them below "credentials", each with
+what differs from the settings at the top. A command treats all, in this order,
+or the one that --credential names:
+
+  credentials:
+    device: {}
+    mqtt:
+      subject: CN=mqtt-17
+      security-instance: 1
+
 ` + exitCodeHelp
 
 // run is main without the process around it.

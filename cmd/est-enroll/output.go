@@ -23,6 +23,8 @@ import (
 
 type output struct {
 	stdout, stderr io.Writer
+	// about is the credential that each line is about, "" where there is one.
+	about string
 	// lost is the first error of writing a result.
 	lost           error
 	terminal       bool
@@ -42,31 +44,45 @@ func (o *output) progress(event estenroll.Event) {
 	switch {
 	case o.quiet:
 	case event.Warning:
-		o.line("warning: " + event.Message)
+		o.line("warning: ", event.Message)
 	case !o.terminal && !o.verbose:
 	case event.Elapsed > 0:
-		o.line(fmt.Sprintf("%-8s %6.2fs  %s", event.Step, event.Elapsed.Seconds(), event.Message))
+		o.line("", fmt.Sprintf("%-8s %6.2fs  %s", event.Step, event.Elapsed.Seconds(), event.Message))
 	default:
-		o.line(fmt.Sprintf("%-8s          %s", event.Step, event.Message))
+		o.line("", fmt.Sprintf("%-8s          %s", event.Step, event.Message))
 	}
 }
 
-func (o *output) line(text string) {
-	_, _ = fmt.Fprintf(o.stderr, "est-enroll: %s\n", strings.ReplaceAll(text, "\n", ": "))
+// line prints a line of a kind: "", "warning: ", "error: " or "hint: ".
+func (o *output) line(kind, text string) {
+	_, _ = fmt.Fprintf(o.stderr, "est-enroll: %s%s\n", kind, strings.ReplaceAll(o.named(text), "\n", ": "))
 }
+
+// named puts the name of the credential before what is said of it.
+func (o *output) named(text string) string {
+	if o.about == "" {
+		return text
+	}
+	return o.about + ": " + text
+}
+
+func (o *output) warning(text string) { o.progress(estenroll.Event{Warning: true, Message: text}) }
 
 // result prints a line of the outcome.
 func (o *output) result(format string, args ...any) {
 	if o.quiet {
 		return
 	}
-	if _, err := fmt.Fprintf(o.stdout, format+"\n", args...); err != nil && o.lost == nil {
+	if _, err := fmt.Fprintln(o.stdout, o.named(fmt.Sprintf(format, args...))); err != nil && o.lost == nil {
 		o.lost = fmt.Errorf("write the result: %w", err)
 	}
 }
 
 // fail prints an error with what to do about it and returns the exit code.
 func (o *output) fail(err error, interrupted bool) int {
+	if told, ok := err.(*toldError); ok {
+		return told.code
+	}
 	judged := judge(err, interrupted)
 	if judged.code == exitInterrupted && errors.Is(err, context.Canceled) {
 		err = errors.New("interrupted") // where, is in the journal
@@ -74,13 +90,13 @@ func (o *output) fail(err error, interrupted bool) int {
 	if judged.code == exitPending {
 		// Not an error: the one thing that is said even so, unless quiet.
 		if !o.quiet {
-			o.line(oneLine(err))
+			o.line("", oneLine(err))
 		}
 	} else {
-		o.line("error: " + oneLine(err))
+		o.line("error: ", oneLine(err))
 	}
 	if judged.hint != "" && !o.quiet {
-		o.line("hint: " + judged.hint)
+		o.line("hint: ", judged.hint)
 	}
 	return judged.code
 }
@@ -126,7 +142,12 @@ func (o *output) status(s *estenroll.Status) {
 	default:
 		o.result("state:        not enrolled, the Security object points at the IDevID")
 	}
-	o.result("EST server:   %s", s.Server)
+	if s.Problem != "" {
+		o.result("problem:      %s", s.Problem)
+	}
+	if s.Server != "" {
+		o.result("EST server:   %s", s.Server)
+	}
 	if s.Current != nil {
 		o.credential("", *s.Current)
 	}

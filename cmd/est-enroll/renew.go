@@ -5,8 +5,6 @@ import (
 	"errors"
 
 	"github.com/spf13/cobra"
-
-	"estenroll"
 )
 
 func renewCommand(s *settings, out *output) *cobra.Command {
@@ -23,13 +21,12 @@ now, whatever the age of the certificate: scheduling is not there yet, so
 			if !force {
 				return &usageError{errors.New("renew: scheduling is not there yet: renew --force renews now")}
 			}
-			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
-				credential := device.Credential(s.credential)
-				result, err := credential.Renew(ctx)
+			return withCredentials(cmd.Context(), s, out, func(ctx context.Context, t turn) error {
+				result, err := t.credential.Renew(ctx)
 				if err == nil {
 					out.outcome(result)
 				}
-				return errors.Join(err, s.export(ctx, credential, out))
+				return errors.Join(err, t.export(ctx, t.credential, out))
 			})
 		},
 	}

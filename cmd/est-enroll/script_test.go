@@ -20,6 +20,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -202,8 +203,11 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"issued":        plain(s.checkIssued),
 		"same-csr":      plain(sameCSR),
 		"spy":           plain(s.spy),
+		"token-serial":  plain(s.tokenSerial),
+		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.token.Add(s.token.Label) }),
 		"logins":        plain(s.checkLogins),
 		"pin-in-config": plain(s.pinInConfig),
+		"credentials":   plain(s.withCredentials),
 		"interrupt":     plain(s.interrupt),
 		"hold-lock":     plain(s.holdLock),
 		"other-ca":      plain(otherCA),
@@ -364,6 +368,19 @@ func (s *session) spy(ts *testscript.TestScript, _ []string) error {
 	return nil
 }
 
+// tokenSerial sets SERIAL to what pkcs11-tool says is the token's serial number.
+func (s *session) tokenSerial(ts *testscript.TestScript, _ []string) error {
+	if err := ts.Exec("pkcs11-tool", "--module", s.token.ModulePath, "--list-token-slots"); err != nil {
+		return err
+	}
+	serial := regexp.MustCompile(`serial num +: +(\S+)`).FindStringSubmatch(ts.ReadFile("stdout"))
+	if serial == nil {
+		return errors.New("pkcs11-tool names no serial number")
+	}
+	ts.Setenv("SERIAL", serial[1])
+	return nil
+}
+
 // checkLogins N compares with the C_Login calls that the spy saw.
 func (s *session) checkLogins(_ *testscript.TestScript, args []string) error {
 	data, err := os.ReadFile(filepath.Join(s.work, "spy.log"))
@@ -387,6 +404,16 @@ func (s *session) pinInConfig(ts *testscript.TestScript, _ []string) error {
 	ts.Setenv("EST_ENROLL_CONFIG", path)
 	ts.Setenv("EST_ENROLL_ENGINE", "") // the spy's
 	return os.WriteFile(path, []byte(text), 0o600)
+}
+
+// withCredentials FILE puts the settings of the script's configuration before
+// those of a file that lists credentials.
+func (s *session) withCredentials(ts *testscript.TestScript, args []string) error {
+	config, err := os.ReadFile(s.config)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(ts.MkAbs(args[0]), append(config, ts.ReadFile(args[0])...), 0o600)
 }
 
 // interrupt starts est-enroll, sends it SIGINT when the server has its CSR (the

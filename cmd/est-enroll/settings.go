@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/pflag"
 	"go.yaml.in/yaml/v3"
 
+	"estenroll"
 	"estenroll/engine"
 	"estenroll/internal/durable"
 )
@@ -59,6 +60,17 @@ type settings struct {
 	quiet, verbose         bool
 	engineSource           engine.PINSource // where the engine's address was read
 	engineFromArgs         bool
+	// credentials are the settings of each credential of the file, nil where
+	// there is the one that these settings name.
+	credentials []*settings
+	// chosen says that --credential, or its variable, names one of several.
+	chosen bool
+}
+
+// deviceWide are the settings that all credentials of a device share: no entry of
+// "credentials" has them.
+var deviceWide = map[string]bool{
+	"credential": true, "engine": true, "state-dir": true, "lock-dir": true, "lock-wait": true, "require-clock": true,
 }
 
 // onlyFlags are no settings of a file or an environment.
@@ -69,7 +81,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVarP(&s.config, "config", "c", "", "configuration `file` (default "+defaultConfig+" where it exists)")
 	flags.StringVar(&s.stateDir, "state-dir", "/var/lib/est-enroll", "`directory` of the journal, the Security object and the trust anchors")
 	flags.StringVar(&s.engine, "engine", "", "engine `address` of the token: pkcs11:token=…?module-path=…&pin-source=file:…")
-	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token")
+	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token; of several, the one to treat")
 	flags.StringVar(&s.server, "server", "", "EST server: coaps://host[:port][/path], the path is /.well-known/est unless given")
 	flags.StringVar(&s.discovery, "discovery", "off", "`on` asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1), or off")
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
@@ -82,7 +94,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Uint16Var(&s.securityInstance, "security-instance", 0, "instance of the LwM2M Security object to keep")
 	flags.StringVar(&s.securityServer, "security-server", "", "server `URI` of that instance (default: the EST server)")
 	flags.StringVar(&s.securityServerCert, "security-server-certificate", "", "`file` with that server's certificate (default: the one the EST server shows)")
-	flags.Uint16Var(&s.shortServerID, "short-server-id", 1, "short server id of that instance")
+	flags.Uint16Var(&s.shortServerID, "short-server-id", 0, "short server id of that instance (default: its number and 1)")
 	flags.BoolVar(&s.noFallback, "no-fallback", false, "never return to the IDevID when the server refuses both enrolled certificates")
 	flags.DurationVar(&s.pendingLimit, "pending-limit", 7*24*time.Hour, "give up a request that the server keeps pending for so long")
 	flags.UintVar(&s.tries, "tries", 4, "how often an exchange without an answer is tried in one run, with the same CSR")
@@ -149,34 +161,71 @@ func (s *settings) fromFile(flags *pflag.FlagSet, given map[string]bool) error {
 	if err != nil {
 		return &usageError{fmt.Errorf("read configuration: %w", err)}
 	}
-	entries, err := parseConfig(data)
+	file, err := parseConfig(data)
+	if err == nil {
+		err = apply(file.entries, flags, given)
+	}
+	if err == nil {
+		err = s.eachCredential(file, given)
+	}
 	if err != nil {
 		return &usageError{fmt.Errorf("configuration %s: %w", path, err)}
 	}
+	if !given["engine"] && s.engine != "" {
+		s.engineSource, err = sourceOf(path)
+	}
+	return err
+}
+
+// apply sets what nobody has set before with more right.
+func apply(entries []configEntry, flags *pflag.FlagSet, given map[string]bool) error {
 	for _, entry := range entries {
 		flag := flags.Lookup(entry.key)
 		if flag == nil || onlyFlags[entry.key] {
-			return &usageError{fmt.Errorf("configuration %s: line %d: unknown key %q", path, entry.line, entry.key)}
+			return fmt.Errorf("line %d: unknown key %q", entry.line, entry.key)
 		}
 		if given[entry.key] {
 			continue
 		}
 		if len(entry.values) != 1 && flag.Value.Type() != "stringArray" {
-			return &usageError{fmt.Errorf("configuration %s: line %d: %s: want one value, not a list", path, entry.line, entry.key)}
+			return fmt.Errorf("line %d: %s: want one value, not a list", entry.line, entry.key)
 		}
 		for _, value := range entry.values {
 			// The value is not repeated: it may be an address with a PIN.
 			if err := flag.Value.Set(value); err != nil {
-				return &usageError{fmt.Errorf("configuration %s: line %d: %s: want %s", path, entry.line, entry.key, wanted(flag))}
+				return fmt.Errorf("line %d: %s: want %s", entry.line, entry.key, wanted(flag))
 			}
 		}
-		if entry.key == "engine" {
-			source, err := sourceOf(path)
-			if err != nil {
-				return err
-			}
-			s.engineSource = source
+	}
+	return nil
+}
+
+// eachCredential makes the settings of each credential of the file: its own over
+// those of the file's top.
+func (s *settings) eachCredential(file configFile, given map[string]bool) error {
+	if len(file.credentials) == 0 {
+		return nil
+	}
+	for _, entry := range file.entries {
+		if entry.key == "credential" {
+			return fmt.Errorf("line %d: credential: the names are those below credentials; --credential chooses one", entry.line)
 		}
+	}
+	s.chosen = given["credential"]
+	for _, entry := range file.credentials {
+		for _, own := range entry.entries {
+			if deviceWide[own.key] {
+				return fmt.Errorf("line %d: %s is the same for all credentials: want it at the top", own.line, own.key)
+			}
+		}
+		one, flags := new(settings), pflag.NewFlagSet("", pflag.ContinueOnError)
+		one.register(flags)
+		*one = *s // the flags set the fields of one, whatever their values
+		one.credential, one.credentials = entry.name, nil
+		if err := apply(entry.entries, flags, given); err != nil {
+			return err
+		}
+		s.credentials = append(s.credentials, one)
 	}
 	return nil
 }
@@ -208,9 +257,45 @@ type configEntry struct {
 	values []string
 }
 
-// parseConfig reads a YAML mapping of scalars and lists of scalars. Its errors
-// name lines and keys, never values.
-func parseConfig(data []byte) ([]configEntry, error) {
+// credentialEntry is one of the mapping below "credentials".
+type credentialEntry struct {
+	name    string
+	entries []configEntry
+}
+
+type configFile struct {
+	entries     []configEntry
+	credentials []credentialEntry
+}
+
+// parseConfig reads a YAML mapping of scalars and lists of scalars, and below
+// "credentials" one of such mappings. Its errors name lines and keys, never values.
+func parseConfig(data []byte) (file configFile, err error) {
+	mapping, err := parseYAML(data)
+	if err != nil || mapping == nil {
+		return file, err
+	}
+	pairs, err := keysOf(mapping)
+	if err != nil {
+		return file, err
+	}
+	for _, pair := range pairs {
+		if pair.key.Value == "credentials" {
+			file.credentials, err = credentialEntries(pair)
+		} else {
+			var entry configEntry
+			entry, err = pair.entry()
+			file.entries = append(file.entries, entry)
+		}
+		if err != nil {
+			return file, err
+		}
+	}
+	return file, nil
+}
+
+// parseYAML returns the mapping of a file; nil if there is nothing in it.
+func parseYAML(data []byte) (*yaml.Node, error) {
 	decoder := yaml.NewDecoder(bytes.NewReader(data))
 	var document, second yaml.Node
 	if err := decoder.Decode(&document); errors.Is(err, io.EOF) {
@@ -229,7 +314,14 @@ func parseConfig(data []byte) ([]configEntry, error) {
 	if mapping.Kind != yaml.MappingNode {
 		return nil, fmt.Errorf("line %d: want keys and values", mapping.Line)
 	}
-	var entries []configEntry
+	return mapping, nil
+}
+
+// keyAndValue is an entry of a YAML mapping.
+type keyAndValue struct{ key, value *yaml.Node }
+
+// keysOf returns the entries of a mapping whose keys are names of settings, each once.
+func keysOf(mapping *yaml.Node) (pairs []keyAndValue, err error) {
 	seen := map[string]int{}
 	for i := 0; i+1 < len(mapping.Content); i += 2 {
 		key, value := mapping.Content[i], mapping.Content[i+1]
@@ -240,20 +332,60 @@ func parseConfig(data []byte) ([]configEntry, error) {
 			return nil, fmt.Errorf("line %d: key %q is set on line %d already", key.Line, key.Value, before)
 		}
 		seen[key.Value] = key.Line
-		entry := configEntry{key: key.Value, line: key.Line}
-		nodes := []*yaml.Node{value}
-		if value.Kind == yaml.SequenceNode {
-			nodes = value.Content
-		}
-		for _, node := range nodes {
-			if node.Kind != yaml.ScalarNode || node.Tag == "!!null" {
-				return nil, fmt.Errorf("line %d: key %q: want a value or a list of values", node.Line, key.Value)
-			}
-			entry.values = append(entry.values, node.Value)
-		}
-		entries = append(entries, entry)
+		pairs = append(pairs, keyAndValue{key, value})
 	}
-	return entries, nil
+	return pairs, nil
+}
+
+// entry reads a setting: a scalar or a list of them.
+func (p keyAndValue) entry() (configEntry, error) {
+	entry := configEntry{key: p.key.Value, line: p.key.Line}
+	nodes := []*yaml.Node{p.value}
+	if p.value.Kind == yaml.SequenceNode {
+		nodes = p.value.Content
+	}
+	for _, node := range nodes {
+		if node.Kind != yaml.ScalarNode || node.Tag == "!!null" {
+			return entry, fmt.Errorf("line %d: key %q: want a value or a list of values", node.Line, p.key.Value)
+		}
+		entry.values = append(entry.values, node.Value)
+	}
+	return entry, nil
+}
+
+// credentialEntries reads the mapping below "credentials": from names to settings.
+func credentialEntries(p keyAndValue) (all []credentialEntry, err error) {
+	if p.value.Kind != yaml.MappingNode || len(p.value.Content) == 0 {
+		return nil, fmt.Errorf("line %d: credentials: want names, each with its settings or {}", p.key.Line)
+	}
+	for i := 0; i+1 < len(p.value.Content); i += 2 {
+		name, value := p.value.Content[i], p.value.Content[i+1]
+		if err := estenroll.CheckName(name.Value); err != nil {
+			return nil, fmt.Errorf("line %d: credentials: %w", name.Line, err)
+		}
+		for _, other := range all {
+			if strings.EqualFold(other.name, name.Value) {
+				return nil, fmt.Errorf("line %d: credential %q is there already, as %q", name.Line, name.Value, other.name)
+			}
+		}
+		if value.Kind != yaml.MappingNode {
+			return nil, fmt.Errorf("line %d: credential %q: want settings, or {} for none of its own", name.Line, name.Value)
+		}
+		one := credentialEntry{name: name.Value}
+		pairs, err := keysOf(value)
+		if err != nil {
+			return nil, err
+		}
+		for _, pair := range pairs {
+			entry, err := pair.entry()
+			if err != nil {
+				return nil, err
+			}
+			one.entries = append(one.entries, entry)
+		}
+		all = append(all, one)
+	}
+	return all, nil
 }
 
 // sourceOf identifies a file that holds a PIN.

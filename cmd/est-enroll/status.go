@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -18,7 +19,11 @@ func statusCommand(s *settings, out *output) *cobra.Command {
 		Short: "show the credentials, their addresses and the state of the device",
 		Long: `Status shows what the Security object points at, the certificates and the key's
 attributes as the token reports them, and an operation that waits to be gone on
-with. The addresses (RFC 7512) hold no PIN. It asks no server.
+with. The addresses (RFC 7512) hold no PIN. It asks no server. Credentials that
+the journal has and the configuration has no more are shown too.
+
+Where the configuration has "credentials:", --json prints an object by their
+names, with --credential the one alone, as without "credentials:".
 
 With --uri it prints the addresses of the enrolled credential as other programs
 take them, one a line: the key's, which says with pin-source where the PIN is,
@@ -30,27 +35,55 @@ kind alone. Without an enrolled credential it fails.`,
 			if asJSON && uri.word != "" {
 				return &usageError{errors.New("status: --json has the addresses already: leave --uri out")}
 			}
-			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
-				credential := device.Credential(s.credential)
-				if uri.word != "" {
-					return s.printURIs(ctx, credential, out, uri.word)
-				}
-				status, err := credential.Status(ctx)
+			all := map[string]*estenroll.Status{}
+			err := withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
+				turns, err := s.turns(device, uri.word == "")
 				if err != nil {
 					return err
 				}
-				if asJSON {
-					return out.json(status)
-				}
-				out.status(status)
-				return nil
+				return out.inTurn(ctx, turns, func(ctx context.Context, t turn) error {
+					if uri.word != "" {
+						return t.printURIs(ctx, t.credential, out, uri.word)
+					}
+					status, err := t.credential.Status(ctx)
+					if err != nil {
+						return err
+					}
+					all[t.credential.Name()] = status
+					if !asJSON {
+						out.status(status)
+					}
+					return nil
+				})
 			})
+			if asJSON {
+				if lost := s.printJSON(all, out); lost != nil {
+					err = errors.Join(err, lost)
+				}
+			}
+			return err
 		},
 	}
 	command.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	command.Flags().Var(&uri, "uri", "print the addresses for other programs alone")
 	command.Flags().Lookup("uri").NoOptDefVal = "both"
 	return command
+}
+
+// printJSON prints what status has for programs.
+func (s *settings) printJSON(all map[string]*estenroll.Status, out *output) error {
+	if s.byName() {
+		return out.json(all)
+	}
+	for name := range all {
+		if name != s.credential {
+			out.warning(fmt.Sprintf("credential %q is not in the configuration and not shown: est-enroll status shows it", name))
+		}
+	}
+	if status := all[s.credential]; status != nil {
+		return out.json(status)
+	}
+	return nil
 }
 
 func (s *settings) printURIs(ctx context.Context, credential *estenroll.Credential, out *output, which string) error {

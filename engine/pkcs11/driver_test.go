@@ -625,16 +625,51 @@ func TestOpenRefused(t *testing.T) {
 			t.Errorf("got %v, want ErrModule", err)
 		}
 	})
-	t.Run("two tokens of one label", func(t *testing.T) {
-		if err := token.Add(token.Label); err != nil {
-			t.Fatal(err)
-		}
-		_, err := pkcs11.Driver.Open(t.Context(), parse(t, token.URI()), options(t))
-		var ambiguous *engine.AmbiguousError
-		if !errors.As(err, &ambiguous) || strings.Count(err.Error(), "serial") != 2 {
-			t.Errorf("got %v, want an *engine.AmbiguousError with both serial numbers", err)
+	t.Run("a vendor's attribute that selects", func(t *testing.T) {
+		_, err := pkcs11.Driver.Open(t.Context(), parse(t, "pkcs11:token=device;seriall=1?module-path="+token.ModulePath), options(t))
+		if !errors.Is(err, engine.ErrTokenNotFound) || !strings.Contains(err.Error(), "attribute seriall is unknown") {
+			t.Errorf("got %v, want ErrTokenNotFound and the attribute", err)
 		}
 	})
+}
+
+// Of two tokens with one label the error has the address of each, by which it
+// opens: by the serial number, or by the slot where that is the same too.
+func TestTokensOfOneLabel(t *testing.T) {
+	for name, serial := range map[string]string{"two serial numbers": "", "one serial number": "0000000000000000"} {
+		t.Run(name, func(t *testing.T) {
+			f := newFaulty(t)
+			if err := f.Add(f.Label); err != nil {
+				t.Fatal(err)
+			}
+			if serial != "" {
+				f.set(t, "serial", serial)
+			}
+			query := "?module-path=" + f.module + "&pin-source=" + f.PINFile
+			_, err := pkcs11.Driver.Open(t.Context(), parse(t, f.uri(f.Label, "")), f.options())
+			var ambiguous *engine.AmbiguousError
+			if !errors.As(err, &ambiguous) || !errors.Is(err, engine.ErrTokenAmbiguous) || len(ambiguous.Matches) != 2 || strings.Count(err.Error(), `serial "`) != 2 {
+				t.Fatalf("got %v, want an *engine.AmbiguousError with both serial numbers", err)
+			}
+			var engines []*pkcs11.Engine
+			for i, match := range ambiguous.Matches {
+				at := match.Address.(pkcs11.URI)
+				if at.Serial == "" || (at.SlotID != "") != (serial != "") {
+					t.Errorf("%s is not the shortest address", at)
+				}
+				e := open(t, at.String()+query, f.options())
+				generate(t, e, fmt.Sprintf("key %d", i))
+				engines = append(engines, e)
+			}
+			f.set(t, "lose", "C_FindObjectsInit")
+			for i, e := range engines { // each in its own token, also when it is opened again
+				objects, err := e.List(t.Context(), nil)
+				if err != nil || len(objects) != 2 || objects[0].Label != fmt.Sprintf("key %d", i) {
+					t.Errorf("token %d: %v, %v", i, objects, err)
+				}
+			}
+		})
+	}
 }
 
 // A SIGKILL inside SoftHSM's own writing leaves a file cut off anywhere: whatever

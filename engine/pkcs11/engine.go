@@ -24,10 +24,11 @@ const (
 
 // Engine is one user of an open token.
 type Engine struct {
-	uri    URI // as it was opened
+	uri    URI // as it was opened, with the path of its module
 	opts   engine.Options
 	module *module
 	token  *token
+	about  URI    // all that an address can say of the token
 	label  string // of the token
 	lock   string // path of the writer lock
 
@@ -50,12 +51,13 @@ func open(ctx context.Context, at engine.Address, opts engine.Options) (engine.E
 	case err != nil:
 	case !ok:
 		err = errNotURI
-	case uri.object() != URI{Token: uri.Token}:
+	case uri.namesObject():
 		err = errors.New("it names an object, not a token")
-	case uri.ModulePath == "":
-		err = fmt.Errorf("%w: module-path is missing", engine.ErrModule)
 	default:
-		e, err = openToken(ctx, uri, opts)
+		uri.ModulePath, err = systemPlaces().findModule(uri)
+		if err == nil {
+			e, err = openToken(ctx, uri, opts)
+		}
 	}
 	if err != nil {
 		return nil, fail("open token", at, uri.ModulePath, err)
@@ -117,6 +119,7 @@ func (e *Engine) start(ctx context.Context) (err error) {
 		}
 	}
 	t.users++
+	e.about = t.uri
 	e.module.tokens[id] = t
 	e.token = t
 	return nil

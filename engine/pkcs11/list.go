@@ -24,7 +24,7 @@ func (e *Engine) objectAddress(at engine.Address, class engine.Class) (URI, erro
 	switch {
 	case err != nil:
 		return URI{}, err
-	case u.Object == "" && u.ID == "":
+	case !u.hasLabel() && !u.hasID():
 		return URI{}, errors.New("it names no object: object or id is missing")
 	case u.Type != "" && u.Type != class:
 		return URI{}, fmt.Errorf("its type is %s, not %s", u.Type, class)
@@ -33,9 +33,11 @@ func (e *Engine) objectAddress(at engine.Address, class engine.Class) (URI, erro
 	return u, nil
 }
 
+// resolve completes an object's address with all that is known of the token, of
+// which the engine's address may leave most out.
 func (e *Engine) resolve(u URI) (URI, error) {
-	token := e.uri
-	token.Token = e.label // which an engine's address may leave out
+	token := e.about
+	token.ModuleName, token.ModulePath, token.PINSource, token.pin = e.uri.ModuleName, e.uri.ModulePath, e.uri.PINSource, e.uri.pin
 	return u.Resolve(token)
 }
 

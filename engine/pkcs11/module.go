@@ -34,6 +34,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync"
 	"unsafe"
@@ -74,7 +75,12 @@ type module struct {
 }
 
 // tokenID is what identifies a token within a module.
-type tokenID struct{ label, serial string }
+type tokenID struct {
+	label, serial string
+	// twin is the slot of a token that shares label and serial with another: what
+	// else tells them apart may change when a device is connected again.
+	twin string
+}
 
 // loadModule loads the module at a path, or returns the one that is loaded.
 func loadModule(path string) (*module, error) {
@@ -194,51 +200,111 @@ func (m *module) release() error {
 // slot is a slot that holds an initialised token.
 type slot struct {
 	number uint
-	id     tokenID
+	uri    URI // all that an address can say of the token
 	flags  uint
 }
 
-func (s slot) String() string { return fmt.Sprintf("token %q serial %q", s.id.label, s.id.serial) }
+func (s slot) String() string { return fmt.Sprintf("token %q serial %q", s.uri.Token, s.uri.Serial) }
 
-// slots lists the tokens that match.
-func (m *module) slots(match func(slot) bool) (found []slot, others []string, err error) {
+// id identifies the token among all that the module shows.
+func (s slot) id(all []slot) tokenID {
+	id := tokenID{label: s.uri.Token, serial: s.uri.Serial}
+	for _, other := range all {
+		if other.number != s.number && other.is(id) {
+			id.twin = s.uri.SlotID
+		}
+	}
+	return id
+}
+
+// is reports whether the slot holds the token with an id.
+func (s slot) is(id tokenID) bool {
+	return s.uri.Token == id.label && s.uri.Serial == id.serial && (id.twin == "" || s.uri.SlotID == id.twin)
+}
+
+// slots lists the slots with their tokens, and with what is known of the slots and
+// the module if it is asked for.
+func (m *module) slots(places bool) ([]slot, error) {
 	numbers, err := m.ctx.GetSlotList(true)
 	if err != nil {
-		return nil, nil, fmt.Errorf("list tokens: %w", explain(err))
+		return nil, fmt.Errorf("list tokens: %w", explain(err))
 	}
+	var library pkcs11.Info
+	if places {
+		if library, err = m.ctx.GetInfo(); err != nil {
+			return nil, fmt.Errorf("look at module: %w", explain(err))
+		}
+	}
+	var found []slot
 	for _, number := range numbers {
 		info, err := m.ctx.GetTokenInfo(number)
 		if err != nil || info.Flags&pkcs11.CKF_TOKEN_INITIALIZED == 0 {
 			continue // a slot that lost its token meanwhile, or has a blank one
 		}
-		s := slot{number, tokenID{trim(info.Label), trim(info.SerialNumber)}, info.Flags}
-		if match(s) {
+		s := slot{number: number, flags: info.Flags, uri: URI{
+			Token: trim(info.Label), Manufacturer: trim(info.ManufacturerID), Model: trim(info.Model), Serial: trim(info.SerialNumber),
+			SlotID: strconv.FormatUint(uint64(number), 10),
+		}.known(ownAttributes)}
+		if places {
+			place, err := m.ctx.GetSlotInfo(number)
+			if err != nil {
+				continue
+			}
+			s.uri.SlotManufacturer, s.uri.SlotDescription = trim(place.ManufacturerID), trim(place.SlotDescription)
+			s.uri.LibraryManufacturer, s.uri.LibraryDescription = trim(library.ManufacturerID), trim(library.LibraryDescription)
+			s.uri.LibraryVersion = fmt.Sprintf("%d.%d", library.LibraryVersion.Major, library.LibraryVersion.Minor)
+			s.uri = s.uri.known(tokenAttributes)
+		}
+		found = append(found, s)
+	}
+	return found, nil
+}
+
+func trim(padded string) string { return strings.TrimRight(padded, " \x00") }
+
+// slot finds the one token that an address names: with an id, if it is known, and
+// returns what identifies it.
+func (m *module) slot(at URI, known tokenID) (slot, tokenID, error) {
+	if err := at.foreign(); err != nil {
+		return slot{}, tokenID{}, fmt.Errorf("%w: %w", engine.ErrTokenNotFound, err)
+	}
+	// The token that is opened is asked for all, which objects' addresses may say.
+	all, err := m.slots(known != tokenID{} || at.namesPlace())
+	if err != nil {
+		return slot{}, tokenID{}, err
+	}
+	var found []slot
+	var others []string
+	for _, s := range all {
+		if at.differs(s.uri) == "" && (known == (tokenID{}) || s.is(known)) {
 			found = append(found, s)
 		} else {
 			others = append(others, s.String())
 		}
 	}
-	return found, others, nil
+	switch {
+	case len(found) > 1:
+		return slot{}, tokenID{}, ambiguousToken(at, found)
+	case len(found) == 1:
+		return found[0], found[0].id(all), nil
+	case len(others) > 0:
+		return slot{}, tokenID{}, fmt.Errorf("%w: there are %s", engine.ErrTokenNotFound, strings.Join(others, "; "))
+	}
+	return slot{}, tokenID{}, fmt.Errorf("%w: the module shows none", engine.ErrTokenNotFound)
 }
 
-func trim(padded string) string { return strings.TrimRight(padded, " \x00") }
-
-// slot finds the one token that matches what an address asks for.
-func (m *module) slot(at engine.Address, match func(slot) bool) (slot, error) {
-	found, others, err := m.slots(match)
-	switch {
-	case err != nil:
-		return slot{}, err
-	case len(found) > 1:
-		ambiguous := &engine.AmbiguousError{Address: at}
-		for _, s := range found {
-			ambiguous.Matches = append(ambiguous.Matches, engine.Object{Class: engine.ClassToken, Label: s.id.label, ID: []byte(s.id.serial)})
+// ambiguousToken lists the tokens that match, each with the shortest address that
+// tells it from the others.
+func ambiguousToken(at URI, found []slot) error {
+	err := &engine.AmbiguousError{Address: at}
+	for _, s := range found {
+		address := URI{Token: s.uri.Token, Serial: s.uri.Serial}
+		for _, other := range found {
+			if other.number != s.number && address.differs(other.uri) == "" {
+				address.SlotID = s.uri.SlotID
+			}
 		}
-		return slot{}, ambiguous
-	case len(found) == 1:
-		return found[0], nil
-	case len(others) > 0:
-		return slot{}, fmt.Errorf("%w: there are %s", engine.ErrTokenNotFound, strings.Join(others, "; "))
+		err.Matches = append(err.Matches, engine.Object{Class: engine.ClassToken, Label: s.uri.Token, ID: []byte(s.uri.Serial), Address: address})
 	}
-	return slot{}, fmt.Errorf("%w: the module shows none", engine.ErrTokenNotFound)
+	return err
 }

@@ -65,10 +65,10 @@ func (s *session) find(u URI) ([]pkcs11.ObjectHandle, error) {
 	if u.Type != "" {
 		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_CLASS, classes[u.Type]))
 	}
-	if u.Object != "" {
+	if u.hasLabel() {
 		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_LABEL, u.Object))
 	}
-	if u.ID != "" {
+	if u.hasID() {
 		template = append(template, pkcs11.NewAttribute(pkcs11.CKA_ID, []byte(u.ID)))
 	}
 	return s.search(template)

@@ -17,7 +17,7 @@ func TestWithoutCgo(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = pkcs11.Driver.Open(t.Context(), at, engine.Options{})
-	if !errors.Is(err, engine.ErrUnsupported) || !strings.Contains(err.Error(), "cgo") {
+	if !errors.Is(err, engine.ErrBuild) || !strings.Contains(err.Error(), "cgo") {
 		t.Errorf("got %v, want what is missing", err)
 	}
 }

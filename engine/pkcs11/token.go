@@ -20,6 +20,7 @@ import (
 type token struct {
 	module *module
 	id     tokenID
+	uri    URI // all that an address can say of it
 	users  int
 
 	session    pkcs11.SessionHandle
@@ -60,7 +61,7 @@ func (t *token) connect(at URI, opts engine.Options) error {
 	if err := t.module.start(); err != nil {
 		return err
 	}
-	s, err := t.module.slot(at, func(s slot) bool { return s.id == t.id })
+	s, _, err := t.module.slot(at, t.id)
 	if err != nil {
 		return err
 	}
@@ -78,6 +79,7 @@ func (t *token) connect(at URI, opts engine.Options) error {
 	}
 	t.session, t.generation = session, t.module.generation
 	t.connection++
+	t.uri = s.uri
 	t.private = s.flags&pkcs11.CKF_LOGIN_REQUIRED != 0
 	return nil
 }
@@ -223,10 +225,10 @@ func (m *module) scan(ctx context.Context, at URI) (id tokenID, again bool, err 
 	if err := m.start(); err != nil {
 		return id, false, fmt.Errorf("%w: %w", engine.ErrModule, err)
 	}
-	s, err := m.slot(at, func(s slot) bool { return at.Token == "" || s.id.label == at.Token })
+	_, id, err = m.slot(at, tokenID{})
 	switch {
 	case err == nil:
-		return s.id, false, nil
+		return id, false, nil
 	case m.lost(0, err): // the device of another engine; this one's may be there
 		return id, true, errors.Join(err, m.stop())
 	case errors.Is(err, engine.ErrTokenNotFound) && m.users == 1 && m.owned:

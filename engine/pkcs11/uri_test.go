@@ -41,6 +41,13 @@ func TestParseURI(t *testing.T) {
 		{"available characters of a path", "pkcs11:object=:[]@!$'()*+,=&", "pkcs11:object=%3A%5B%5D%40%21%24%27%28%29%2A%2B%2C%3D%26", ""},
 		{"available characters of a query", "pkcs11:?module-path=/:[]@!$'()*+,=/?|", "pkcs11:?module-path=/%3A%5B%5D%40%21%24%27%28%29%2A%2B%2C%3D/%3F%7C", ""},
 		{"id of any octets", "pkcs11:id=%00%ff%3b", "pkcs11:id=%00%FF%3B", ""},
+		{"any case", "pkcs11:Token=a;TYPE=Private?Module-Name=SoftHSM2", "pkcs11:token=a;type=private?module-name=softhsm2", ""},
+		{"token, slot and module", "pkcs11:library-version=3;library-description=d;library-manufacturer=l;slot-id=007;slot-description=s;slot-manufacturer=t;serial=1;model=m;manufacturer=n",
+			"pkcs11:manufacturer=n;model=m;serial=1;slot-id=7;slot-manufacturer=t;slot-description=s;library-manufacturer=l;library-description=d;library-version=3.0", ""},
+		{"empty values", "pkcs11:object=;token=;id=", "pkcs11:token=;object=;id=", ""},
+		{"vendor attributes", "pkcs11:x-b=%31;object=a;x-a=?b=2/&a=3&pin-value=1&module-path=/m.so", "pkcs11:object=a?module-path=/m.so",
+			"pkcs11:object=a;x-a=;x-b=1?module-path=/m.so&a=3&b=2%2F&pin-value=1"},
+		{"vendor attributes again and again", "pkcs11:?b=2&a=1&b=1", "pkcs11:", "pkcs11:?a=1&b=2&b=1"},
 		{"other scripts", "pkcs11:token=%c3%bc", "pkcs11:token=%C3%BC", ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -67,9 +74,6 @@ func TestParseURIRefused(t *testing.T) {
 	for name, in := range map[string]string{
 		"no scheme":                    "token=a",
 		"other scheme":                 "file:/" + pin,
-		"unknown attribute":            "pkcs11:token=a;colour=" + pin,
-		"vendor attribute":             "pkcs11:token=a?x-vendor=" + pin,
-		"serial, which is not used":    "pkcs11:serial=" + pin,
 		"PIN in the path":              "pkcs11:token=a;pin-value=" + pin,
 		"label in the query":           "pkcs11:?token=a&pin-value=" + pin,
 		"attribute without a value":    "pkcs11:token",
@@ -79,11 +83,9 @@ func TestParseURIRefused(t *testing.T) {
 		"token twice":                  "pkcs11:token=a;token=a",
 		"id twice":                     "pkcs11:id=%01;id=%01",
 		"PIN and its source":           "pkcs11:?pin-value=" + pin + "&pin-source=/a",
-		"empty token":                  "pkcs11:token=",
 		"empty PIN":                    "pkcs11:?pin-value=",
 		"empty attribute":              "pkcs11:token=a;",
 		"empty attribute in the query": "pkcs11:?pin-value=" + pin + "&",
-		"name in capitals":             "pkcs11:TOKEN=a",
 		"one digit":                    "pkcs11:?pin-value=" + pin + "%2",
 		"no digits":                    "pkcs11:?pin-value=" + pin + "%",
 		"not digits":                   "pkcs11:?pin-value=%zz" + pin,
@@ -97,7 +99,18 @@ func TestParseURIRefused(t *testing.T) {
 		"second question mark":         "pkcs11:token=a?pin-value=" + pin + "#",
 		"label that is not UTF-8":      "pkcs11:token=%ff",
 		"NUL":                          "pkcs11:?module-path=/a%00" + pin,
-		"long token":                   "pkcs11:token=" + strings.Repeat("a", 33),
+		"long token":                   "pkcs11:token=" + strings.Repeat("a", maxText+1),
+		"unknown attribute of a PIN":   "pkcs11:token=a?pin-valeu=" + pin,
+		"the same in the path":         "pkcs11:token=a;Pin=" + pin,
+		"vendor's attribute after PIN": "pkcs11:token=a?pin-value=12&x-" + pin + "=" + pin,
+		"vendor's attribute twice":     "pkcs11:x-" + pin + "=1;a=2;x-" + pin + "=1",
+		"name that is none":            "pkcs11:x." + pin + "=" + pin,
+		"type percent-encoded":         "pkcs11:type=%70rivate",
+		"module by two names":          "pkcs11:?module-name=a&module-name=" + pin,
+		"module by a path as a name":   "pkcs11:?module-name=/" + pin,
+		"module by a parent as a name": "pkcs11:?module-name=..",
+		"slot that is no number":       "pkcs11:slot-id=" + pin,
+		"version that is none":         "pkcs11:library-version=1." + pin,
 		"long id":                      "pkcs11:id=" + strings.Repeat("%01", 257),
 		"long PIN":                     "pkcs11:?pin-value=" + strings.Repeat(pin, 100),
 		"long":                         "pkcs11:?module-path=/" + strings.Repeat(pin, 2000),
@@ -127,7 +140,7 @@ func TestParseURIRefused(t *testing.T) {
 // No way of printing shows a PIN, not even from inside an unexported field.
 func TestURIHidesPIN(t *testing.T) {
 	t.Parallel()
-	u := mustParse(t, "pkcs11:token=a?pin-value=marker")
+	u := mustParse(t, "pkcs11:token=a;x-vendor=marker?x-vendor=marker&pin-value=marker")
 	var logged strings.Builder
 	logger := slog.New(slog.NewTextHandler(&logged, nil))
 	logger.Info("open", "address", u, "in", struct{ inner URI }{u})
@@ -160,6 +173,18 @@ func TestResolve(t *testing.T) {
 		{"bare", "pkcs11:object=a;type=cert", token, "pkcs11:token=dev;object=a;type=cert"},
 		{"whole", "pkcs11:token=dev;id=%01?module-path=/m.so&pin-value=1234", token, "pkcs11:token=dev;id=%01"},
 		{"token without a label", "pkcs11:token=other;id=%01", "pkcs11:?module-path=/m.so", "pkcs11:token=other;id=%01"},
+		{"what the token's address says too", "pkcs11:serial=1;slot-id=0;library-version=2.6;id=%01", "pkcs11:serial=1;slot-id=0;library-version=2.6;token=dev?module-path=/m.so", "pkcs11:token=dev;id=%01"},
+		{"what it does not say", "pkcs11:serial=1;model=;id=%01", token, "pkcs11:token=dev;model=;serial=1;id=%01"},
+		{"blanks at the end", "pkcs11:model=m%20;id=%01", "pkcs11:model=m", "pkcs11:id=%01"},
+		{"empty values", "pkcs11:token=;object=", "pkcs11:token=;model=", "pkcs11:object="},
+		{"module by its name", "pkcs11:id=%01?module-name=m", token, "pkcs11:token=dev;id=%01"},
+		{"module by its directory and name", "pkcs11:id=%01?module-name=m&module-path=/", token, "pkcs11:token=dev;id=%01"},
+		{"vendor's attribute of the query", "pkcs11:id=%01?x-vendor=1", token, "pkcs11:token=dev;id=%01"},
+		{"vendor's attribute of the path", "pkcs11:id=%01;x-vendor=1", token, ""},
+		{"another serial", "pkcs11:serial=2;id=%01", "pkcs11:serial=1", ""},
+		{"an empty serial", "pkcs11:serial=;id=%01", "pkcs11:serial=1", ""},
+		{"another slot", "pkcs11:slot-id=1;id=%01", "pkcs11:slot-id=0", ""},
+		{"another module by its name", "pkcs11:id=%01?module-name=n", token, ""},
 		{"another token", "pkcs11:token=other;id=%01", token, ""},
 		{"another module", "pkcs11:id=%01?module-path=/n.so", token, ""},
 		{"another PIN", "pkcs11:id=%01?pin-value=12345", token, ""},

@@ -7,6 +7,7 @@
 //     weaker       every generated key is on P-256 or has 2048 bits
 //     raw-point    CKA_EC_POINT is not wrapped in an OCTET STRING
 //     flags        content: a number that is or-ed into every token's flags
+//     serial       content: the serial number of every token
 //     return       content: "<function> before|after <value>": the function is not
 //                  called, or is, and returns the value. Once: the file goes
 //     lose         content: "<function>": it is called, and then the device is gone
@@ -134,6 +135,11 @@ static CK_RV special(const char *name, CK_ULONG *a, CK_RV rv)
 		return rv;
 	if (!strcmp(name, "C_GetTokenInfo") && fault("flags", content, sizeof content))
 		((CK_TOKEN_INFO *)a[1])->flags |= strtoul(content, NULL, 0);
+	if (!strcmp(name, "C_GetTokenInfo") && fault("serial", content, sizeof content)) {
+		CK_CHAR *serial = ((CK_TOKEN_INFO *)a[1])->serialNumber; // padded with blanks
+		memset(serial, ' ', sizeof ((CK_TOKEN_INFO *)0)->serialNumber);
+		memcpy(serial, content, strnlen(content, sizeof ((CK_TOKEN_INFO *)0)->serialNumber));
+	}
 	if (!strcmp(name, "C_GetAttributeValue") && fault("raw-point", content, sizeof content)) {
 		CK_ATTRIBUTE *attributes = (CK_ATTRIBUTE *)a[2];
 		for (CK_ULONG i = 0; i < a[3]; i++)
