@@ -54,6 +54,16 @@ const exampleHead = `# est-enroll: every setting, with its default or an example
 # What stands behind a "#" without a space is a setting.
 `
 
+const exampleCredentials = `
+# Several credentials, each with what differs from the settings above; without
+# "credential" there. A command treats all of them, or that of --credential.
+#credentials:
+#    device: {}
+#    mqtt:
+#        subject: CN=mqtt-17
+#        security-instance: 1
+`
+
 // writeExample prints the settings as a configuration file: the flags are the one
 // list of them.
 func writeExample(w io.Writer, flags *pflag.FlagSet) error {
@@ -78,6 +88,7 @@ func writeExample(w io.Writer, flags *pflag.FlagSet) error {
 	if failed != nil {
 		return failed
 	}
+	text.WriteString(exampleCredentials)
 	_, err := io.WriteString(w, text.String())
 	return err
 }

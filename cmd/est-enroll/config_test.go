@@ -14,18 +14,32 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// example is what "config --example" prints, as it is and with every setting set.
+// commented is a setting that is a comment.
+var commented = regexp.MustCompile(`(?m)^#(\S|    )`)
+
+// example is what "config --example" prints, as it is and with every setting set
+// but those of several credentials.
 func example(t *testing.T) (printed, complete string) {
 	t.Helper()
 	var out, failure bytes.Buffer
 	if code := run(t.Context(), []string{"config", "--example", "--config", "missing.yaml"}, &out, &failure); code != exitDone || failure.Len() > 0 {
 		t.Fatalf("exit code %d: %s", code, &failure)
 	}
-	return out.String(), regexp.MustCompile(`(?m)^#(\S|    )`).ReplaceAllString(out.String(), "$1")
+	settings, several := strings.CutSuffix(out.String(), exampleCredentials)
+	if !several {
+		t.Error("nothing on several credentials")
+	}
+	return out.String(), commented.ReplaceAllString(settings, "$1")
 }
 
 // parse returns the settings of a configuration file, by name.
 func parse(t *testing.T, text string) map[string]string {
+	t.Helper()
+	_, values := parseSettings(t, text)
+	return values
+}
+
+func parseSettings(t *testing.T, text string) (*settings, map[string]string) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "config.yaml")
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -43,7 +57,7 @@ func parse(t *testing.T, text string) map[string]string {
 			values[f.Name] = f.Value.String()
 		}
 	})
-	return values
+	return s, values
 }
 
 // The example is a configuration: as it is, of the defaults and the settings that
@@ -87,6 +101,19 @@ func TestConfigExample(t *testing.T) {
 	}
 	if diff := cmp.Diff(withExamples(func(string) bool { return true }), parse(t, complete)); diff != "" {
 		t.Errorf("complete (-want +got)\n%s", diff)
+	}
+}
+
+func TestConfigExampleCredentials(t *testing.T) {
+	t.Parallel()
+	printed, _ := example(t)
+	s, _ := parseSettings(t, printed+commented.ReplaceAllString(exampleCredentials, "$1"))
+	var names []string
+	for _, one := range s.credentials {
+		names = append(names, one.credential+" "+one.subject)
+	}
+	if diff := cmp.Diff([]string{"device ", "mqtt CN=mqtt-17"}, names); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
 	}
 }
 
