@@ -9,7 +9,7 @@ SHARE ?= $(BIN)/share
 PREFIX ?= /usr/local
 export BIN SHARE PREFIX DESTDIR
 
-.PHONY: demo test build docs install uninstall build-arm64 build-armhf lint deps loss crash bench figures fuzz
+.PHONY: demo test build docs install uninstall build-arm64 build-armhf lint deps loss crash hostile bench figures fuzz
 
 demo: deps build
 	@examples/demo
@@ -52,6 +52,11 @@ loss: deps
 # The program killed before and after every PKCS#11 call of first boot and renewal.
 crash: deps
 	$(GO) test -timeout 60m -count 1 -run '^TestCrash$$' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
+
+# The program at servers and on networks that get something wrong, each case in
+# each situation of the device; the token before and after, in the eyes of others.
+hostile: deps
+	$(GO) test -timeout 30m -count 1 -run '^TestHostile$$' ./cmd/est-enroll -args -hostile.all $(HOSTILE)
 
 # What an enrolment costs beside what it cannot do without: each figure beside its
 # target. "make figures" also writes them to testdata/figures.json and README.md.

@@ -30,7 +30,7 @@ var rooms = map[string][]string{
 	"estenroll/internal/coap":      {"github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 	"estenroll/internal/durable":   {"github.com/gofrs/flock", "github.com/google/renameio/v2", "golang.org/x/sys"},
 	"estenroll/lwm2m":              {"estenroll/engine", "estenroll/internal/durable"},
-	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap", "github.com/plgd-dev/go-coap/v3"},
+	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap", "github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 
 	// Test tools: imported by tests only, which the next test holds.
 	"estenroll/engine/enginetest/p11crash": {},

@@ -245,6 +245,9 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 			// Only now: the server may have said to come back after the deadline.
 			return c.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("asked first at %s: %w", op.StartedAt.UTC().Format(time.RFC3339), ErrGivenUp)})
 		}
+		if pending.Asked > 0 {
+			c.warn("the server asks for %s of patience: after %s the device asks again", pending.Asked, pending.RetryAfter)
+		}
 		op.AskedAt, op.RetryAfter = now, pending.RetryAfter
 		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline}, c.save())
 	case ctx.Err() != nil, errors.Is(err, est.ErrUnreachable), isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):

@@ -29,6 +29,9 @@ var (
 	// ErrServerCertificate says that it is the server's certificate that was not
 	// accepted, beside the reason why: nothing was asked of that server.
 	ErrServerCertificate = errors.New("server certificate")
+	// ErrHandshake says that server and client came to no secure session: one of
+	// them ended the handshake for a reason that is no certificate's.
+	ErrHandshake = errors.New("no secure session")
 	// ErrUnreachable says that the server gave no answer.
 	ErrUnreachable = errors.New("no answer from the server")
 	// ErrCredentialRefused says that the server refused our certificate.

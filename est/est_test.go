@@ -244,6 +244,7 @@ func TestVerifyServer(t *testing.T) {
 		{"expired", with(func(c *x509.Certificate) { c.NotAfter = epoch.Add(-time.Second) }), "est.example", est.ErrNotValidNow},
 		{"not yet valid", with(func(c *x509.Certificate) { c.NotBefore = epoch.Add(time.Second) }), "est.example", est.ErrNotValidNow},
 		{"another CA", []*x509.Certificate{issue(t, newCA(t, nil, "root"), "server", key, serve)}, "est.example", est.ErrNotTrusted},
+		{"it goes on after its signature", []*x509.Certificate{trailed(t, plain[0])}, "est.example", est.ErrNotTrusted},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			err := anchors(t, root.cert).VerifyServer(c.chain, c.server, epoch)
@@ -405,6 +406,11 @@ func TestClientFormats(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	longer := trailed(t, root.cert)
+	longer7, err := est.MarshalCertsOnly([]*x509.Certificate{longer})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		name   string
 		format est.ContentFormat
@@ -423,6 +429,8 @@ func TestClientFormats(t *testing.T) {
 		{"trailing byte", est.ContentFormatPKCS7CertsOnly, append(bytes.Clone(p7), 0), "after the end"},
 		{"truncated", est.ContentFormatPKCS7CertsOnly, p7[:len(p7)-1], "certs-only"},
 		{"287 with a trailing byte", est.ContentFormatPKIXCert, append(bytes.Clone(root.cert.Raw), 0), "certificate:"},
+		{"281 with a certificate that goes on", est.ContentFormatPKCS7CertsOnly, longer7, "goes on after its signature"},
+		{"287 with a certificate that goes on", est.ContentFormatPKIXCert, longer.Raw, "goes on after its signature"},
 		{"281 too large", est.ContentFormatPKCS7CertsOnly, make([]byte, 64<<10+1), "more than"},
 		{"287 too large", est.ContentFormatPKIXCert, make([]byte, 64<<10+1), "more than"},
 	} {
@@ -444,6 +452,21 @@ func TestClientFormats(t *testing.T) {
 			}
 		})
 	}
+}
+
+// trailed puts a value after the signature of a certificate, which crypto/x509
+// takes as it is: if it does not any more, our own check can go.
+func trailed(t *testing.T, cert *x509.Certificate) *x509.Certificate {
+	t.Helper()
+	var content asn1.RawValue
+	if _, err := asn1.Unmarshal(cert.Raw, &content); err != nil {
+		t.Fatal(err)
+	}
+	longer, err := x509.ParseCertificate(tlv(0x30, content.Bytes, []byte{0x05, 0x00}))
+	if err != nil {
+		t.Fatalf("crypto/x509 refuses it: %v", err)
+	}
+	return longer
 }
 
 // Each defect is one edit of the vector of RFC 9148 §A.1, whose parts are laid
