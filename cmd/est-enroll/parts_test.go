@@ -24,6 +24,7 @@ import (
 
 	"estenroll"
 	"estenroll/csr"
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/est"
 	"estenroll/est/coaps"
@@ -307,7 +308,7 @@ func (b *bareEnrolment) parts(ctx context.Context) []part {
 
 // findIDevID finds the key and reads the certificate, which has its public key.
 func (b *bareEnrolment) findIDevID() error {
-	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, softhsm.IDevIDLabel)
+	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, opensc.IDevIDLabel)
 	private, err := b.token.find(label, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 	if err != nil {
 		return err
