@@ -148,6 +148,38 @@ func TestDiscovery(t *testing.T) {
 	}
 }
 
+// What is this server: the name in any case, an address in brackets, the default
+// port said or not.
+func TestDiscoveryOrigin(t *testing.T) {
+	for _, c := range []struct {
+		server, target string
+		here           bool
+	}{
+		{"coaps://est.example", "coaps://est.example/x", true},
+		{"coaps://est.example", "coaps://EST.example:5684/x", true},
+		{"coaps://est.example", "COAPS://est.example/x", true},
+		{"coaps://est.example", "coaps://est.example:5685/x", false},
+		{"coaps://est.example:5685", "coaps://est.example/x", false},
+		{"coaps://est.example:5685", "//est.example:5685/x", true},
+		{"coaps://est.example", "coaps://est.example./x", false},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8::1]/x", true},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8::2]/x", false},
+		{"coaps://est.example", "x", true},
+		{"coaps://est.example", "coaps:x", false},
+		{"coaps://est.example", "", false},
+		{"coaps://est.example", "/" + strings.Repeat("x/", 600), false},
+	} {
+		uri, err := coaps.ParseURI(c.server)
+		if err != nil {
+			t.Fatal(err)
+		}
+		paths, ignored := coaps.Candidates(uri, []est.Link{{Target: c.target, Parameters: []est.LinkParameter{{Name: "rt", Value: "ace.est.crts"}}}})
+		if here := slices.Equal(paths, []string{"/x"}); here != c.here || here != (len(ignored) == 0) {
+			t.Errorf("%.60s at %s: got %q, ignored %q", c.target, c.server, paths, ignored)
+		}
+	}
+}
+
 // Without discovery nothing is asked that was not asked for; a label is a segment
 // after the root, and the error names the resource.
 func TestLabel(t *testing.T) {
