@@ -167,7 +167,7 @@ func TestDiscoveryOrigin(t *testing.T) {
 		{"coaps://est.example", "x", true},
 		{"coaps://est.example", "coaps:x", false},
 		{"coaps://est.example", "", false},
-		{"coaps://est.example", "/" + strings.Repeat("x/", 600), false},
+		{"coaps://est.example", "/" + strings.Repeat("x/", 600) + "x", false},
 	} {
 		uri, err := coaps.ParseURI(c.server)
 		if err != nil {
@@ -227,13 +227,17 @@ func TestDiscoveryInBlocks(t *testing.T) {
 // A server that is silent about its resources is asked at the default root; one
 // that ends, or a caller that gives up, is no session.
 func TestDiscoveryUnanswered(t *testing.T) {
-	asked, ended := make(chan struct{}, 1), make(chan struct{})
-	w := newWorld(t, nil, func(_ context.Context, req *coap.Request) *coap.Response {
+	asked, closed, ended := make(chan struct{}, 1), make(chan struct{}, 3), make(chan struct{})
+	w := newWorld(t, nil, func(ctx context.Context, req *coap.Request) *coap.Response {
 		if req.Path != "/.well-known/core" {
 			return &coap.Response{Code: codes.Content, ContentFormat: number(281), Body: []byte(req.Path)}
 		}
 		asked <- struct{}{}
-		<-ended
+		select {
+		case <-ctx.Done(): // with the connection
+			closed <- struct{}{}
+		case <-ended:
+		}
 		return &coap.Response{Code: codes.NotFound}
 	})
 	t.Cleanup(func() { close(ended) })
@@ -248,7 +252,6 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer session.Close()
 		<-asked
 		response, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts})
 		if err != nil || string(response.Body) != "/.well-known/est/crts" {
@@ -257,6 +260,10 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if len(warnings) != 1 || !strings.Contains(warnings[0], "no answer") {
 			t.Errorf("warnings %q", warnings)
 		}
+		if err := session.Close(); err != nil {
+			t.Error(err)
+		}
+		<-closed
 	})
 	t.Run("cancelled", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -264,6 +271,7 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if _, err := coaps.Dial(ctx, cfg); !errors.Is(err, context.Canceled) || errors.Is(err, est.ErrUnreachable) {
 			t.Errorf("got %v, want context.Canceled", err)
 		}
+		<-closed // what is no session does not stay open
 	})
 	t.Run("the server ends", func(t *testing.T) {
 		go func() { <-asked; w.stop() }()
