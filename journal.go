@@ -86,9 +86,10 @@ type operation struct {
 	// configuration means another CSR.
 	Wanted []byte `json:"wanted,omitempty"`
 	CSR    []byte `json:"csr,omitempty"`
-	// AskedAt and RetryAfter: the pending answer (RFC 9148 §4.7).
+	// AskedAt, RetryAfter and Detail: the pending answer (RFC 9148 §4.7).
 	AskedAt    time.Time     `json:"asked_at,omitzero"`
 	RetryAfter time.Duration `json:"retry_after,omitempty"`
+	Detail     string        `json:"detail,omitempty"`
 	Force      bool          `json:"force,omitempty"`
 	// Chain and the rest are the accepted answer: what is stored where.
 	Chain             [][]byte    `json:"chain,omitempty"`
@@ -160,6 +161,17 @@ func (old *journalV1) upgrade() *journal {
 func (j *journal) rename(from, to string) {
 	j.Credentials[to] = j.Credentials[from]
 	delete(j.Credentials, from)
+}
+
+// rememberPIN notes the source of a PIN that the token refused, if it has one: what
+// a person typed is another one each time, and says nothing of the other sources.
+func (j *journal) rememberPIN(err error) bool {
+	var pin *engine.PINError
+	if !errors.As(err, &pin) || !errors.Is(err, engine.ErrPINIncorrect) || pin.Source.IsZero() {
+		return false
+	}
+	j.RefusedPIN = pin.Source
+	return true
 }
 
 type addressParser func(string) (engine.Address, error)

@@ -105,7 +105,7 @@ func TestScripts(t *testing.T) {
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
 			t.Parallel()
-			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t)}
+			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t), programs: map[string]*program{}}
 			testscript.Run(t, testscript.Params{
 				Files: []string{file}, RequireExplicitExec: true, RequireUniqueNames: true,
 				Setup: s.setup, Cmds: s.commands(),
@@ -116,14 +116,15 @@ func TestScripts(t *testing.T) {
 
 // session is one script's device and server.
 type session struct {
-	token   *softhsm.Token
-	bin     string
-	work    string
-	config  string
-	env     *testscript.Env
-	server  *exec.Cmd
-	uri     string // of the server
-	factory bool
+	token    *softhsm.Token
+	bin      string
+	work     string
+	config   string
+	env      *testscript.Env
+	server   *exec.Cmd
+	uri      string // of the server
+	factory  bool
+	programs map[string]*program
 }
 
 func (s *session) setup(env *testscript.Env) error {
@@ -165,7 +166,7 @@ func findMarker(dir string) []string {
 			return err
 		}
 		switch entry.Name() {
-		case "right", "spy.log", "pin.yaml":
+		case "right", "spy.log", "pin.yaml", pinCredential:
 			return nil
 		}
 		data, err := os.ReadFile(path)
@@ -202,6 +203,8 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"issued":        plain(s.checkIssued),
 		"same-csr":      plain(sameCSR),
 		"spy":           plain(s.spy),
+		"type":          plain(s.typeAt),
+		"without-pin":   plain(withoutPIN),
 		"token-serial":  plain(s.tokenSerial),
 		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.token.Add(s.token.Label) }),
 		"logins":        plain(s.checkLogins),
@@ -212,6 +215,12 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"other-ca":      plain(otherCA),
 		"status-uris":   plain(statusURIs),
 		"until-expired": plain(untilExpired),
+		"block":         plain(writeBlock),
+		"ports":         plain(freePorts),
+		"start":         plain(s.startProgram),
+		"stop":          plain(s.stopProgram),
+		"reload":        plain(s.reloadProgram),
+		"eventually":    plain(eventuallyExec),
 	}
 }
 
@@ -361,6 +370,16 @@ func (s *session) spy(ts *testscript.TestScript, _ []string) error {
 	return nil
 }
 
+// withoutPIN takes the PIN's source from the engine's address.
+func withoutPIN(ts *testscript.TestScript, _ []string) error {
+	address, _, found := strings.Cut(ts.Getenv("EST_ENROLL_ENGINE"), "&pin-source=")
+	if !found {
+		return errors.New("EST_ENROLL_ENGINE has no pin-source")
+	}
+	ts.Setenv("EST_ENROLL_ENGINE", address)
+	return nil
+}
+
 // tokenSerial sets SERIAL to what pkcs11-tool says is the token's serial number.
 func (s *session) tokenSerial(ts *testscript.TestScript, _ []string) error {
 	if err := ts.Exec("pkcs11-tool", "--module", s.token.ModulePath, "--list-token-slots"); err != nil {
@@ -476,19 +495,24 @@ func otherCA(ts *testscript.TestScript, args []string) error {
 	return os.WriteFile(ts.MkAbs(args[0]), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600)
 }
 
-// statusURIs sets KEY and CERTIFICATE to what "status --json" prints.
+// statusURIs sets KEY, CERTIFICATE and CHAIN, which has one certificate, to what
+// "status --json" prints.
 func statusURIs(ts *testscript.TestScript, _ []string) error {
 	if err := ts.Exec("est-enroll", "status", "--json"); err != nil {
 		return err
 	}
 	var status struct {
-		Current struct{ Key, Certificate string }
+		Current struct {
+			Key, Certificate string
+			Chain            []string
+		}
 	}
 	if err := json.Unmarshal([]byte(ts.ReadFile("stdout")), &status); err != nil {
 		return err
 	}
 	ts.Setenv("KEY", status.Current.Key)
 	ts.Setenv("CERTIFICATE", status.Current.Certificate)
+	ts.Setenv("CHAIN", strings.Join(status.Current.Chain, " "))
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -92,13 +93,18 @@ func TestDiscovery(t *testing.T) {
 			answer: links(`</x/crts>;rt=ace.est.crts,</y/crts>;rt=ace.est.crts,</x/sen>;rt=ace.est.sen,</x/sen2>;rt=ace.est.sen,</x/sren>;rt=ace.est.sren`),
 			want:   []string{wellKnown + "crts 281", wellKnown + "sen 281", "/x/sren 281"}, warnings: []string{"cacerts: 2 links, and which is meant only a label can tell; simpleenroll: 2 links"}},
 		{name: "elsewhere",
-			answer: links(`<coaps://other.example/est/crts>;rt=ace.est.crts,<coaps://127.0.0.1:1/est/sen>;rt=ace.est.sen,<coap://127.0.0.1/x>;rt=ace.est.sren,<//evil/x>;rt=ace.est.sren`),
+			answer: links(fmt.Sprintf(`<coaps://127.0.0.2:%d/est/crts>;rt=ace.est.crts,<coaps://127.0.0.1:1/est/sen>;rt=ace.est.sen,<coap://127.0.0.1/x>;rt=ace.est.sren,<//evil:%[1]d/x>;rt=ace.est.sren`, w.uri.Port)),
 			want:   []string{wellKnown + "crts 281", wellKnown + "sen 281", wellKnown + "sren 281"},
-			warnings: []string{`not followed: "coaps://other.example/est/crts" (another host or port), "coaps://127.0.0.1:1/est/sen" (another host or port), "coap://127.0.0.1/x" (another scheme), 1 more`,
+			warnings: []string{fmt.Sprintf(`not followed: "coaps://127.0.0.2:%d/est/crts" (another host or port), "coaps://127.0.0.1:1/est/sen" (another host or port), "coap://127.0.0.1/x" (another scheme), 1 more`, w.uri.Port),
 				"cacerts: no link; simpleenroll: no link; simplereenroll: no link: /.well-known/est is used"}},
 		{name: "paths that are none of ours",
-			answer: links(`</est/crts?x>;rt=ace.est.crts,</est/%2e%2e%2fcrts>;rt=ace.est.crts,<coaps://u@127.0.0.1/x>;rt=ace.est.crts,</a#b>;rt=ace.est.crts,</a//b>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`),
-			want:   []string{wellKnown + "crts 281", "/a 281", "/b 281"}, warnings: []string{"a query or a fragment", "cacerts: no link:"}},
+			answer:   links(`</est/crts?x>;rt=ace.est.crts,</a%2fb>;rt=ace.est.crts,</a//b>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`),
+			want:     []string{wellKnown + "crts 281", "/a 281", "/b 281"},
+			warnings: []string{`"/est/crts?x" (it has a query or a fragment), "/a%2fb" (its path is not one of ours), "/a//b" (its path is not one of ours)`, "cacerts: no link:"}},
+		{name: "with a user, a fragment, and no reference at all",
+			answer:   links(fmt.Sprintf(`<coaps://u@%s/x>;rt=ace.est.crts,</a#b>;rt=ace.est.crts,<%%zz>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`, w.uri.Address())),
+			want:     []string{wellKnown + "crts 281", "/a 281", "/b 281"},
+			warnings: []string{`(another host or port), "/a#b" (it has a query or a fragment), "%zz" (not a URI reference)`, "cacerts: no link:"}},
 		{name: "about another resource",
 			answer: links(`</a>;rt=ace.est.crts;anchor="coaps://other.example/",</b>;rt="ace.est.crts ace.est.sen ace.est.sren"`),
 			want:   []string{"/b 281", "/b 281", "/b 281"}, warnings: []string{"not followed"}},
@@ -139,6 +145,38 @@ func TestDiscovery(t *testing.T) {
 				t.Errorf("warnings: got %q, want %q", warnings, c.warnings)
 			}
 		})
+	}
+}
+
+// What is this server: the name in any case, an address in brackets, the default
+// port said or not.
+func TestDiscoveryOrigin(t *testing.T) {
+	for _, c := range []struct {
+		server, target string
+		here           bool
+	}{
+		{"coaps://est.example", "coaps://est.example/x", true},
+		{"coaps://est.example", "coaps://EST.example:5684/x", true},
+		{"coaps://est.example", "COAPS://est.example/x", true},
+		{"coaps://est.example", "coaps://est.example:5685/x", false},
+		{"coaps://est.example:5685", "coaps://est.example/x", false},
+		{"coaps://est.example:5685", "//est.example:5685/x", true},
+		{"coaps://est.example", "coaps://est.example./x", false},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8::1]/x", true},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8::2]/x", false},
+		{"coaps://est.example", "x", true},
+		{"coaps://est.example", "coaps:x", false},
+		{"coaps://est.example", "", false},
+		{"coaps://est.example", "/" + strings.Repeat("x/", 600) + "x", false},
+	} {
+		uri, err := coaps.ParseURI(c.server)
+		if err != nil {
+			t.Fatal(err)
+		}
+		paths, ignored := coaps.Candidates(uri, []est.Link{{Target: c.target, Parameters: []est.LinkParameter{{Name: "rt", Value: "ace.est.crts"}}}})
+		if here := slices.Equal(paths, []string{"/x"}); here != c.here || here != (len(ignored) == 0) {
+			t.Errorf("%.60s at %s: got %q, ignored %q", c.target, c.server, paths, ignored)
+		}
 	}
 }
 
@@ -189,13 +227,17 @@ func TestDiscoveryInBlocks(t *testing.T) {
 // A server that is silent about its resources is asked at the default root; one
 // that ends, or a caller that gives up, is no session.
 func TestDiscoveryUnanswered(t *testing.T) {
-	asked, ended := make(chan struct{}, 1), make(chan struct{})
-	w := newWorld(t, nil, func(_ context.Context, req *coap.Request) *coap.Response {
+	asked, closed, ended := make(chan struct{}, 1), make(chan struct{}, 3), make(chan struct{})
+	w := newWorld(t, nil, func(ctx context.Context, req *coap.Request) *coap.Response {
 		if req.Path != "/.well-known/core" {
 			return &coap.Response{Code: codes.Content, ContentFormat: number(281), Body: []byte(req.Path)}
 		}
 		asked <- struct{}{}
-		<-ended
+		select {
+		case <-ctx.Done(): // with the connection
+			closed <- struct{}{}
+		case <-ended:
+		}
 		return &coap.Response{Code: codes.NotFound}
 	})
 	t.Cleanup(func() { close(ended) })
@@ -210,7 +252,6 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer session.Close()
 		<-asked
 		response, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts})
 		if err != nil || string(response.Body) != "/.well-known/est/crts" {
@@ -219,6 +260,10 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if len(warnings) != 1 || !strings.Contains(warnings[0], "no answer") {
 			t.Errorf("warnings %q", warnings)
 		}
+		if err := session.Close(); err != nil {
+			t.Error(err)
+		}
+		<-closed
 	})
 	t.Run("cancelled", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -226,11 +271,45 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if _, err := coaps.Dial(ctx, cfg); !errors.Is(err, context.Canceled) || errors.Is(err, est.ErrUnreachable) {
 			t.Errorf("got %v, want context.Canceled", err)
 		}
+		<-closed // what is no session does not stay open
 	})
 	t.Run("the server ends", func(t *testing.T) {
 		go func() { <-asked; w.stop() }()
 		if _, err := coaps.Dial(t.Context(), cfg); !errors.Is(err, est.ErrUnreachable) {
 			t.Errorf("got %v, want ErrUnreachable", err)
+		}
+	})
+}
+
+// Whatever a server lists: what is taken of it is a path that a URI of ours can
+// have, and what is said of it cannot steer a terminal.
+func FuzzDiscovery(f *testing.F) {
+	for _, seed := range []string{
+		`</est/crts>;rt="ace.est.crts",<coaps://est.example:5684/a>;rt="ace.est.sen",<a/../b>;rt=ace.est.sren`, `<//est.example/x>;rt=ace.est.crts`,
+		`</a%2fb>;rt=ace.est.crts`, `<coap://[::1]/x>;rt=ace.est.crts;ct=287`, `<?x>;rt=ace.est.crts`,
+	} {
+		f.Add([]byte(seed))
+	}
+	uri, err := coaps.ParseURI("coaps://est.example")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, document []byte) {
+		links, err := est.ParseLinks(document)
+		if err != nil {
+			return
+		}
+		paths, ignored := coaps.Candidates(uri, links)
+		for _, path := range paths {
+			whole := coaps.URI{Host: uri.Host, Port: uri.Port, Root: path}
+			if again, err := coaps.ParseURI(whole.String()); err != nil || again != whole {
+				t.Errorf("%q: %s parses to %v, %v", document, whole, again, err)
+			}
+		}
+		for _, text := range ignored {
+			if len(text) > 512 || strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+				t.Errorf("ignored: %q", text)
+			}
 		}
 	})
 }
