@@ -157,7 +157,7 @@ var judgements = []struct {
 	{estenroll.ErrState, judgement{exitUsage, "something else has changed that file: restore it, or move that one file away, and the device goes on with what the others say"}},
 	{engine.ErrPINNotRetried, judgement{exitToken, "write the right PIN to its source, or insist with --retry-pin: each try of a wrong PIN may be the last"}},
 	{engine.ErrPINIncorrect, judgement{exitToken, "correct the PIN at its source; it is not tried again until the source changes or with --retry-pin"}},
-	{engine.ErrPINLocked, judgement{exitToken, "the security officer must unlock the token: pkcs11-tool --init-pin --login --login-type so"}},
+	{engine.ErrPINLocked, judgement{exitToken, "the security officer must unlock the token: pkcs11-tool --init-pin --login --login-type so; a TPM that has locked all PINs: tpm2_dictionarylockout --clear-lockout"}},
 	{engine.ErrPINFinalTry, judgement{exitToken, "log in once by hand with the right PIN: pkcs11-tool --login --list-objects"}},
 	{engine.ErrPINMissing, judgement{exitToken, "name the PIN's file in the engine's address: …?pin-source=file:/path; or give systemd's credential " + pinCredential + ", or type the PIN on a terminal"}},
 	{engine.ErrBuild, judgement{exitToken, "build it again with CGO_ENABLED=1 and a C compiler: make build"}},
