@@ -121,7 +121,7 @@ func TestScripts(t *testing.T) {
 // name begins with that.
 func newSession(t *testing.T, script string) *session {
 	t.Helper()
-	s := &session{bin: builtPrograms(t)}
+	s := &session{bin: builtPrograms(t), programs: map[string]*program{}}
 	if strings.HasPrefix(script, "tpm") {
 		token := tpm.Start(t).New(t, tpm.WithPIN(markerPIN))
 		s.token, s.addToken = &token.Token, token.Add
@@ -143,6 +143,7 @@ type session struct {
 	server   *exec.Cmd
 	uri      string // of the server
 	factory  bool
+	programs map[string]*program
 }
 
 func (s *session) setup(env *testscript.Env) error {
@@ -233,6 +234,12 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"other-ca":      plain(otherCA),
 		"status-uris":   plain(statusURIs),
 		"until-expired": plain(untilExpired),
+		"block":         plain(writeBlock),
+		"ports":         plain(freePorts),
+		"start":         plain(s.startProgram),
+		"stop":          plain(s.stopProgram),
+		"reload":        plain(s.reloadProgram),
+		"eventually":    plain(eventuallyExec),
 	}
 }
 
