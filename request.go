@@ -92,6 +92,7 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 	case op.Kind == KindRenew:
 		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
 		template = csr.ForReenrollment(auth.chain[0])
+		template.PSS = c.cfg.Request.PSS
 	case len(template.RawSubject) == 0:
 		template.RawSubject = auth.chain[0].RawSubject
 	}
@@ -106,6 +107,11 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 		signer, err := c.engine.Signer(ctx, op.Key.Address)
 		if err != nil {
 			return "", err
+		}
+		if template.PSS {
+			if err := signsHandshakes(signer); err != nil {
+				return "", err
+			}
 		}
 		if op.CSR, err = csr.Build(c.cfg.Rand, template, signer); err != nil {
 			return "", err
@@ -126,6 +132,9 @@ func digestOf(template csr.Template) ([]byte, error) {
 	h.Write(template.RawSubject)
 	fmt.Fprintf(h, "%t", san.Critical)
 	h.Write(san.Value)
+	if template.PSS {
+		fmt.Fprint(h, "PSS")
+	}
 	return h.Sum(nil), nil
 }
 
@@ -152,6 +161,14 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	defer c.closeSession(session)
+	request, err := x509.ParseCertificateRequest(op.CSR)
+	if err != nil {
+		return nil, fmt.Errorf("read the CSR of the journal: %w: %w", err, ErrState)
+	}
+	if known, ok := session.(est.KeyAccepter); ok && !known.AcceptsKey(request.PublicKey) {
+		// The certificate could never be proven: it is not asked for.
+		return nil, fmt.Errorf("%s: no use for a certificate with %s: %w", c.cfg.ServerURI, engine.AlgorithmOf(request.PublicKey), est.ErrKeyUnsuitable)
+	}
 	client := est.Client{Session: session}
 	caCerts, err := client.CACerts(ctx)
 	if err != nil {
@@ -167,10 +184,6 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	}
 	if err := anchors.VerifyServer(session.PeerChain(), c.cfg.ServerName, now); err != nil {
 		return nil, fmt.Errorf("judge the server by its own cacerts: %w", err)
-	}
-	request, err := x509.ParseCertificateRequest(op.CSR)
-	if err != nil {
-		return nil, fmt.Errorf("read the CSR of the journal: %w: %w", err, ErrState)
 	}
 	enroll := client.SimpleEnroll
 	if op.Kind == KindRenew {
