@@ -3,8 +3,13 @@
 
 GO ?= go
 FUZZTIME ?= 30s
+# Where programs, manual pages and completions are made, and where they go.
+BIN ?= bin
+SHARE ?= $(BIN)/share
+PREFIX ?= /usr/local
+export BIN SHARE PREFIX DESTDIR
 
-.PHONY: demo test build lint deps loss crash hostile bench figures fuzz
+.PHONY: demo test build docs install uninstall build-arm64 build-armhf lint deps loss crash hostile bench figures fuzz
 
 demo: deps build
 	@examples/demo
@@ -13,7 +18,22 @@ test: deps lint
 	$(GO) test -race -timeout 15m ./...
 
 build: deps
-	$(GO) build -trimpath -o bin/ ./cmd/...
+	$(GO) build -trimpath -o $(BIN)/ ./cmd/...
+
+# For other machines, with Debian's cross compilers, which this installs as root.
+build-arm64 build-armhf: build-%:
+	@packaging/cross $* $(BIN)/$*
+
+# Manual pages, completions and an example configuration, made from the commands.
+docs: build
+	@mkdir -p $(SHARE)/man $(SHARE)/completions
+	@$(GO) test -count 1 -run '^TestManPages$$' ./cmd/... -args -man.dir $(abspath $(SHARE))/man -man.date $$(git log -1 --format=%cs 2>/dev/null || date +%F)
+	@for shell in bash zsh fish; do $(BIN)/est-enroll completion $$shell >$(SHARE)/completions/est-enroll.$$shell || exit 1; done
+	@$(BIN)/est-enroll config --example >$(SHARE)/config.yaml
+
+# After "make build docs", perhaps as another user, below DESTDIR.
+install uninstall:
+	@packaging/install $@
 
 lint:
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted" >&2; exit 1; }

@@ -134,10 +134,13 @@ type CredentialConfig struct {
 	// AllowExtractable accepts a Key, with a warning, that is extractable or not
 	// sensitive, or of which the token does not say so.
 	AllowExtractable bool
-	// Request is the Subject and the SANs of the first CSR. An empty Subject
-	// means the IDevID's. Its PSS holds for every CSR.
-	Request  csr.Template
-	Security Security
+	// Request is the Subject and the SANs of the first CSR, and the usages and the PSS
+	// of each. An empty Subject means the IDevID's.
+	Request csr.Template
+	// RefuseOtherNames refuses a certificate whose Subject or SAN is not what was
+	// asked for. Default: it is taken, with a warning.
+	RefuseOtherNames bool
+	Security         Security
 	// NoFallback forbids the return to the IDevID when the server refuses both
 	// the new and the previous pair.
 	NoFallback bool

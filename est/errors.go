@@ -127,6 +127,8 @@ type PendingError struct {
 	// Asked is what the server asked for when that is longer than MaxRetryAfter,
 	// and else zero.
 	Asked time.Duration
+	// Detail is the server's own text: capped and printable, see NewDetail.
+	Detail string
 }
 
 // NewPendingError makes the error of a server that asks to wait.
@@ -146,6 +148,9 @@ func (e *PendingError) Error() string {
 	text := fmt.Sprintf("%s at %s: not decided yet, come back in %s", e.Operation, e.Server, e.RetryAfter)
 	if e.Asked != 0 {
 		text += fmt.Sprintf(" (the server asks for %s)", e.Asked)
+	}
+	if e.Detail != "" {
+		text += fmt.Sprintf(": %q", e.Detail)
 	}
 	return text
 }

@@ -23,9 +23,10 @@ type TrustAnchors struct {
 }
 
 // NewTrustAnchors makes trust anchors of CA certificates: the self-signed ones
-// are anchors, the others lead to them. If none is self-signed all are anchors:
-// a server's answer holds at least "the current root CA certificate"
-// (RFC 7030 §4.1.3), which for it may be a subordinate one.
+// are anchors, the others lead to them. A server's answer holds at least "the
+// current root CA certificate" (RFC 7030 §4.1.3), which for it may be a
+// subordinate one: if none is self-signed those that no other has signed are
+// anchors, and all of them where there is none either.
 func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 	if len(certs) == 0 {
 		return nil, errors.New("trust anchors: no certificate")
@@ -41,6 +42,13 @@ func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 		default:
 			t.intermediates = append(t.intermediates, cert)
 		}
+	}
+	if len(roots) == 0 {
+		roots = slices.DeleteFunc(slices.Clone(certs), func(cert *x509.Certificate) bool {
+			return slices.ContainsFunc(certs, func(other *x509.Certificate) bool {
+				return bytes.Equal(cert.RawIssuer, other.RawSubject) && cert.CheckSignatureFrom(other) == nil
+			})
+		})
 	}
 	if len(roots) == 0 {
 		roots = certs

@@ -151,6 +151,7 @@ var judgements = []struct {
 	{estenroll.ErrKey, judgement{exitToken, "check key against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{engine.ErrUnsupported, judgement{exitToken, "another key-type or rsa-padding may be what this token has: pkcs11-tool --module MODULE --list-mechanisms"}},
 	{estenroll.ErrIDevID, judgement{exitToken, "check idevid-key and idevid-certificate against: pkcs11-tool --module MODULE --login --list-objects"}},
+	{estenroll.ErrOtherNames, judgement{exitRefused, "nothing is stored: correct subject and san to what this CA issues, ask its people, or take it with --subject-mismatch warn"}},
 	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
 	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate"}},
 	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},

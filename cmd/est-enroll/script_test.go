@@ -494,19 +494,24 @@ func otherCA(ts *testscript.TestScript, args []string) error {
 	return os.WriteFile(ts.MkAbs(args[0]), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600)
 }
 
-// statusURIs sets KEY and CERTIFICATE to what "status --json" prints.
+// statusURIs sets KEY, CERTIFICATE and CHAIN, which has one certificate, to what
+// "status --json" prints.
 func statusURIs(ts *testscript.TestScript, _ []string) error {
 	if err := ts.Exec("est-enroll", "status", "--json"); err != nil {
 		return err
 	}
 	var status struct {
-		Current struct{ Key, Certificate string }
+		Current struct {
+			Key, Certificate string
+			Chain            []string
+		}
 	}
 	if err := json.Unmarshal([]byte(ts.ReadFile("stdout")), &status); err != nil {
 		return err
 	}
 	ts.Setenv("KEY", status.Current.Key)
 	ts.Setenv("CERTIFICATE", status.Current.Certificate)
+	ts.Setenv("CHAIN", strings.Join(status.Current.Chain, " "))
 	return nil
 }
 

@@ -236,7 +236,9 @@ func isWrongAnswer(err error) bool {
 func interpret(operation est.Operation, server string, response *coap.Response) (*est.Response, error) {
 	switch class := int(response.Code) >> 5; {
 	case response.Code == codeServiceUnavailable:
-		return nil, est.NewPendingError(operation, server, retryAfter(response.MaxAge))
+		pending := est.NewPendingError(operation, server, retryAfter(response.MaxAge))
+		pending.Detail = est.NewDetail(response.Body)
+		return nil, pending
 	case class != 2:
 		return nil, &est.StatusError{
 			Operation: operation, Server: server, Code: codeText(response.Code), Class: class,
