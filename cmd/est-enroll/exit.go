@@ -165,6 +165,9 @@ var judgements = []struct {
 	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots; a token whose files a power cut has emptied is gone, and with it its keys"}},
 	{engine.ErrLocked, judgement{exitTryLater, "wait for the other program"}},
 	{engine.ErrDeviceLost, judgement{exitTryLater, "connect the device again"}},
+	{estenroll.ErrKeyPolicy, judgement{exitToken, "leave key out, and a key that is not extractable is generated; or insist on this one with --allow-extractable"}},
+	{estenroll.ErrKey, judgement{exitToken, "check key against: pkcs11-tool --module MODULE --login --list-objects"}},
+	{engine.ErrUnsupported, judgement{exitToken, "another key-type or rsa-padding may be what this token has: pkcs11-tool --module MODULE --list-mechanisms"}},
 	{estenroll.ErrIDevID, judgement{exitToken, "check idevid-key and idevid-certificate against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{estenroll.ErrOtherNames, judgement{exitRefused, "nothing is stored: correct subject and san to what this CA issues, ask its people, or take it with --subject-mismatch warn"}},
 	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
@@ -172,6 +175,7 @@ var judgements = []struct {
 	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},
 	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it: compare its suites, its key and its certificate with that"}},
 	{est.ErrCredentialNotYetValid, judgement{exitTryLater, "the server's clock is not the device's: wait, or set it"}},
+	{est.ErrKeyUnsuitable, judgement{exitRefused, "use a key of another key-type; that of an IDevID only the factory changes: ask the people of the server to accept it"}},
 	{est.ErrCredentialRefused, judgement{exitRefused, "the server does not accept the certificate of this device: ask the people of the server"}},
 	{est.ErrUnreachable, judgement{exitTryLater, "check the network and the server's URI; the key and the request are kept for the next run"}},
 }

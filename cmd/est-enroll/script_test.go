@@ -45,7 +45,7 @@ const markerPIN = "marker-4f1d9c"
 const transcriptVar = "TRANSCRIPT"
 
 func TestMain(m *testing.M) {
-	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "load-module": loadModule, "token-dump": dumpToken})
+	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "bare-enrolment": bareEnrolmentMain, "token-dump": dumpToken})
 }
 
 // cleaning removes the built programs after the tests.
@@ -212,6 +212,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 	return map[string]func(*testscript.TestScript, bool, []string){
 		"exitcode": plain(exitcode),
 		"factory":  plain(s.makeIDevID),
+		"idevid":   plain(s.addIDevID),
 		"testserver": plain(func(ts *testscript.TestScript, args []string) error {
 			err := s.startServer(args)
 			ts.Setenv("SERVER", s.uri)
@@ -271,6 +272,23 @@ func exitcode(ts *testscript.TestScript, args []string) error {
 func (s *session) makeIDevID(*testscript.TestScript, []string) error {
 	s.factory = true
 	return nil
+}
+
+// addIDevID KIND LABEL ID makes another factory credential in the token, with the
+// running server's factory CA.
+func (s *session) addIDevID(_ *testscript.TestScript, args []string) error {
+	if len(args) != 3 {
+		return errors.New("usage: idevid KIND LABEL ID")
+	}
+	public, err := s.token.Generate(args[0], args[1], args[2])
+	if err != nil {
+		return err
+	}
+	cert, err := s.signIDevID(public)
+	if err != nil {
+		return err
+	}
+	return s.token.WriteCertificate(cert, args[1], args[2])
 }
 
 // startServer starts the test CA and points the configuration at it.
