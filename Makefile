@@ -29,9 +29,9 @@ deps:
 loss: deps
 	$(GO) test -timeout 30m -count 1 -run '^TestLoss$$' -v . -args -loss.n 200 -loss.small 20 $(LOSS)
 
-# The program killed before and after every PKCS#11 call of first boot and renewal.
+# The program killed before and after every PKCS#11 call of first boot, renewal and reset.
 crash: deps
-	$(GO) test -timeout 60m -count 1 -run '^TestCrash$$' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
+	$(GO) test -timeout 60m -count 1 -run '^TestCrash' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
 
 # What an enrolment costs beside what it cannot do without: each figure beside its
 # target. "make figures" also writes them to testdata/figures.json and README.md.

@@ -34,6 +34,8 @@ var (
 	ErrOwner = errors.New("the state directory is another user's")
 	// ErrGivenUp says that a pending request passed its deadline and was dropped.
 	ErrGivenUp = errors.New("the request was pending for too long and is given up")
+	// ErrWrongToken says that the token holds nothing of what the journal names.
+	ErrWrongToken = errors.New("the token holds nothing of this credential")
 	// ErrIDevID says that the factory credential is missing or not a pair.
 	ErrIDevID = errors.New("the factory credential (IDevID) is not usable")
 )

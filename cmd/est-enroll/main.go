@@ -76,7 +76,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
 				// Not repeated: it may be a PIN in the wrong place.
-				return &usageError{errors.New("unknown command: there are enroll, renew and status")}
+				return &usageError{errors.New("unknown command: there are enroll, renew, status and reset")}
 			}
 			return cmd.Help()
 		},
@@ -88,7 +88,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	s.register(root.PersistentFlags())
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(err) })
-	root.AddCommand(enrollCommand(&s, out), renewCommand(&s, out), statusCommand(&s, out))
+	root.AddCommand(enrollCommand(&s, out), renewCommand(&s, out), statusCommand(&s, out), resetCommand(&s, out))
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
