@@ -3,8 +3,13 @@
 
 GO ?= go
 FUZZTIME ?= 30s
+# Where programs, manual pages and completions are made, and where they go.
+BIN ?= bin
+SHARE ?= $(BIN)/share
+PREFIX ?= /usr/local
+export BIN SHARE PREFIX DESTDIR
 
-.PHONY: demo test build lint deps loss crash bench figures fuzz
+.PHONY: demo test build docs install uninstall build-arm64 build-armhf lint deps loss crash hostile bench figures fuzz
 
 demo: deps build
 	@examples/demo
@@ -13,7 +18,22 @@ test: deps lint
 	$(GO) test -race -timeout 15m ./...
 
 build: deps
-	$(GO) build -trimpath -o bin/ ./cmd/...
+	$(GO) build -trimpath -o $(BIN)/ ./cmd/...
+
+# For other machines, with Debian's cross compilers, which this installs as root.
+build-arm64 build-armhf: build-%:
+	@packaging/cross $* $(BIN)/$*
+
+# Manual pages, completions and an example configuration, made from the commands.
+docs: build
+	@mkdir -p $(SHARE)/man $(SHARE)/completions
+	@$(GO) test -count 1 -run '^TestManPages$$' ./cmd/... -args -man.dir $(abspath $(SHARE))/man -man.date $$(git log -1 --format=%cs 2>/dev/null || date +%F)
+	@for shell in bash zsh fish; do $(BIN)/est-enroll completion $$shell >$(SHARE)/completions/est-enroll.$$shell || exit 1; done
+	@$(BIN)/est-enroll config --example >$(SHARE)/config.yaml
+
+# After "make build docs", perhaps as another user, below DESTDIR.
+install uninstall:
+	@packaging/install $@
 
 lint:
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted" >&2; exit 1; }
@@ -32,6 +52,11 @@ loss: deps
 # The program killed before and after every PKCS#11 call of first boot, renewal and reset.
 crash: deps
 	$(GO) test -timeout 60m -count 1 -run '^TestCrash' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
+
+# The program at servers and on networks that get something wrong, each case in
+# each situation of the device; the token before and after, in the eyes of others.
+hostile: deps
+	$(GO) test -timeout 30m -count 1 -run '^TestHostile$$' ./cmd/est-enroll -args -hostile.all $(HOSTILE)
 
 # What an enrolment costs beside what it cannot do without: each figure beside its
 # target. "make figures" also writes them to testdata/figures.json and README.md.

@@ -126,10 +126,13 @@ type CredentialConfig struct {
 	ImplicitTA *est.TrustAnchors
 	// Dial opens a session with the EST server.
 	Dial func(ctx context.Context, with Connection) (est.Session, error)
-	// Request is the Subject and the SANs of the first CSR. An empty Subject
-	// means the IDevID's.
-	Request  csr.Template
-	Security Security
+	// Request is the Subject and the SANs of the first CSR, and the usages of each.
+	// An empty Subject means the IDevID's.
+	Request csr.Template
+	// RefuseOtherNames refuses a certificate whose Subject or SAN is not what was
+	// asked for. Default: it is taken, with a warning.
+	RefuseOtherNames bool
+	Security         Security
 	// NoFallback forbids the return to the IDevID when the server refuses both
 	// the new and the previous pair.
 	NoFallback bool

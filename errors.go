@@ -20,6 +20,9 @@ var (
 	// ErrUnproven says that the new pair is stored and could not be proven yet:
 	// the next run proves it again, without a new request.
 	ErrUnproven = errors.New("the new certificate is stored but not proven yet")
+	// ErrOtherNames says that the certificate was issued for another Subject or
+	// SAN than the one asked for, and RefuseOtherNames is set.
+	ErrOtherNames = errors.New("the certificate is not for the names that were asked for")
 	// ErrClock says that the system clock cannot be right and RequireClock is set.
 	ErrClock = errors.New("the system clock is behind what this device has verified")
 	// ErrConfig says that the credentials of the configuration contradict each other.
@@ -59,9 +62,15 @@ type PendingError struct {
 	NotBefore time.Time
 	// Deadline is when the request is given up: by a pending answer after it.
 	Deadline time.Time
+	// Detail is the server's own text: capped and printable, see est.NewDetail.
+	Detail string
 }
 
 // Error says when to come back.
 func (e *PendingError) Error() string {
-	return fmt.Sprintf("the server has not decided yet: come back at %s", e.NotBefore.UTC().Format(time.RFC3339))
+	text := fmt.Sprintf("the server has not decided yet: come back at %s", e.NotBefore.UTC().Format(time.RFC3339))
+	if e.Detail != "" {
+		text += fmt.Sprintf(": %q", e.Detail)
+	}
+	return text
 }

@@ -88,9 +88,10 @@ type operation struct {
 	// configuration means another CSR.
 	Wanted []byte `json:"wanted,omitempty"`
 	CSR    []byte `json:"csr,omitempty"`
-	// AskedAt and RetryAfter: the pending answer (RFC 9148 §4.7).
+	// AskedAt, RetryAfter and Detail: the pending answer (RFC 9148 §4.7).
 	AskedAt    time.Time     `json:"asked_at,omitzero"`
 	RetryAfter time.Duration `json:"retry_after,omitempty"`
+	Detail     string        `json:"detail,omitempty"`
 	Force      bool          `json:"force,omitempty"`
 	// Chain and the rest are the accepted answer: what is stored where.
 	Chain             [][]byte    `json:"chain,omitempty"`

@@ -30,16 +30,17 @@ var rooms = map[string][]string{
 	"estenroll/internal/coap":      {"github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 	"estenroll/internal/durable":   {"github.com/gofrs/flock", "github.com/google/renameio/v2", "golang.org/x/sys"},
 	"estenroll/lwm2m":              {"estenroll/engine", "estenroll/internal/durable"},
-	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap", "github.com/plgd-dev/go-coap/v3"},
+	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap", "github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 
 	// Test tools: imported by tests only, which the next test holds.
 	"estenroll/engine/enginetest/p11crash": {},
 	"estenroll/engine/enginetest/softhsm":  {},
 	"estenroll/internal/coap/coaptest":     {},
+	"estenroll/packaging/man":              {"github.com/spf13/cobra", "github.com/spf13/pflag"},
 }
 
 // testTools are the packages that no shipped package may import.
-var testTools = []string{"estenroll/engine/enginetest", "estenroll/internal/coap/coaptest", "estenroll/testserver"}
+var testTools = []string{"estenroll/engine/enginetest", "estenroll/internal/coap/coaptest", "estenroll/packaging/man", "estenroll/testserver"}
 
 // The imports hold in every set of build tags, and every set compiles.
 func TestLayout(t *testing.T) {

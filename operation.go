@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"estenroll/engine"
@@ -115,7 +116,7 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	case errors.As(err, &pending):
 		last.Result = "pending"
 	case err != nil:
-		last.Result, last.Error = "failed", truncate(err.Error(), 512)
+		last.Result, last.Error = "failed", truncate(err.Error(), maxRecorded)
 	case result == nil || result.Kind == "":
 		return result, nil // nothing was tried
 	case !result.Changed:
@@ -125,11 +126,18 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	return result, errors.Join(err, c.save())
 }
 
+const (
+	// maxRecorded bounds an error in the journal: a server's text has 512 bytes at
+	// most, and twice as many where each is quoted.
+	maxRecorded = 2048
+	maxShown    = 512 // bytes of a name in a warning
+)
+
 func truncate(text string, limit int) string {
 	if len(text) <= limit {
 		return text
 	}
-	return text[:limit] + "…"
+	return strings.ToValidUTF8(text[:limit], "") + "…"
 }
 
 // usable returns the current certificate if there is no reason to enrol.

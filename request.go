@@ -2,11 +2,13 @@ package estenroll
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -78,7 +80,7 @@ func (c *Credential) stillPending() error {
 	}
 	// A clock that was set back would keep the device waiting: ask then.
 	if notBefore := op.AskedAt.Add(op.RetryAfter); now.Before(notBefore) && !now.Before(op.AskedAt) {
-		return &PendingError{NotBefore: notBefore, Deadline: op.Deadline}
+		return &PendingError{NotBefore: notBefore, Deadline: op.Deadline, Detail: op.Detail}
 	}
 	return nil
 }
@@ -91,7 +93,9 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 	switch {
 	case op.Kind == KindRenew:
 		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
-		template = csr.ForReenrollment(auth.chain[0])
+		// All else is asked for as it is configured.
+		old := csr.ForReenrollment(auth.chain[0])
+		template.RawSubject, template.SANs, template.RawSAN = old.RawSubject, nil, old.RawSAN
 	case len(template.RawSubject) == 0:
 		template.RawSubject = auth.chain[0].RawSubject
 	}
@@ -111,21 +115,23 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 			return "", err
 		}
 		// Another question: what the server said of the old one does not hold for it.
-		op.Wanted, op.AskedAt, op.RetryAfter = wanted, time.Time{}, 0
+		op.Wanted, op.AskedAt, op.RetryAfter, op.Detail = wanted, time.Time{}, 0, ""
 		op.Deadline = c.cfg.Now().Add(c.cfg.PendingLimit)
 		return "built the CSR, signed in the token", c.save()
 	})
 }
 
 func digestOf(template csr.Template) ([]byte, error) {
-	san, err := template.SANExtension()
+	extensions, err := template.Extensions()
 	if err != nil {
 		return nil, err
 	}
 	h := sha256.New()
 	h.Write(template.RawSubject)
-	fmt.Fprintf(h, "%t", san.Critical)
-	h.Write(san.Value)
+	for _, e := range extensions {
+		fmt.Fprintf(h, "%s %t", e.Id, e.Critical)
+		h.Write(e.Value)
+	}
 	return h.Sum(nil), nil
 }
 
@@ -185,8 +191,30 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err != nil {
 		return nil, err
 	}
+	if err := c.compare(request, chain[0]); err != nil {
+		return nil, err
+	}
 	return &answer{chain: chain, anchors: anchors, server: session.PeerChain()[0]}, nil
 }
+
+// compare holds an issued certificate to what the CSR asked for, which for a
+// renewal is what the current certificate has.
+func (c *Credential) compare(request *x509.CertificateRequest, issued *x509.Certificate) error {
+	for _, name := range csr.CompareNames(request, issued) {
+		text := fmt.Sprintf("its %s is %s, asked for was %s", name.Field, shown(name.Issued), shown(name.Asked))
+		if c.cfg.RefuseOtherNames {
+			return fmt.Errorf("issued certificate: %s: %w", text, ErrOtherNames)
+		}
+		c.warn("the issued certificate is for other names: %s", text)
+	}
+	if missing := csr.MissingUsages(request, issued); len(missing) > 0 {
+		c.warn("the issued certificate is not for all that was asked for: without %s", strings.Join(missing, ", "))
+	}
+	return nil
+}
+
+// shown is a name in a message, which is printable already.
+func shown(name string) string { return cmp.Or(truncate(name, maxShown), "none") }
 
 func (c *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
 	now, err := c.verificationTime()
@@ -245,8 +273,11 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 			// Only now: the server may have said to come back after the deadline.
 			return c.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("asked first at %s: %w", op.StartedAt.UTC().Format(time.RFC3339), ErrGivenUp)})
 		}
-		op.AskedAt, op.RetryAfter = now, pending.RetryAfter
-		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline}, c.save())
+		if pending.Asked > 0 {
+			c.warn("the server asks for %s of patience: after %s the device asks again", pending.Asked, pending.RetryAfter)
+		}
+		op.AskedAt, op.RetryAfter, op.Detail = now, pending.RetryAfter, pending.Detail
+		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline, Detail: op.Detail}, c.save())
 	case ctx.Err() != nil, errors.Is(err, est.ErrUnreachable), isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
 	case errors.Is(err, est.ErrServerCertificate), errors.Is(err, est.ErrCredentialNotYetValid):
@@ -269,7 +300,7 @@ func isAnswer(err error) bool {
 	var status *est.StatusError
 	var response *est.ResponseError
 	return errors.As(err, &status) || errors.As(err, &response) || errors.Is(err, est.ErrKeyMismatch) ||
-		errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow)
+		errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow) || errors.Is(err, ErrOtherNames)
 }
 
 func isEngineError(err error) bool {

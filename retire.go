@@ -93,7 +93,7 @@ func (d *shared) keyInUse(key engine.Address) bool {
 func (c *Credential) discard(ctx context.Context, cause error) error {
 	op := c.journal.Operation
 	if cause != nil {
-		op.Reason = truncate(cause.Error(), 512)
+		op.Reason = truncate(cause.Error(), maxRecorded)
 	}
 	if err := c.advance(StepDiscard); err != nil {
 		return errors.Join(cause, err)

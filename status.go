@@ -53,6 +53,7 @@ type OperationStatus struct {
 	Step      Step      `json:"step"`
 	StartedAt time.Time `json:"started_at"`
 	NotBefore time.Time `json:"not_before,omitzero"` // of the next request, if it is pending
+	Detail    string    `json:"detail,omitempty"`    // the server's text then
 }
 
 // Status reports what the state directory and the token hold. It changes nothing.
@@ -64,7 +65,7 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 	if op := c.journal.Operation; op != nil {
 		s.Pending = &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
 		if !op.AskedAt.IsZero() {
-			s.Pending.NotBefore = op.AskedAt.Add(op.RetryAfter)
+			s.Pending.NotBefore, s.Pending.Detail = op.AskedAt.Add(op.RetryAfter), op.Detail
 		}
 	}
 	current, enrolled := c.current()

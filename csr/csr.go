@@ -29,6 +29,10 @@ type Template struct {
 	SANs []SAN
 	// RawSAN is a whole extension, copied from a certificate; not beside SANs.
 	RawSAN *pkix.Extension
+	// KeyUsage and ExtKeyUsage to ask for, from ParseKeyUsage and
+	// ParseExtKeyUsage. Default: none, the CA decides.
+	KeyUsage    x509.KeyUsage
+	ExtKeyUsage []asn1.ObjectIdentifier
 	// PSS has an RSA key sign with RSASSA-PSS (RFC 4055 §3) instead of PKCS #1
 	// v1.5. The key in the request is an RSA key all the same (rsaEncryption), whose
 	// certificate may be used with either.
@@ -40,13 +44,7 @@ type Template struct {
 // MUST be identical to the corresponding fields in the certificate being
 // renewed/rekeyed" (RFC 7030 §4.2.2), and servers compare bytes.
 func ForReenrollment(cert *x509.Certificate) Template {
-	template := Template{RawSubject: cert.RawSubject}
-	for _, extension := range cert.Extensions {
-		if extension.Id.Equal(OIDSubjectAltName) {
-			template.RawSAN = &extension
-		}
-	}
-	return template
+	return Template{RawSubject: cert.RawSubject, RawSAN: extension(cert.Extensions, OIDSubjectAltName)}
 }
 
 // SANExtension returns the extension that the CSR will carry, the zero one if none.
@@ -67,6 +65,34 @@ func (t Template) SANExtension() (pkix.Extension, error) {
 	return pkix.Extension{Id: OIDSubjectAltName, Critical: bytes.Equal(t.subject(), emptyName), Value: value}, nil
 }
 
+// Extensions returns what the CSR will ask for beside the Subject
+// (extensionRequest, RFC 2985 §5.4.2): SAN, key usage and extended key usage.
+func (t Template) Extensions() ([]pkix.Extension, error) {
+	var extensions []pkix.Extension
+	san, err := t.SANExtension()
+	if err != nil {
+		return nil, err
+	}
+	if san.Id != nil {
+		extensions = append(extensions, san)
+	}
+	if t.KeyUsage != 0 {
+		usage, err := keyUsageExtension(t.KeyUsage)
+		if err != nil {
+			return nil, fmt.Errorf("csr: %w", err)
+		}
+		extensions = append(extensions, usage)
+	}
+	if len(t.ExtKeyUsage) > 0 {
+		purposes, err := extKeyUsageExtension(t.ExtKeyUsage)
+		if err != nil {
+			return nil, fmt.Errorf("csr: %w", err)
+		}
+		extensions = append(extensions, purposes)
+	}
+	return extensions, nil
+}
+
 var emptyName = []byte{0x30, 0x00}
 
 func (t Template) subject() []byte {
@@ -76,24 +102,21 @@ func (t Template) subject() []byte {
 	return t.RawSubject
 }
 
-// Build returns the DER of a CSR with the names of the template, signed by the
-// signer: with the hash that is as strong as its curve (SHA-256, SHA-384 or
+// Build returns the DER of a CSR that asks for what the template says, signed by
+// the signer: with the hash that is as strong as its curve (SHA-256, SHA-384 or
 // SHA-512), or SHA-256 for an RSA key. The signature is verified before it
 // leaves, since a token can fail. A nil random source is crypto/rand.
 func Build(random io.Reader, template Template, signer crypto.Signer) ([]byte, error) {
 	if random == nil {
 		random = rand.Reader
 	}
-	request := &x509.CertificateRequest{RawSubject: template.subject()}
-	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS {
-		request.SignatureAlgorithm = x509.SHA256WithRSAPSS
-	}
-	san, err := template.SANExtension()
+	extensions, err := template.Extensions()
 	if err != nil {
 		return nil, err
 	}
-	if san.Id != nil {
-		request.ExtraExtensions = []pkix.Extension{san}
+	request := &x509.CertificateRequest{RawSubject: template.subject(), ExtraExtensions: extensions}
+	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS {
+		request.SignatureAlgorithm = x509.SHA256WithRSAPSS
 	}
 	der, err := x509.CreateCertificateRequest(random, request, signer)
 	if err != nil {

@@ -37,7 +37,7 @@ var attributes = []attribute{
 	{"OU", asn1.ObjectIdentifier{2, 5, 4, 11}, asn1.TagUTF8String},
 	{"C", asn1.ObjectIdentifier{2, 5, 4, 6}, asn1.TagPrintableString},
 	{"STREET", asn1.ObjectIdentifier{2, 5, 4, 9}, asn1.TagUTF8String},
-	{"DC", asn1.ObjectIdentifier{0, 9, 2342, 19200300, 100, 1, 25}, asn1.TagIA5String},
+	{"DC", oidDomainComponent, asn1.TagIA5String},
 	{"UID", asn1.ObjectIdentifier{0, 9, 2342, 19200300, 100, 1, 1}, asn1.TagUTF8String},
 	{"serialNumber", asn1.ObjectIdentifier{2, 5, 4, 5}, asn1.TagPrintableString},
 	{"title", asn1.ObjectIdentifier{2, 5, 4, 12}, asn1.TagUTF8String},
@@ -49,6 +49,8 @@ type attributeTypeAndValue struct {
 	Type  asn1.ObjectIdentifier
 	Value asn1.RawValue
 }
+
+var oidDomainComponent = asn1.ObjectIdentifier{0, 9, 2342, 19200300, 100, 1, 25}
 
 // encoding/asn1 makes a SET of it for its name.
 type relativeDistinguishedNameSET []attributeTypeAndValue

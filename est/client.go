@@ -47,6 +47,19 @@ func (c *Client) exchange(ctx context.Context, req *Request) ([]*x509.Certificat
 // ParseCertificates parses an answer in whichever of the two formats it came:
 // a client should take both, whatever it asked for (RFC 9148 §4.3).
 func ParseCertificates(resp *Response) ([]*x509.Certificate, error) {
+	certs, err := parseFormat(resp)
+	if err != nil {
+		return nil, err
+	}
+	for _, cert := range certs {
+		if err := checkWhole(cert); err != nil {
+			return nil, err
+		}
+	}
+	return certs, nil
+}
+
+func parseFormat(resp *Response) ([]*x509.Certificate, error) {
 	switch resp.ContentFormat {
 	case ContentFormatPKCS7CertsOnly:
 		return ParseCertsOnly(resp.Body)

@@ -29,6 +29,9 @@ var (
 	// ErrServerCertificate says that it is the server's certificate that was not
 	// accepted, beside the reason why: nothing was asked of that server.
 	ErrServerCertificate = errors.New("server certificate")
+	// ErrHandshake says that server and client came to no secure session: one of
+	// them ended the handshake for a reason that is no certificate's.
+	ErrHandshake = errors.New("no secure session")
 	// ErrUnreachable says that the server gave no answer.
 	ErrUnreachable = errors.New("no answer from the server")
 	// ErrCredentialRefused says that the server refused our certificate.
@@ -124,6 +127,8 @@ type PendingError struct {
 	// Asked is what the server asked for when that is longer than MaxRetryAfter,
 	// and else zero.
 	Asked time.Duration
+	// Detail is the server's own text: capped and printable, see NewDetail.
+	Detail string
 }
 
 // NewPendingError makes the error of a server that asks to wait.
@@ -143,6 +148,9 @@ func (e *PendingError) Error() string {
 	text := fmt.Sprintf("%s at %s: not decided yet, come back in %s", e.Operation, e.Server, e.RetryAfter)
 	if e.Asked != 0 {
 		text += fmt.Sprintf(" (the server asks for %s)", e.Asked)
+	}
+	if e.Detail != "" {
+		text += fmt.Sprintf(": %q", e.Detail)
 	}
 	return text
 }

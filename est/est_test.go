@@ -212,6 +212,55 @@ func TestVerifyIssued(t *testing.T) {
 	}
 }
 
+// Whatever cacerts holds, in whatever order: the chain is that of the certificate,
+// up to what is trusted and without it.
+func TestChain(t *testing.T) {
+	root, second, abroad := newCA(t, nil, "root"), newCA(t, nil, "second root"), newCA(t, nil, "root elsewhere")
+	unused, subordinate := newCA(t, second, "unused"), newCA(t, abroad, "subordinate")
+	issuing := newCA(t, root, "issuing")
+	under := newCA(t, subordinate, "under the subordinate")
+	deep := newCA(t, under, "deep")
+	renamed := issue(t, abroad, "another name", subordinate.key, asCA)
+	// Two that have signed each other: neither is above the other.
+	left, right := newCA(t, nil, "left"), newCA(t, nil, "right")
+	leftByRight, rightByLeft := issue(t, right, "left", left.key, asCA), issue(t, left, "right", right.key, asCA)
+	key := newKey(t)
+	for _, c := range []struct {
+		name    string
+		caCerts []*x509.Certificate
+		issuer  *authority
+		beside  []*x509.Certificate // in the answer
+		want    []*x509.Certificate // after the leaf
+	}{
+		{"a root that issues", []*x509.Certificate{root.cert}, root, nil, nil},
+		{"with its chain", []*x509.Certificate{root.cert, issuing.cert}, issuing, []*x509.Certificate{issuing.cert}, []*x509.Certificate{issuing.cert}},
+		{"with its chain and root", []*x509.Certificate{root.cert, issuing.cert}, issuing, []*x509.Certificate{root.cert, issuing.cert}, []*x509.Certificate{issuing.cert}},
+		{"several roots and intermediates", []*x509.Certificate{unused.cert, issuing.cert, second.cert, root.cert, abroad.cert}, issuing, nil, []*x509.Certificate{issuing.cert}},
+		{"of the other root", []*x509.Certificate{unused.cert, issuing.cert, second.cert, root.cert, abroad.cert}, unused, []*x509.Certificate{issuing.cert}, []*x509.Certificate{unused.cert}},
+		{"each twice", []*x509.Certificate{issuing.cert, root.cert, issuing.cert, root.cert}, issuing, []*x509.Certificate{issuing.cert, issuing.cert}, []*x509.Certificate{issuing.cert}},
+		{"a root that is not self-signed", []*x509.Certificate{subordinate.cert, under.cert}, under, nil, []*x509.Certificate{under.cert}},
+		{"and two below it, upside down", []*x509.Certificate{deep.cert, under.cert, subordinate.cert}, deep, nil, []*x509.Certificate{deep.cert, under.cert}},
+		{"a key under another name is no issuer", []*x509.Certificate{under.cert, renamed}, under, nil, nil},
+		{"that root alone", []*x509.Certificate{subordinate.cert}, under, []*x509.Certificate{under.cert}, []*x509.Certificate{under.cert}},
+		{"cross-signed, and none above", []*x509.Certificate{leftByRight, rightByLeft}, left, nil, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			leaf := issue(t, c.issuer, "device", key, nil)
+			for range 2 {
+				chain, err := anchors(t, c.caCerts...).VerifyIssued(append(c.beside, leaf), key.Public(), epoch)
+				if diff := cmp.Diff(append([]*x509.Certificate{leaf}, c.want...), chain, cmp.Comparer((*x509.Certificate).Equal)); err != nil || diff != "" {
+					t.Errorf("%v (-want +got)\n%s", err, diff)
+				}
+				slices.Reverse(c.caCerts)
+			}
+		})
+	}
+	// What nothing above vouches for is no anchor when something is.
+	if _, err := anchors(t, subordinate.cert, under.cert, root.cert).VerifyIssued([]*x509.Certificate{issue(t, under, "device", key, nil)}, key.Public(), epoch); !errors.Is(err, est.ErrNotTrusted) {
+		t.Errorf("under a subordinate beside a root: got %v", err)
+	}
+}
+
 func TestVerifyServer(t *testing.T) {
 	root := newCA(t, nil, "root")
 	key := newKey(t)
@@ -244,6 +293,7 @@ func TestVerifyServer(t *testing.T) {
 		{"expired", with(func(c *x509.Certificate) { c.NotAfter = epoch.Add(-time.Second) }), "est.example", est.ErrNotValidNow},
 		{"not yet valid", with(func(c *x509.Certificate) { c.NotBefore = epoch.Add(time.Second) }), "est.example", est.ErrNotValidNow},
 		{"another CA", []*x509.Certificate{issue(t, newCA(t, nil, "root"), "server", key, serve)}, "est.example", est.ErrNotTrusted},
+		{"it goes on after its signature", []*x509.Certificate{trailed(t, plain[0])}, "est.example", est.ErrNotTrusted},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			err := anchors(t, root.cert).VerifyServer(c.chain, c.server, epoch)
@@ -405,6 +455,11 @@ func TestClientFormats(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	longer := trailed(t, root.cert)
+	longer7, err := est.MarshalCertsOnly([]*x509.Certificate{longer})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		name   string
 		format est.ContentFormat
@@ -423,6 +478,8 @@ func TestClientFormats(t *testing.T) {
 		{"trailing byte", est.ContentFormatPKCS7CertsOnly, append(bytes.Clone(p7), 0), "after the end"},
 		{"truncated", est.ContentFormatPKCS7CertsOnly, p7[:len(p7)-1], "certs-only"},
 		{"287 with a trailing byte", est.ContentFormatPKIXCert, append(bytes.Clone(root.cert.Raw), 0), "certificate:"},
+		{"281 with a certificate that goes on", est.ContentFormatPKCS7CertsOnly, longer7, "goes on after its signature"},
+		{"287 with a certificate that goes on", est.ContentFormatPKIXCert, longer.Raw, "goes on after its signature"},
 		{"281 too large", est.ContentFormatPKCS7CertsOnly, make([]byte, 64<<10+1), "more than"},
 		{"287 too large", est.ContentFormatPKIXCert, make([]byte, 64<<10+1), "more than"},
 	} {
@@ -444,6 +501,21 @@ func TestClientFormats(t *testing.T) {
 			}
 		})
 	}
+}
+
+// trailed puts a value after the signature of a certificate, which crypto/x509
+// takes as it is: if it does not any more, our own check can go.
+func trailed(t *testing.T, cert *x509.Certificate) *x509.Certificate {
+	t.Helper()
+	var content asn1.RawValue
+	if _, err := asn1.Unmarshal(cert.Raw, &content); err != nil {
+		t.Fatal(err)
+	}
+	longer, err := x509.ParseCertificate(tlv(0x30, content.Bytes, []byte{0x05, 0x00}))
+	if err != nil {
+		t.Fatalf("crypto/x509 refuses it: %v", err)
+	}
+	return longer
 }
 
 // Each defect is one edit of the vector of RFC 9148 §A.1, whose parts are laid

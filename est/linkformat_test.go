@@ -24,6 +24,13 @@ func TestParseLinks(t *testing.T) {
 			{Target: "/est/sen", Parameters: []est.LinkParameter{{Name: "rt", Value: "ace.est.sen"}, {Name: "ct", Value: "281 287"}}},
 			{Target: "/est/att", Parameters: []est.LinkParameter{{Name: "rt", Value: "ace.est.att"}, {Name: "ct", Value: "285"}}},
 		}},
+		// Frozen from coap-server-openssl of libcoap 4.3.1: GET /.well-known/core.
+		{"as libcoap has it", `</>;title="General Info";ct=0,</time>;if="clock";rt="ticks";title="Internal Clock";ct=0;obs,</async>;ct=0,</example_data>;title="Example Data";ct=0;obs`, []est.Link{
+			{Target: "/", Parameters: []est.LinkParameter{{Name: "title", Value: "General Info"}, {Name: "ct", Value: "0"}}},
+			{Target: "/time", Parameters: []est.LinkParameter{{Name: "if", Value: "clock"}, {Name: "rt", Value: "ticks"}, {Name: "title", Value: "Internal Clock"}, {Name: "ct", Value: "0"}, {Name: "obs"}}},
+			{Target: "/async", Parameters: []est.LinkParameter{{Name: "ct", Value: "0"}}},
+			{Target: "/example_data", Parameters: []est.LinkParameter{{Name: "title", Value: "Example Data"}, {Name: "ct", Value: "0"}, {Name: "obs"}}},
+		}},
 		{"another host", "<coaps://[2001:db8::3]:61617/est/crts>;rt=ace.est.crts;ct=281", []est.Link{
 			{Target: "coaps://[2001:db8::3]:61617/est/crts", Parameters: []est.LinkParameter{{Name: "rt", Value: "ace.est.crts"}, {Name: "ct", Value: "281"}}},
 		}},

@@ -32,6 +32,9 @@ func ParseCertsOnly(der []byte) ([]*x509.Certificate, error) {
 }
 
 func parseCertsOnly(der []byte) ([]*x509.Certificate, error) {
+	if len(der) == 0 {
+		return nil, errors.New("empty")
+	}
 	if len(der) > maxAnswer {
 		return nil, fmt.Errorf("%d bytes, more than %d", len(der), maxAnswer)
 	}

@@ -23,9 +23,10 @@ type TrustAnchors struct {
 }
 
 // NewTrustAnchors makes trust anchors of CA certificates: the self-signed ones
-// are anchors, the others lead to them. If none is self-signed all are anchors:
-// a server's answer holds at least "the current root CA certificate"
-// (RFC 7030 §4.1.3), which for it may be a subordinate one.
+// are anchors, the others lead to them. A server's answer holds at least "the
+// current root CA certificate" (RFC 7030 §4.1.3), which for it may be a
+// subordinate one: if none is self-signed those that no other has signed are
+// anchors, and all of them where there is none either.
 func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 	if len(certs) == 0 {
 		return nil, errors.New("trust anchors: no certificate")
@@ -41,6 +42,13 @@ func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 		default:
 			t.intermediates = append(t.intermediates, cert)
 		}
+	}
+	if len(roots) == 0 {
+		roots = slices.DeleteFunc(slices.Clone(certs), func(cert *x509.Certificate) bool {
+			return slices.ContainsFunc(certs, func(other *x509.Certificate) bool {
+				return bytes.Equal(cert.RawIssuer, other.RawSubject) && cert.CheckSignatureFrom(other) == nil
+			})
+		})
 	}
 	if len(roots) == 0 {
 		roots = certs
@@ -177,6 +185,11 @@ func allows(cert *x509.Certificate, use x509.ExtKeyUsage) bool {
 
 // verify builds the chain from the first certificate to an anchor.
 func (t *TrustAnchors) verify(chain []*x509.Certificate, now time.Time) ([]*x509.Certificate, error) {
+	for _, cert := range chain {
+		if err := checkWhole(cert); err != nil {
+			return nil, fmt.Errorf("%w: %w", err, ErrNotTrusted)
+		}
+	}
 	intermediates := x509.NewCertPool()
 	for _, cert := range chain[1:] {
 		intermediates.AddCert(cert)
@@ -199,6 +212,20 @@ func (t *TrustAnchors) verify(chain []*x509.Certificate, now time.Time) ([]*x509
 	}
 	shortest[0] = chain[0]
 	return shortest, nil
+}
+
+// checkWhole checks that a certificate is "a SEQUENCE of three required fields"
+// (RFC 5280 §4.1). Measured: crypto/x509 of Go 1.26 passes over what follows the
+// third, which no signature covers.
+func checkWhole(cert *x509.Certificate) error {
+	var fields []asn1.RawValue
+	if _, err := asn1.Unmarshal(cert.Raw, &fields); err != nil {
+		return fmt.Errorf("certificate %q: %w", cert.Subject, err)
+	}
+	if len(fields) != 3 {
+		return fmt.Errorf("certificate %q: it goes on after its signature", cert.Subject)
+	}
+	return nil
 }
 
 // withoutOtherNames returns the certificate as x509 can verify it. A critical

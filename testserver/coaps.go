@@ -15,8 +15,11 @@ import (
 	"estenroll/internal/coap"
 )
 
-// listenCoAP opens the CoAPs front door (RFC 9148 §4.1).
-func (s *Server) listenCoAP(key crypto.Signer) (*coap.Server, error) {
+// listen opens the CoAPs front door (RFC 9148 §4.1).
+func (s *Server) listen(key crypto.Signer) (door, error) {
+	if s.cfg.Raw {
+		return s.listenRaw(key)
+	}
 	cfg := coap.Config{
 		Key:             key,
 		Verify:          s.verifyClient,
@@ -72,7 +75,7 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		return diagnostic(code, "the client certificate is refused")
 	}
 	if operation == est.CACerts {
-		return s.answer(codes.Content, req, s.ca.caCerts())
+		return s.answer(codes.Content, req, s.crts())
 	}
 	if req.ContentFormat == nil || *req.ContentFormat != uint16(est.ContentFormatPKCS10) {
 		return diagnostic(codes.UnsupportedMediaType, "the content-format is not 286")
@@ -86,7 +89,14 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 	if err != nil {
 		return refused(err)
 	}
-	return s.answer(codes.Changed, req, s.answered(cert))
+	certs := s.answered(cert)
+	resp := s.answer(codes.Changed, req, certs)
+	if kind := s.Faults().Body; kind != "" {
+		if err := s.shape(kind, resp, certs); err != nil {
+			return diagnostic(codes.InternalServerError, err.Error())
+		}
+	}
+	return resp
 }
 
 // answered is the answer of sen and sren.

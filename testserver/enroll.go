@@ -184,6 +184,9 @@ func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time
 		// As they were asked for, which stands before the template's own.
 		template.ExtraExtensions = append(template.ExtraExtensions, usages(request)...)
 	}
+	if faults.CAFlag {
+		template.BasicConstraintsValid, template.IsCA = true, true
+	}
 	ca, pub := s.ca.issuing, crypto.PublicKey(request.PublicKey)
 	if faults.ForeignChain {
 		ca = s.ca.foreign

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -40,6 +41,8 @@ type Faults struct {
 	// ForeignChain issues under a CA that bears the issuing CA's name and has
 	// another key. "foreign-chain"
 	ForeignChain bool
+	// CAFlag issues certificates of a CA. "ca-flag"
+	CAFlag bool
 	// Subject (RFC 4514) is what certificates are issued for, whatever was asked.
 	// "subject=CN=other,O=Example"
 	Subject string
@@ -51,6 +54,16 @@ type Faults struct {
 
 	// Answer is the code of every answer to a CSR, 4.00 to 5.31. "answer=4.00"
 	Answer string
+	// Body is a wrong body of the answer to a CSR. "body=two-leaves"
+	Body string
+	// CRTS is a wrong answer of crts. "crts=foreign"
+	CRTS string
+	// Message makes the messages that answer a CSR wrong, with Config.Raw.
+	// "message=block-endless"
+	Message string
+	// ServerCertificate is a wrong certificate of the server's, with Config.Raw.
+	// "server-certificate=expired"
+	ServerCertificate string
 	// LongDetail makes the text of every error answer long, with control
 	// characters and bytes that are no text. "long-detail"
 	LongDetail bool
@@ -75,14 +88,43 @@ type Faults struct {
 	RefuseCode string
 }
 
+// choice is a fault whose value is one of a table.
+type choice struct {
+	name, does string
+	values     map[string]string
+	field      func(*Faults) *string
+}
+
+// choices are the faults with a table of their values.
+var choices = []choice{
+	{"body", "the answer to a CSR is", bodyFaults, func(f *Faults) *string { return &f.Body }},
+	{"crts", "the answer of crts is", crtsFaults, func(f *Faults) *string { return &f.CRTS }},
+	{"message", "the messages that answer a CSR (--raw)", messageFaults, func(f *Faults) *string { return &f.Message }},
+	{"server-certificate", "the server's certificate is (--raw)", serverCertificateFaults, func(f *Faults) *string { return &f.ServerCertificate }},
+}
+
 // FaultsHelp is a line for each fault, for a program's help text.
-const FaultsHelp = `  delay=DURATION                 an enrolment takes this long: a separate response
+var FaultsHelp = plainFaultsHelp + choicesHelp()
+
+func choicesHelp() string {
+	var text strings.Builder
+	for _, c := range choices {
+		fmt.Fprintf(&text, "\n  %-30s %s", c.name+"=VALUE", c.does)
+		for _, value := range slices.Sorted(maps.Keys(c.values)) {
+			fmt.Fprintf(&text, "\n    %-28s %s", value, c.values[value])
+		}
+	}
+	return text.String()
+}
+
+const plainFaultsHelp = `  delay=DURATION                 an enrolment takes this long: a separate response
   defer=N[,max-age=DURATION]     the first N answers to a CSR are 5.03 (come back later);
                                  without max-age there is no Max-Age, which means 60 s
   wrong-key                      issue for a key that nobody asked for, of the same kind
   not-yet-valid                  issue certificates that begin an hour from now
   expired                        issue certificates that ended an hour ago
   foreign-chain                  issue under a CA of the same name and another key
+  ca-flag                        issue certificates of a CA
   subject=DN                     issue for this subject (RFC 4514), whatever was asked
   drop-san                       issue without the subjectAltName that was asked for
   ignore-usage                   issue for digitalSignature and clientAuth, whatever was asked
@@ -121,6 +163,12 @@ func (f *Faults) set(name, value string, hasValue bool) error {
 		}
 		*flag = true
 		return nil
+	}
+	for _, c := range choices {
+		if c.name == name {
+			*c.field(f) = value
+			return c.check(value)
+		}
 	}
 	var err error
 	switch name {
@@ -164,6 +212,13 @@ func (f *Faults) set(name, value string, hasValue bool) error {
 	return err
 }
 
+func (c choice) check(value string) error {
+	if _, known := c.values[value]; !known {
+		return fmt.Errorf("%q is none of %s", value, strings.Join(slices.Sorted(maps.Keys(c.values)), ", "))
+	}
+	return nil
+}
+
 // flags are the faults without a value, by name.
 func (f *Faults) flags() map[string]*bool {
 	return map[string]*bool{
@@ -171,6 +226,7 @@ func (f *Faults) flags() map[string]*bool {
 		"not-yet-valid": &f.NotYetValid,
 		"expired":       &f.Expired,
 		"foreign-chain": &f.ForeignChain,
+		"ca-flag":       &f.CAFlag,
 		"drop-san":      &f.DropSAN,
 		"ignore-usage":  &f.IgnoreUsage,
 		"long-detail":   &f.LongDetail,
@@ -199,6 +255,13 @@ func (f Faults) validate() error {
 	if f.Subject != "" {
 		if _, err := csr.ParseSubject(f.Subject); err != nil {
 			return fmt.Errorf("fault subject: %w", err)
+		}
+	}
+	for _, c := range choices {
+		if value := *c.field(&f); value != "" {
+			if err := c.check(value); err != nil {
+				return fmt.Errorf("fault %s: %w", c.name, err)
+			}
 		}
 	}
 	if f.Answer != "" {
@@ -242,6 +305,11 @@ func (f Faults) Strings() []string {
 			texts = append(texts, name+"="+value)
 		}
 	}
+	for _, c := range choices {
+		if value := *c.field(&f); value != "" {
+			texts = append(texts, c.name+"="+value)
+		}
+	}
 	if f.RefuseIssued {
 		texts = append(texts, "refuse-client=issued")
 	}
@@ -269,7 +337,7 @@ func parseCode(text string) (codes.Code, error) {
 // under them is not given to the same CSR once they are gone.
 func (f Faults) issuing() []string {
 	return Faults{
-		WrongKey: f.WrongKey, NotYetValid: f.NotYetValid, Expired: f.Expired, ForeignChain: f.ForeignChain,
+		WrongKey: f.WrongKey, NotYetValid: f.NotYetValid, Expired: f.Expired, ForeignChain: f.ForeignChain, CAFlag: f.CAFlag,
 		Subject: f.Subject, DropSAN: f.DropSAN, IgnoreUsage: f.IgnoreUsage,
 	}.Strings()
 }

@@ -47,6 +47,10 @@ func TestParseFaults(t *testing.T) {
 		{"links", testserver.Faults{}, "want links"},
 		{"links=</x> no-discovery", testserver.Faults{}, "there is none"},
 		{"defer=1,max-age=1193046h28m16s", testserver.Faults{}, "more than a Max-Age"},
+		{"body=two-leaves ca-flag crts=leaf", testserver.Faults{Body: "two-leaves", CAFlag: true, CRTS: "leaf"}, ""},
+		{"message=block-etag server-certificate=expired", testserver.Faults{Message: "block-etag", ServerCertificate: "expired"}, ""},
+		{"body=three-leaves", testserver.Faults{}, "is none of"},
+		{"message", testserver.Faults{}, "is none of"},
 		{"drop=1", testserver.Faults{}, "no such fault"},
 		{"wrong-key=1", testserver.Faults{}, "takes no value"},
 		{"delay", testserver.Faults{}, "invalid duration"},
@@ -150,6 +154,9 @@ func TestShapedCertificates(t *testing.T) {
 		if err == nil && !device.key.PublicKey.Equal(cert.PublicKey) {
 			err = errors.New("foreign key")
 		}
+		if err == nil && cert.IsCA {
+			err = errors.New("a CA")
+		}
 		return err
 	}
 	for _, test := range []struct {
@@ -158,6 +165,7 @@ func TestShapedCertificates(t *testing.T) {
 	}{
 		{"", ""},
 		{"wrong-key", "foreign key"},
+		{"ca-flag", "a CA"},
 		{"not-yet-valid", "is before"},
 		{"expired", "is after"},
 		{"foreign-chain", "unknown authority"},

@@ -83,6 +83,11 @@ type Config struct {
 	// Faults to begin with.
 	Faults Faults
 
+	// Raw answers CoAP by a few lines of its own instead of internal/coap, so that
+	// the faults of messages, of blocks and of the server's certificate can be.
+	// BlockSize, ProcessingDelay, AckTimeout and Logger are not for it.
+	Raw bool
+
 	// BlockSize is the largest block of an answer, 16 to 1024 bytes. Default: 1024.
 	BlockSize int
 	// ProcessingDelay is how long a request waits for its piggybacked answer
@@ -103,7 +108,7 @@ type Server struct {
 	leaf    *x509.Certificate
 	clients *est.TrustAnchors
 	record  *record
-	coap    *coap.Server
+	coap    door
 	control net.Listener
 
 	mu       sync.Mutex // over what follows, and over each issuance as a whole
@@ -117,6 +122,13 @@ type Server struct {
 	done     chan struct{} // closed when the CoAPs door has ended
 	serveErr error         // set before done is closed
 	close    func() error
+}
+
+// door is a front door: a socket, and whoever answers at it.
+type door interface {
+	Addr() net.Addr
+	Serve(coap.Handler) error
+	Close() error
 }
 
 // New makes the keys of a test server and starts it. Close it.
@@ -173,7 +185,7 @@ func start(cfg Config) (_ *Server, err error) {
 	if s.control, err = listenControl(cfg.Control); err != nil {
 		return nil, err
 	}
-	if s.coap, err = s.listenCoAP(key); err != nil {
+	if s.coap, err = s.listen(key); err != nil {
 		return nil, err
 	}
 	s.serving.Go(func() {
@@ -282,6 +294,9 @@ func (s *Server) Faults() Faults {
 func (s *Server) SetFaults(f Faults) error {
 	if err := f.validate(); err != nil {
 		return err
+	}
+	if !s.cfg.Raw && (f.Message != "" || f.ServerCertificate != "") {
+		return errors.New("faults message and server-certificate: the server is not a raw one")
 	}
 	f.RefuseClients = slices.Clone(f.RefuseClients)
 	s.mu.Lock()

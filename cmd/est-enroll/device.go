@@ -110,8 +110,12 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	if err := s.request(&cfg.Request); err != nil {
 		return cfg, err
 	}
+	cfg.RefuseOtherNames = s.subjectMismatch.word == "refuse"
 	return cfg, s.transport(&cfg)
 }
+
+// requiredSettings have no default.
+var requiredSettings = []string{"engine", "server", "trust-anchors"}
 
 func (s *settings) required() error {
 	var missing []string
@@ -209,7 +213,11 @@ func (s *settings) request(template *csr.Template) (err error) {
 		}
 		template.SANs = append(template.SANs, san)
 	}
-	return nil
+	if template.KeyUsage, err = csr.ParseKeyUsage(s.keyUsage); err != nil {
+		return err
+	}
+	template.ExtKeyUsage, err = csr.ParseExtKeyUsage(s.extKeyUsage)
+	return err
 }
 
 // transport chooses how EST is carried.
@@ -240,9 +248,7 @@ func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 // resources says where on the server EST is. A path in the server's URI is used as
 // it is, so it is not to be looked for, nor to be made longer.
 func (s *settings) resources(options *coaps.Config) (err error) {
-	if options.Discovery, err = choice("discovery", s.discovery, "off", "on"); err != nil {
-		return err
-	}
+	options.Discovery = s.discovery.word == "on"
 	if s.label != "" {
 		if options.Label, err = est.ParseLabel(s.label); err != nil {
 			return err
@@ -252,14 +258,6 @@ func (s *settings) resources(options *coaps.Config) (err error) {
 		return errors.New("server: it has a path: want it without, or neither discovery nor label")
 	}
 	return nil
-}
-
-// choice reads a setting of two values and reports whether it is the second.
-func choice(setting, value, first, second string) (bool, error) {
-	if value != first && value != second {
-		return false, fmt.Errorf("%s: want %s or %s", setting, first, second)
-	}
-	return value == second, nil
 }
 
 const certificatesLimit = 1 << 20 // bytes

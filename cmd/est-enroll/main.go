@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -64,31 +65,7 @@ or the one that --credential names:
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	out := newOutput(stdout, stderr)
 	began := false
-	var s settings
-	root := &cobra.Command{
-		Use:           "est-enroll",
-		Short:         "get and renew a certificate whose key never leaves the HSM",
-		Long:          rootHelp,
-		Version:       version(),
-		SilenceErrors: true,
-		SilenceUsage:  true,
-		Args:          cobra.ArbitraryArgs,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				// Not repeated: it may be a PIN in the wrong place.
-				return &usageError{errors.New("unknown command: there are enroll, renew, status and reset")}
-			}
-			return cmd.Help()
-		},
-		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			began = true
-			out.quiet, out.verbose = s.quiet, s.verbose
-			return s.complete(cmd.Flags(), os.LookupEnv)
-		},
-	}
-	s.register(root.PersistentFlags())
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(err) })
-	root.AddCommand(enrollCommand(&s, out), renewCommand(&s, out), statusCommand(&s, out), resetCommand(&s, out))
+	root := command(new(settings), out, func() { began = true })
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -103,6 +80,70 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitDone
 	}
 	return out.fail(err, ctx.Err() != nil)
+}
+
+// command is the whole command line. began is called when its words are
+// understood: an error before that is one of usage.
+func command(s *settings, out *output, began func()) *cobra.Command {
+	root := &cobra.Command{
+		Use:           "est-enroll",
+		Short:         "get and renew a certificate whose key never leaves the HSM",
+		Long:          rootHelp,
+		Version:       version(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				// Not repeated: it may be a PIN in the wrong place.
+				return &usageError{errors.New("unknown command: there are " + names(cmd.Commands()))}
+			}
+			return cmd.Help()
+		},
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			began()
+			if !cmd.HasParent() || cmd.Hidden {
+				return nil // help, or a shell that asks: whatever the configuration is
+			}
+			out.quiet, out.verbose = s.quiet, s.verbose
+			return s.complete(cmd.Flags(), os.LookupEnv)
+		},
+	}
+	s.register(root.PersistentFlags())
+	root.Flags().SortFlags = false
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(err) })
+	root.AddCommand(enrollCommand(s, out), renewCommand(s, out), statusCommand(s, out), resetCommand(s, out), configCommand())
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		c.InheritedFlags().SortFlags = false // as the root shows them
+		completeFlags(c, c.Flags())
+		switch c.Name() {
+		case "completion", "config", "help":
+			// They read no configuration: the one that is there may be what they are
+			// to help with.
+			c.PersistentPreRunE = func(*cobra.Command, []string) error {
+				began()
+				return nil
+			}
+		default:
+			c.ValidArgsFunction = cobra.NoFileCompletions
+		}
+	}
+	completeFlags(root, root.PersistentFlags())
+	return root
+}
+
+// names lists commands as a person would.
+func names(commands []*cobra.Command) string {
+	var list []string
+	for _, c := range commands {
+		if c.IsAvailableCommand() {
+			list = append(list, c.Name())
+		}
+	}
+	last := len(list) - 1
+	return strings.Join(list[:last], ", ") + " and " + list[last]
 }
 
 // flagError says what is wrong with a flag without its value.

@@ -15,6 +15,7 @@ import (
 	"os"
 	"strings"
 	"time"
+	"unicode"
 
 	"golang.org/x/term"
 
@@ -55,7 +56,18 @@ func (o *output) progress(event estenroll.Event) {
 
 // line prints a line of a kind: "", "warning: ", "error: " or "hint: ".
 func (o *output) line(kind, text string) {
-	_, _ = fmt.Fprintf(o.stderr, "est-enroll: %s%s\n", kind, strings.ReplaceAll(o.named(text), "\n", ": "))
+	_, _ = fmt.Fprintf(o.stderr, "est-enroll: %s%s\n", kind, printable(strings.ReplaceAll(o.named(text), "\n", ": ")))
+}
+
+// printable keeps what came from a network, a token or a file from steering the
+// terminal: no control characters, none that turn the direction of writing.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r != unicode.ReplacementChar && unicode.IsPrint(r) {
+			return r
+		}
+		return '.'
+	}, text)
 }
 
 // named puts the name of the credential before what is said of it.
@@ -76,7 +88,7 @@ func (o *output) result(format string, args ...any) {
 	if o.quiet {
 		return
 	}
-	if _, err := fmt.Fprintln(o.stdout, o.named(fmt.Sprintf(format, args...))); err != nil && o.lost == nil {
+	if _, err := fmt.Fprintln(o.stdout, printable(o.named(fmt.Sprintf(format, args...)))); err != nil && o.lost == nil {
 		o.lost = fmt.Errorf("write the result: %w", err)
 	}
 }
@@ -162,6 +174,9 @@ func (o *output) status(s *estenroll.Status) {
 		o.result("unfinished:   %s at step %s, begun %s", op.Kind, op.Step, stamp(op.StartedAt))
 		if !op.NotBefore.IsZero() {
 			o.result("  pending:    the server has not decided, ask again at %s", stamp(op.NotBefore))
+			if op.Detail != "" {
+				o.result("  its text:   %q", op.Detail)
+			}
 		}
 	}
 	if a := s.LastAttempt; a != nil {

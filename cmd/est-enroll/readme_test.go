@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -104,4 +105,81 @@ func read(t *testing.T, path string) string {
 		t.Fatal(err)
 	}
 	return string(data)
+}
+
+// What "make docs" makes, "make install" installs into a root, with a
+// configuration that it never overwrites; "make uninstall" leaves that alone.
+func TestInstall(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	dest := filepath.Join(root, "dest")
+	try := func(goal string) (string, error) {
+		cmd := exec.CommandContext(t.Context(), "make", "-C", "../..", goal, "BIN="+filepath.Join(root, "bin"), "DESTDIR="+dest, "PREFIX=/usr")
+		cmd.Env = append(os.Environ(), "MAKEFLAGS=", "MAKELEVEL=") // not those of the make that runs the tests
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	mk := func(goal string) {
+		t.Helper()
+		if out, err := try(goal); err != nil {
+			t.Fatalf("make %s: %v\n%s", goal, err, out)
+		}
+	}
+	if out, err := try("install"); err == nil || !strings.Contains(out, "\n  make build docs\n") {
+		t.Errorf("nothing is built: %v\n%s", err, out)
+	}
+	mk("docs")
+	mk("install")
+	installed := func() map[string]string {
+		files := map[string]string{}
+		err := filepath.WalkDir(dest, func(path string, entry fs.DirEntry, err error) error {
+			if err != nil || entry.IsDir() {
+				return err
+			}
+			status, err := entry.Info()
+			if err == nil {
+				files[strings.TrimPrefix(path, dest)] = status.Mode().String()
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return files
+	}
+	want := map[string]string{
+		"/etc/est-enroll/config.yaml": "-rw-------", "/usr/bin/est-enroll": "-rwxr-xr-x", "/usr/bin/est-testserver": "-rwxr-xr-x",
+		"/usr/share/bash-completion/completions/est-enroll":    "-rw-r--r--",
+		"/usr/share/fish/vendor_completions.d/est-enroll.fish": "-rw-r--r--",
+		"/usr/share/zsh/site-functions/_est-enroll":            "-rw-r--r--",
+		"/usr/share/man/man5/est-enroll.yaml.5":                "-rw-r--r--",
+		"/usr/share/man/man1/est-enroll.1":                     "-rw-r--r--",
+		"/usr/share/man/man1/est-enroll-config.1":              "-rw-r--r--",
+		"/usr/share/man/man1/est-enroll-enroll.1":              "-rw-r--r--",
+		"/usr/share/man/man1/est-enroll-renew.1":               "-rw-r--r--",
+		"/usr/share/man/man1/est-enroll-status.1":              "-rw-r--r--",
+		"/usr/share/man/man1/est-testserver.1":                 "-rw-r--r--",
+		"/usr/share/man/man1/est-testserver-serve.1":           "-rw-r--r--",
+		"/usr/share/man/man1/est-testserver-idevid.1":          "-rw-r--r--",
+		"/usr/share/man/man1/est-testserver-fault.1":           "-rw-r--r--",
+	}
+	if diff := cmp.Diff(want, installed()); diff != "" {
+		t.Errorf("installed (-want +got)\n%s", diff)
+	}
+	if out, err := exec.CommandContext(t.Context(), filepath.Join(dest, "usr/bin/est-enroll"), "--version").Output(); err != nil || !bytes.HasPrefix(out, []byte("est-enroll version ")) {
+		t.Errorf("the installed program says %q, %v", out, err)
+	}
+	if page := read(t, filepath.Join(dest, "usr/share/man/man1/est-enroll.1")); strings.Contains(page, "1970") {
+		t.Errorf("the date of the page: %s", page[:80])
+	}
+	// A second installation is an upgrade.
+	config := filepath.Join(dest, "etc/est-enroll/config.yaml")
+	if err := os.WriteFile(config, []byte("# mine\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mk("install")
+	mk("uninstall")
+	if diff := cmp.Diff(map[string]string{"/etc/est-enroll/config.yaml": "-rw-------"}, installed()); diff != "" || read(t, config) != "# mine\n" {
+		t.Errorf("uninstalled (-want +got)\n%s", diff)
+	}
 }

@@ -43,7 +43,7 @@ const markerPIN = "marker-4f1d9c"
 const transcriptVar = "TRANSCRIPT"
 
 func TestMain(m *testing.M) {
-	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "load-module": loadModule})
+	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "load-module": loadModule, "token-dump": dumpToken})
 }
 
 // cleaning removes the built programs after the tests.
@@ -476,19 +476,24 @@ func otherCA(ts *testscript.TestScript, args []string) error {
 	return os.WriteFile(ts.MkAbs(args[0]), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600)
 }
 
-// statusURIs sets KEY and CERTIFICATE to what "status --json" prints.
+// statusURIs sets KEY, CERTIFICATE and CHAIN, which has one certificate, to what
+// "status --json" prints.
 func statusURIs(ts *testscript.TestScript, _ []string) error {
 	if err := ts.Exec("est-enroll", "status", "--json"); err != nil {
 		return err
 	}
 	var status struct {
-		Current struct{ Key, Certificate string }
+		Current struct {
+			Key, Certificate string
+			Chain            []string
+		}
 	}
 	if err := json.Unmarshal([]byte(ts.ReadFile("stdout")), &status); err != nil {
 		return err
 	}
 	ts.Setenv("KEY", status.Current.Key)
 	ts.Setenv("CERTIFICATE", status.Current.Certificate)
+	ts.Setenv("CHAIN", strings.Join(status.Current.Chain, " "))
 	return nil
 }
 

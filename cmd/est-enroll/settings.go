@@ -36,9 +36,12 @@ type settings struct {
 	engine                 string
 	credential             string
 	server, trustAnchors   string
-	discovery, label       string
+	discovery              oneOf
+	label                  string
 	subject                string
 	san                    []string
+	keyUsage, extKeyUsage  []string
+	subjectMismatch        oneOf
 	idevidKey, idevidCert  string
 	idevidChain            string
 	securityInstance       uint16
@@ -74,7 +77,7 @@ var deviceWide = map[string]bool{
 }
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "uri": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "uri": true, "example": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -83,7 +86,8 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.engine, "engine", "", "engine `address` of the token: pkcs11:token=…?module-path=…&pin-source=file:…")
 	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token; of several, the one to treat")
 	flags.StringVar(&s.server, "server", "", "EST server: coaps://host[:port][/path], the path is /.well-known/est unless given")
-	flags.StringVar(&s.discovery, "discovery", "off", "`on` asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1), or off")
+	s.discovery = oneOf{word: "off", allowed: []string{"off", "on"}}
+	flags.Var(&s.discovery, "discovery", "on asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1)")
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
 	flags.StringVar(&s.idevidKey, "idevid-key", "pkcs11:object=idevid;type=private", "engine `address` of the factory key (IDevID)")
@@ -91,6 +95,10 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.idevidChain, "idevid-chain", "", "`file` with the certificates to send after the factory certificate")
 	flags.StringVar(&s.subject, "subject", "", "Subject to ask for, RFC 4514: CN=dev-17,O=Example (default: the IDevID's)")
 	flags.StringArrayVar(&s.san, "san", nil, "SAN to ask for, repeatable: DNS:…, IP:…, URI:…, hwModuleName:<oid>;<hex serial>")
+	flags.StringArrayVar(&s.keyUsage, "key-usage", nil, "key usage to ask for, `names` with commas, repeatable: digitalSignature, contentCommitment, keyEncipherment, dataEncipherment, keyAgreement, encipherOnly, decipherOnly")
+	flags.StringArrayVar(&s.extKeyUsage, "ext-key-usage", nil, "extended key usage to ask for, `names` with commas, repeatable: clientAuth, serverAuth, codeSigning, emailProtection, timeStamping, OCSPSigning or OIDs")
+	s.subjectMismatch = oneOf{word: "warn", allowed: []string{"warn", "refuse"}}
+	flags.Var(&s.subjectMismatch, "subject-mismatch", "what to do with a certificate whose Subject or SAN is not what was asked for: warn and take it, or refuse it")
 	flags.Uint16Var(&s.securityInstance, "security-instance", 0, "instance of the LwM2M Security object to keep")
 	flags.StringVar(&s.securityServer, "security-server", "", "server `URI` of that instance (default: the EST server)")
 	flags.StringVar(&s.securityServerCert, "security-server-certificate", "", "`file` with that server's certificate (default: the one the EST server shows)")

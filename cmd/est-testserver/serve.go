@@ -110,6 +110,7 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.DurationVar(&cfg.ReplayWindow, "replay-window", 24*time.Hour, "`DURATION` in which a repeated CSR gets the same certificate")
 	flags.BoolVar(&cfg.NoReplay, "no-replay", false, "issue anew for every request")
 	flags.StringArrayVar(&faults, "fault", nil, "`FAULT` to begin with, see above")
+	flags.BoolVar(&cfg.Raw, "raw", false, "answer by a CoAP of its own that the faults message and server-certificate can get wrong")
 	flags.IntVar(&cfg.BlockSize, "block-size", 1024, "largest block of an answer, `BYTES` 16 to 1024")
 	flags.DurationVar(&cfg.AckTimeout, "ack-timeout", 2*time.Second, "`DURATION` before the first retransmission of a separate response")
 	flags.BoolVarP(&verbose, "verbose", "v", false, "log the transport to standard error")

@@ -82,9 +82,9 @@ var (
 // Dial opens a session: the server's chain, name and time are judged before
 // anything is sent to it, the question for its resources included.
 // est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
-// est.ErrNotValidNow; est.ErrCredentialRefused, est.ErrCredentialNotYetValid,
-// est.ErrKeyUnsuitable; est.ErrKeyMismatch for a Key that is not the
-// Certificate's; and what the Key says when it cannot sign.
+// est.ErrNotValidNow; est.ErrHandshake; est.ErrCredentialRefused,
+// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable; est.ErrKeyMismatch for a Key
+// that is not the Certificate's; and what the Key says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
 	conn, err := dial(ctx, cfg)
 	if err != nil {
@@ -126,10 +126,10 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 	})
 	var handshake *coap.HandshakeError
 	if errors.As(err, &handshake) && handshake.Alert != nil {
-		if meaning := alertMeaning(*handshake.Alert, handshake.CertificateSent, own, cfg.Now()); meaning != nil {
-			return nil, fmt.Errorf("%w: %w", err, meaning)
-		}
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", err, alertMeaning(*handshake.Alert, handshake.CertificateSent, own, cfg.Now()))
+	}
+	if errors.As(err, &handshake) && handshake.Refused {
+		return nil, fmt.Errorf("%w: %w", err, est.ErrHandshake)
 	}
 	if err != nil {
 		return nil, classify(ctx, err)
@@ -163,13 +163,13 @@ const (
 	alertUserCanceled  coap.Alert = 90
 )
 
-// alertMeaning is what an alert in the handshake means for EST, nil if nothing.
+// alertMeaning is what an alert in the handshake means for EST.
 func alertMeaning(alert coap.Alert, certificateSent bool, own *x509.Certificate, now time.Time) error {
 	switch {
 	case alert == coap.AlertCloseNotify, alert == alertInternalError, alert == alertUserCanceled:
 		return est.ErrUnreachable
 	case !certificateSent:
-		return nil
+		return est.ErrHandshake
 	case alert == coap.AlertCertificateExpired && !now.Before(own.NotBefore) && !now.After(own.NotAfter):
 		return est.ErrCredentialNotYetValid
 	}
@@ -215,17 +215,30 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 		request.Method, request.ContentFormat, request.Body = codePOST, &format, req.Body
 	}
 	response, err := s.conn.Do(ctx, request)
+	if isWrongAnswer(err) {
+		return nil, &est.ResponseError{Operation: req.Operation, Err: err}
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s at %s: %w", req.Operation, server, classify(ctx, err))
 	}
 	return interpret(req.Operation, server, response)
 }
 
+// isWrongAnswer reports an answer that came, and whose blocks, options or size
+// are not what they must be: what arrives over DTLS is the server's.
+func isWrongAnswer(err error) bool {
+	var block *coap.BlockError
+	var option *coap.OptionError
+	return errors.As(err, &block) || errors.As(err, &option) || errors.Is(err, coap.ErrBodyTooLarge)
+}
+
 // interpret maps a CoAP response to EST (RFC 9148 §4.5, §4.7).
 func interpret(operation est.Operation, server string, response *coap.Response) (*est.Response, error) {
 	switch class := int(response.Code) >> 5; {
 	case response.Code == codeServiceUnavailable:
-		return nil, est.NewPendingError(operation, server, retryAfter(response.MaxAge))
+		pending := est.NewPendingError(operation, server, retryAfter(response.MaxAge))
+		pending.Detail = est.NewDetail(response.Body)
+		return nil, pending
 	case class != 2:
 		return nil, &est.StatusError{
 			Operation: operation, Server: server, Code: codeText(response.Code), Class: class,

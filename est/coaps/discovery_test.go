@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -92,13 +93,18 @@ func TestDiscovery(t *testing.T) {
 			answer: links(`</x/crts>;rt=ace.est.crts,</y/crts>;rt=ace.est.crts,</x/sen>;rt=ace.est.sen,</x/sen2>;rt=ace.est.sen,</x/sren>;rt=ace.est.sren`),
 			want:   []string{wellKnown + "crts 281", wellKnown + "sen 281", "/x/sren 281"}, warnings: []string{"cacerts: 2 links, and which is meant only a label can tell; simpleenroll: 2 links"}},
 		{name: "elsewhere",
-			answer: links(`<coaps://other.example/est/crts>;rt=ace.est.crts,<coaps://127.0.0.1:1/est/sen>;rt=ace.est.sen,<coap://127.0.0.1/x>;rt=ace.est.sren,<//evil/x>;rt=ace.est.sren`),
+			answer: links(fmt.Sprintf(`<coaps://127.0.0.2:%d/est/crts>;rt=ace.est.crts,<coaps://127.0.0.1:1/est/sen>;rt=ace.est.sen,<coap://127.0.0.1/x>;rt=ace.est.sren,<//evil:%[1]d/x>;rt=ace.est.sren`, w.uri.Port)),
 			want:   []string{wellKnown + "crts 281", wellKnown + "sen 281", wellKnown + "sren 281"},
-			warnings: []string{`not followed: "coaps://other.example/est/crts" (another host or port), "coaps://127.0.0.1:1/est/sen" (another host or port), "coap://127.0.0.1/x" (another scheme), 1 more`,
+			warnings: []string{fmt.Sprintf(`not followed: "coaps://127.0.0.2:%d/est/crts" (another host or port), "coaps://127.0.0.1:1/est/sen" (another host or port), "coap://127.0.0.1/x" (another scheme), 1 more`, w.uri.Port),
 				"cacerts: no link; simpleenroll: no link; simplereenroll: no link: /.well-known/est is used"}},
 		{name: "paths that are none of ours",
-			answer: links(`</est/crts?x>;rt=ace.est.crts,</est/%2e%2e%2fcrts>;rt=ace.est.crts,<coaps://u@127.0.0.1/x>;rt=ace.est.crts,</a#b>;rt=ace.est.crts,</a//b>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`),
-			want:   []string{wellKnown + "crts 281", "/a 281", "/b 281"}, warnings: []string{"a query or a fragment", "cacerts: no link:"}},
+			answer:   links(`</est/crts?x>;rt=ace.est.crts,</a%2fb>;rt=ace.est.crts,</a//b>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`),
+			want:     []string{wellKnown + "crts 281", "/a 281", "/b 281"},
+			warnings: []string{`"/est/crts?x" (it has a query or a fragment), "/a%2fb" (its path is not one of ours), "/a//b" (its path is not one of ours)`, "cacerts: no link:"}},
+		{name: "with a user, a fragment, and no reference at all",
+			answer:   links(fmt.Sprintf(`<coaps://u@%s/x>;rt=ace.est.crts,</a#b>;rt=ace.est.crts,<%%zz>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`, w.uri.Address())),
+			want:     []string{wellKnown + "crts 281", "/a 281", "/b 281"},
+			warnings: []string{`(another host or port), "/a#b" (it has a query or a fragment), "%zz" (not a URI reference)`, "cacerts: no link:"}},
 		{name: "about another resource",
 			answer: links(`</a>;rt=ace.est.crts;anchor="coaps://other.example/",</b>;rt="ace.est.crts ace.est.sen ace.est.sren"`),
 			want:   []string{"/b 281", "/b 281", "/b 281"}, warnings: []string{"not followed"}},
@@ -231,6 +237,39 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		go func() { <-asked; w.stop() }()
 		if _, err := coaps.Dial(t.Context(), cfg); !errors.Is(err, est.ErrUnreachable) {
 			t.Errorf("got %v, want ErrUnreachable", err)
+		}
+	})
+}
+
+// Whatever a server lists: what is taken of it is a path that a URI of ours can
+// have, and what is said of it cannot steer a terminal.
+func FuzzDiscovery(f *testing.F) {
+	for _, seed := range []string{
+		`</est/crts>;rt="ace.est.crts",<coaps://est.example:5684/a>;rt="ace.est.sen",<a/../b>;rt=ace.est.sren`, `<//est.example/x>;rt=ace.est.crts`,
+		`</a%2fb>;rt=ace.est.crts`, `<coap://[::1]/x>;rt=ace.est.crts;ct=287`, `<?x>;rt=ace.est.crts`,
+	} {
+		f.Add([]byte(seed))
+	}
+	uri, err := coaps.ParseURI("coaps://est.example")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, document []byte) {
+		links, err := est.ParseLinks(document)
+		if err != nil {
+			return
+		}
+		paths, ignored := coaps.Candidates(uri, links)
+		for _, path := range paths {
+			whole := coaps.URI{Host: uri.Host, Port: uri.Port, Root: path}
+			if again, err := coaps.ParseURI(whole.String()); err != nil || again != whole {
+				t.Errorf("%q: %s parses to %v, %v", document, whole, again, err)
+			}
+		}
+		for _, text := range ignored {
+			if len(text) > 512 || strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+				t.Errorf("ignored: %q", text)
+			}
 		}
 	})
 }

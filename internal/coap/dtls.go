@@ -19,6 +19,7 @@ import (
 	"github.com/pion/dtls/v3/pkg/crypto/elliptic"
 	"github.com/pion/dtls/v3/pkg/crypto/signaturehash"
 	dtlsnet "github.com/pion/dtls/v3/pkg/net"
+	"github.com/pion/dtls/v3/pkg/protocol/alert"
 )
 
 // Alert is the description of a TLS alert (RFC 5246 §7.2).
@@ -55,7 +56,11 @@ type HandshakeError struct {
 	// CertificateSent tells that our certificate and the proof of its key went
 	// out, so that an alert may well be about them.
 	CertificateSent bool
-	Err             error
+	// Refused tells that we ended it because of what the peer sent: it does not
+	// parse, is not signed by the key of its certificate, or is not what we
+	// offered and require. It is not set for what Verify refused.
+	Refused bool
+	Err     error
 }
 
 func (e *HandshakeError) Error() string { return fmt.Sprintf("DTLS handshake: %s: %v", e.Addr, e.Err) }
@@ -69,6 +74,23 @@ type handshake struct {
 	signed atomic.Bool
 	// types of client certificates that the server asked for.
 	types []clientcertificate.Type
+	ours  atomic.Bool // Verify or our key ended it
+	// received counts the peer's datagrams.
+	received atomic.Int64
+}
+
+// countingConn counts what a client receives during its handshake.
+type countingConn struct {
+	net.PacketConn
+	shake *handshake
+}
+
+func (c countingConn) ReadFrom(p []byte) (int, net.Addr, error) {
+	n, from, err := c.PacketConn.ReadFrom(p)
+	if err == nil {
+		c.shake.received.Add(1)
+	}
+	return n, from, err
 }
 
 // proofSigner notes that the key has signed. A client's key signs only its
@@ -76,13 +98,15 @@ type handshake struct {
 // accepted the server's, and right before the flight leaves.
 type proofSigner struct {
 	crypto.Signer
-	signed *atomic.Bool
+	shake *handshake
 }
 
 func (s proofSigner) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	signature, err := s.Signer.Sign(rand, digest, opts)
 	if err == nil {
-		s.signed.Store(true)
+		s.shake.signed.Store(true)
+	} else {
+		s.shake.ours.Store(true)
 	}
 	return signature, err
 }
@@ -91,7 +115,7 @@ func (h *handshake) certificate(cfg *Config) *tls.Certificate {
 	if cfg.Key == nil {
 		return new(tls.Certificate)
 	}
-	return &tls.Certificate{Certificate: cfg.Certificate, PrivateKey: proofSigner{cfg.Key, &h.signed}}
+	return &tls.Certificate{Certificate: cfg.Certificate, PrivateKey: proofSigner{cfg.Key, h}}
 }
 
 // dtlsOptions are common to both ends.
@@ -140,8 +164,8 @@ func groups(cfg *Config) []elliptic.Curve {
 // errNoScheme is pion's error for a server that takes no signature of our key.
 var _, errNoScheme = signaturehash.SelectSignatureScheme(nil, proofSigner{})
 
-// verifyPeer parses the chain of a handshake and has it judged.
-func verifyPeer(cfg *Config, state *dtls.State) ([]*x509.Certificate, error) {
+// parsePeer parses the chain of a handshake.
+func parsePeer(state *dtls.State) ([]*x509.Certificate, error) {
 	var peer []*x509.Certificate
 	for _, der := range state.PeerCertificates {
 		cert, err := x509.ParseCertificate(der)
@@ -153,7 +177,7 @@ func verifyPeer(cfg *Config, state *dtls.State) ([]*x509.Certificate, error) {
 	if len(peer) == 0 {
 		return nil, errors.New("peer's certificate: none")
 	}
-	return peer, cfg.Verify(peer)
+	return peer, nil
 }
 
 // Dial connects to addr, "host:port", and completes the handshake. A failure of
@@ -173,7 +197,10 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	}
 	shake := new(handshake)
 	options := dtlsOptions(&cfg, func(state *dtls.State) (err error) {
-		shake.peer, err = verifyPeer(&cfg, state)
+		if shake.peer, err = parsePeer(state); err == nil {
+			err = cfg.Verify(shake.peer)
+			shake.ours.Store(err != nil)
+		}
 		return err
 	})
 	// Not WithCertificates: pion silently drops a certificate that the server's
@@ -189,7 +216,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	for i, option := range options {
 		clientOptions[i] = option
 	}
-	conn, err := dtls.ClientWithOptions(dtlsnet.PacketConnFromConn(udp), udp.RemoteAddr(), clientOptions...)
+	conn, err := dtls.ClientWithOptions(countingConn{dtlsnet.PacketConnFromConn(udp), shake}, udp.RemoteAddr(), clientOptions...)
 	if err != nil {
 		return nil, errors.Join(&HandshakeError{Addr: addr, Err: err}, udp.Close())
 	}
@@ -211,9 +238,6 @@ func handshakeError(addr string, shake *handshake, err error) *HandshakeError {
 	if errors.As(err, &pionError) {
 		result.Err = pionError.Err
 	}
-	if errors.Is(err, errNoScheme) {
-		result.Err = ErrKeyUnsuitable
-	}
 	result.Err = timedOut(result.Err)
 	// pion's error of a received alert is unexported, but encodes itself like
 	// the alert it embeds: level, description.
@@ -224,9 +248,48 @@ func handshakeError(addr string, shake *handshake, err error) *HandshakeError {
 	if errors.As(err, &received) {
 		if encoded, err := received.Marshal(); err == nil && len(encoded) == 2 {
 			result.Alert = pointer(Alert(encoded[1]))
+			result.Err = fmt.Errorf("the peer's alert %d (%v)", encoded[1], alert.Description(encoded[1]))
 		}
 	}
+	if errors.Is(result.Err, ErrTimeout) {
+		// Where a peer falls silent tells an address that is wrong from a
+		// certificate that is not liked.
+		if n := shake.received.Load(); result.CertificateSent {
+			result.Err = fmt.Errorf("%w, after our certificate", result.Err)
+		} else if n > 0 {
+			result.Err = fmt.Errorf("%w, after %d datagrams", result.Err, n)
+		}
+	}
+	switch {
+	case result.Alert != nil, shake.ours.Load(), isOutside(result.Err):
+	case errors.Is(err, errNoScheme):
+		result.Err = ErrKeyUnsuitable
+	default:
+		result.Refused, result.Err = true, ofPeer(result.Err)
+	}
 	return result
+}
+
+// isOutside reports the end of a handshake that nothing in it has caused.
+// (pion's own errors are net.Errors too.)
+func isOutside(err error) bool {
+	var socket *net.OpError
+	return errors.Is(err, ErrTimeout) || errors.Is(err, context.Canceled) || errors.As(err, &socket) ||
+		errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) || errors.Is(err, dtls.ErrConnClosed)
+}
+
+// ofPeer says what is wrong with what the peer sent.
+func ofPeer(err error) error {
+	var fatal *dtls.FatalError
+	if errors.As(err, &fatal) {
+		return fatal.Err // without "dtls fatal"
+	}
+	var other net.Error
+	if errors.As(err, &other) {
+		return err // another of pion's
+	}
+	// What pion passes on from crypto/x509 and encoding/asn1, of whatever it parses.
+	return fmt.Errorf("the peer's certificate or signature: %w", err)
 }
 
 // timedOut turns the errors of a deadline into ErrTimeout.
@@ -272,8 +335,11 @@ func listenDTLS(addr string, cfg *Config) (net.Listener, error) {
 		}),
 	}
 	for _, option := range dtlsOptions(cfg, func(state *dtls.State) error {
-		_, err := verifyPeer(cfg, state)
-		return err
+		peer, err := parsePeer(state)
+		if err != nil {
+			return err
+		}
+		return cfg.Verify(peer)
 	}) {
 		serverOptions = append(serverOptions, option)
 	}

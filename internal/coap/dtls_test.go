@@ -260,6 +260,9 @@ func TestHandshakeError(t *testing.T) {
 			if handshake.Addr != addr || test.is != nil && !errors.Is(err, test.is) || handshake.CertificateSent != test.sent {
 				t.Errorf("got %+v", handshake)
 			}
+			if handshake.Refused != (name == "no extended master secret") {
+				t.Errorf("refused by us: %t", handshake.Refused)
+			}
 			if timeout := errors.Is(err, coap.ErrTimeout); timeout != (test.is == coap.ErrTimeout) || timeout != errors.Is(err, context.DeadlineExceeded) {
 				t.Errorf("a timeout: %t: %v", timeout, err)
 			}

@@ -72,7 +72,15 @@ type Conn struct {
 	nextTag     uint32
 	outstanding map[uint16]*outgoing
 	calls       map[string]chan *message.Message
+	ignored     ignored
 	remembered  memory
+}
+
+// ignored counts what came and was no answer: somebody there answers wrongly,
+// which silence would hide.
+type ignored struct {
+	malformed int
+	foreign   int // with a token that was not asked with
 }
 
 // outgoing is a confirmable message that waits for its ACK.
@@ -163,6 +171,7 @@ func (c *Conn) receive(datagram []byte) {
 	switch kind {
 	case message.Acknowledgement, message.Reset:
 		if malformed || kind == message.Acknowledgement && class == 0 && !empty {
+			c.count(func(i *ignored) { i.malformed++ })
 			return
 		}
 		c.acknowledged(kind, mid, m)
@@ -170,6 +179,9 @@ func (c *Conn) receive(datagram []byte) {
 	}
 	confirmable := kind == message.Confirmable
 	if malformed || empty {
+		if malformed {
+			c.count(func(i *ignored) { i.malformed++ })
+		}
 		if confirmable {
 			// A format error, or a ping (RFC 7252 §4.3).
 			c.sendEmpty(message.Reset, mid)
@@ -195,12 +207,21 @@ func (c *Conn) receive(datagram []byte) {
 	}
 }
 
+func (c *Conn) count(one func(*ignored)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	one(&c.ignored)
+}
+
 // acknowledged matches an ACK or a Reset with the message it is for.
 func (c *Conn) acknowledged(kind message.Type, mid uint16, m *message.Message) {
 	c.mu.Lock()
 	out, found := c.outstanding[mid]
 	// A piggybacked response carries its request's token (RFC 7252 §5.3.2).
 	if !found || m.Code != codes.Empty && out.token != string(m.Token) {
+		if found {
+			c.ignored.foreign++
+		}
 		c.mu.Unlock()
 		return
 	}
@@ -245,6 +266,7 @@ func (c *Conn) exchange(ctx context.Context, code Code, opts message.Options, pa
 	response := make(chan *message.Message, 1)
 	c.mu.Lock()
 	c.calls[string(token)] = response
+	c.ignored = ignored{}
 	c.mu.Unlock()
 	defer func() {
 		c.mu.Lock()
@@ -257,7 +279,7 @@ func (c *Conn) exchange(ctx context.Context, code Code, opts message.Options, pa
 		case m := <-response:
 			return m, nil
 		case <-ctx.Done():
-			err = contextError(ctx)
+			err = fmt.Errorf("acknowledged: %w", contextError(ctx))
 		case <-c.done:
 			err = c.closedError()
 		}
@@ -267,8 +289,23 @@ func (c *Conn) exchange(ctx context.Context, code Code, opts message.Options, pa
 	case m := <-response:
 		return m, nil
 	default:
-		return nil, err
+		return nil, c.withIgnored(err)
 	}
+}
+
+// withIgnored adds to an ErrTimeout what came in the answer's place.
+func (c *Conn) withIgnored(err error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case !errors.Is(err, ErrTimeout):
+		return err
+	case c.ignored.malformed > 0:
+		return fmt.Errorf("%w, but %d malformed messages", err, c.ignored.malformed)
+	case c.ignored.foreign > 0:
+		return fmt.Errorf("%w, but %d with another token", err, c.ignored.foreign)
+	}
+	return err
 }
 
 // transmit sends a confirmable message until it is acknowledged (RFC 7252 §4.2).

@@ -265,6 +265,56 @@ func TestUnexpected(t *testing.T) {
 	}
 }
 
+// A server that answers wrongly is told from one that is silent, and what one
+// exchange ignored is not held against the next.
+func TestIgnored(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		answer func(*message.Message) []byte
+		want   string
+	}{
+		"silence": {func(*message.Message) []byte { return nil }, "no answer: context deadline exceeded"},
+		"an option that is cut": {func(m *message.Message) []byte {
+			return []byte{0x60, byte(codes.Content), byte(m.MessageID >> 8), byte(m.MessageID), 0xc2, 1}
+		}, "no answer: context deadline exceeded, but 2 malformed messages"},
+		"another token": {func(m *message.Message) []byte {
+			return []byte{0x61, byte(codes.Content), byte(m.MessageID >> 8), byte(m.MessageID), 1}
+		}, "no answer: context deadline exceeded, but 2 with another token"},
+		"an empty ACK": {func(m *message.Message) []byte {
+			return []byte{0x60, 0, byte(m.MessageID >> 8), byte(m.MessageID)}
+		}, "acknowledged: no answer: context deadline exceeded"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				p := newPeer(t)
+				cfg := plain()
+				cfg.MaxRetransmit = 1
+				conn := p.client(cfg)
+				done := do(t.Context(), conn, get)
+				transmissions := 2
+				if name == "an empty ACK" {
+					transmissions = 1
+				}
+				for range transmissions {
+					if answer := test.answer(p.next()); answer != nil {
+						p.raw(answer)
+					}
+				}
+				if got := <-done; !isTimeout(got.err) || !strings.HasSuffix(got.err.Error(), ": "+test.want) {
+					t.Errorf("got %v, want %s", got.err, test.want)
+				}
+				done = do(t.Context(), conn, get)
+				p.next()
+				p.next()
+				if got := <-done; !isTimeout(got.err) || !strings.HasSuffix(got.err.Error(), ": no answer: context deadline exceeded") {
+					t.Errorf("the next exchange: %v", got.err)
+				}
+			})
+		})
+	}
+}
+
 // Replies are kept for the last messages only, however many a peer sends.
 func TestMemoryIsBounded(t *testing.T) {
 	t.Parallel()

@@ -1,6 +1,6 @@
-// Package coaptest is a UDP proxy that loses, doubles and reorders datagrams:
-// the network that tests put between a CoAP client and its server. It knows
-// nothing of what it carries. It is a test tool and ships in no program.
+// Package coaptest is a UDP proxy that loses, doubles, reorders and changes
+// datagrams: the network that tests put between a CoAP client and its server. It
+// knows nothing of what it carries. It is a test tool and ships in no program.
 package coaptest
 
 import (
@@ -60,6 +60,9 @@ type Faults struct {
 	Loss, Duplicate, Reorder float64
 	// Hook is asked first, one call at a time, and may leave it to the odds.
 	Hook func(Datagram) Action
+	// Tamper is asked before Hook, one call at a time: what it returns goes on at
+	// once, in the datagram's place, unless it says that it leaves it alone.
+	Tamper func(Datagram) (instead [][]byte, tampered bool)
 }
 
 // Count is what one side sent, before faults.
@@ -69,6 +72,7 @@ type Count struct{ Datagrams, Bytes int }
 type Counters struct {
 	ToServer, ToClient        Count
 	Lost, Duplicated, Delayed int
+	Tampered                  int
 }
 
 // Proxy is a proxy on a loopback port. It ends with its test.
@@ -216,12 +220,22 @@ func (p *Proxy) forward(f *flow, direction Direction, payload []byte) {
 	// Three draws for every datagram, whatever the hook says: the sequence
 	// stays the same.
 	lose, double, delay := path.odds.Float64(), path.odds.Float64(), path.odds.Float64()
+	datagram := Datagram{
+		Direction: direction, Number: p.counters.ToServer.Datagrams + p.counters.ToClient.Datagrams,
+		Client: f.client, Payload: payload,
+	}
+	if p.faults.Tamper != nil {
+		if instead, tampered := p.faults.Tamper(datagram); tampered {
+			p.counters.Tampered++
+			for _, datagram := range instead {
+				path.send(datagram)
+			}
+			return
+		}
+	}
 	action := Draw
 	if p.faults.Hook != nil {
-		action = p.faults.Hook(Datagram{
-			Direction: direction, Number: p.counters.ToServer.Datagrams + p.counters.ToClient.Datagrams,
-			Client: f.client, Payload: payload,
-		})
+		action = p.faults.Hook(datagram)
 	}
 	if action == Draw {
 		switch {

@@ -157,3 +157,23 @@ func TestClients(t *testing.T) {
 		t.Errorf("counters (-want +got):\n%s", diff)
 	}
 }
+
+// What Tamper returns takes the place of the datagram.
+func TestTamper(t *testing.T) {
+	t.Parallel()
+	got, counters := carry(t, 4, coaptest.Faults{Tamper: func(d coaptest.Datagram) ([][]byte, bool) {
+		switch d.Payload[0] {
+		case 1:
+			return nil, true
+		case 2:
+			return [][]byte{{20}, {21}}, true
+		}
+		return [][]byte{{99}}, false
+	}})
+	if diff := cmp.Diff([]byte{0, 20, 21, 3}, got); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if counters.Tampered != 2 {
+		t.Errorf("counters: %+v", counters)
+	}
+}

@@ -1,0 +1,35 @@
+package main
+
+import (
+	"slices"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// values are the words that a setting can be, where they are few.
+var values = map[string][]string{
+	"block-size": {"16", "32", "64", "128", "256", "512", "1024"},
+	"discovery":  {"off", "on"},
+}
+
+// completeFlags says of each flag what a shell can offer: the words of a setting
+// of a few, files, directories, or nothing.
+func completeFlags(command *cobra.Command, flags *pflag.FlagSet) {
+	flags.VisitAll(func(f *pflag.Flag) {
+		offered, directive := values[f.Name], cobra.ShellCompDirectiveNoFileComp
+		if which, ok := f.Value.(*oneOf); ok {
+			offered = which.allowed
+		}
+		switch kind, _ := pflag.UnquoteUsage(f); kind {
+		case "file":
+			directive = cobra.ShellCompDirectiveDefault
+		case "directory":
+			directive = cobra.ShellCompDirectiveFilterDirs
+		}
+		// It fails for a flag that has one already, or is not the command's.
+		_ = command.RegisterFlagCompletionFunc(f.Name, func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			return slices.Clone(offered), directive
+		})
+	})
+}

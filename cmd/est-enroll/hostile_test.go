@@ -1,0 +1,688 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"estenroll/csr"
+	"estenroll/engine/enginetest/softhsm"
+	"estenroll/internal/coap/coaptest"
+	"estenroll/testserver"
+)
+
+var hostileAll = flag.Bool("hostile.all", false, "run each hostile case in each situation, and print the token before and after")
+
+// situation is where a device stands when it meets a hostile server. The first
+// two are of a first boot: one begins anew, the other has a request under way,
+// whose key and CSR it keeps.
+type situation string
+
+const (
+	firstBoot situation = "first boot"
+	underWay  situation = "under way"
+	renewal   situation = "renewal"
+)
+
+// hostileCase is one thing that a server, or somebody before it, gets wrong.
+type hostileCase struct {
+	name   string
+	faults []string // of the server
+	link   tamper   // of the network
+	in     []situation
+	code   int
+	says   string // a regular expression for the line with the error
+	// issued is what the server issues for it; the honest run after it gets one
+	// more certificate, or, where again is set, the same one.
+	issued int
+	again  bool
+}
+
+// What a case does to the request, so the situations to meet it in: those in which
+// the token is to be as before.
+var (
+	// final is an answer of the server: what was begun for it is undone.
+	final = []situation{firstBoot, renewal}
+	// open is none: the request is kept for the next run.
+	open = []situation{underWay, renewal}
+	// forged may be anybody's on the network: it ends what has asked nothing yet,
+	// and not what may be under decision.
+	forged = []situation{firstBoot, underWay, renewal}
+)
+
+// keeps reports whether the journal has the request afterwards.
+func (c hostileCase) keeps(in situation) bool {
+	return in == underWay || in == renewal && len(c.in) == len(open) && c.in[0] == open[0]
+}
+
+var hostileCases = []hostileCase{
+	// The certificate.
+	{name: "wrong key", faults: []string{"wrong-key"}, in: final, code: exitRefused,
+		says: `issued certificate: "SERIALNUMBER=4711,O=Test": the certificate is for another key$`, issued: 1},
+	{name: "expired", faults: []string{"expired"}, in: final, code: exitRefused,
+		says: `issued certificate .* is expired since`, issued: 1},
+	{name: "not yet valid", faults: []string{"not-yet-valid"}, in: final, code: exitRefused,
+		says: `issued certificate .* is not yet valid`, issued: 1},
+	{name: "foreign chain", faults: []string{"foreign-chain"}, in: final, code: exitRefused,
+		says: `issued certificate .* signed by unknown authority .*: not trusted$`, issued: 1},
+	{name: "CA flag", faults: []string{"ca-flag"}, in: final, code: exitRefused,
+		says: `issued certificate: .* is a CA certificate for the key of this device: not trusted$`, issued: 1},
+	// The body of the answer.
+	{name: "two leaf certificates", faults: []string{"body=two-leaves"}, in: final, code: exitRefused,
+		says: `answer: more than one certificate that is not of a CA: "SERIALNUMBER=4711,O=Test" and "CN=TEST ONLY EST server"$`, issued: 1},
+	{name: "CA certificates alone", faults: []string{"body=none"}, in: final, code: exitRefused,
+		says: `answer: no certificate but those of CAs$`, issued: 1},
+	{name: "PKCS#7 without certificates", faults: []string{"body=empty"}, in: final, code: exitRefused,
+		says: `answer: certs-only PKCS#7: no certificate$`, issued: 1},
+	{name: "no body", faults: []string{"body=nothing"}, in: final, code: exitRefused,
+		says: `answer: certs-only PKCS#7: empty$`, issued: 1},
+	{name: "PKCS#7 truncated", faults: []string{"body=pkcs7-truncated"}, in: final, code: exitRefused,
+		says: `answer: certs-only PKCS#7: asn1: syntax error: data truncated$`, issued: 1},
+	{name: "PKCS#7 with trailing bytes", faults: []string{"body=pkcs7-trailing"}, in: final, code: exitRefused,
+		says: `answer: certs-only PKCS#7: 2 bytes after the end$`, issued: 1},
+	{name: "certificate truncated", faults: []string{"body=certificate-truncated"}, in: final, code: exitRefused,
+		says: `answer: certs-only PKCS#7: x509: malformed signature$`, issued: 1},
+	{name: "certificate with trailing bytes", faults: []string{"body=certificate-trailing"}, in: final, code: exitRefused,
+		says: `answer: certificate "SERIALNUMBER=4711,O=Test": it goes on after its signature$`, issued: 1},
+	{name: "287 truncated", faults: []string{"body=pkix-truncated"}, in: final, code: exitRefused,
+		says: `answer: certificate: x509: malformed certificate$`, issued: 1},
+	{name: "287 with trailing bytes", faults: []string{"body=pkix-trailing"}, in: final, code: exitRefused,
+		says: `answer: certificate: x509: trailing data$`, issued: 1},
+	{name: "wrong content-format", faults: []string{"body=wrong-format"}, in: final, code: exitRefused,
+		says: `answer: content-format 50, want 281 or 287$`, issued: 1},
+	{name: "no content-format", faults: []string{"body=no-format"}, in: final, code: exitRefused,
+		says: `answer: no content-format$`, issued: 1},
+	{name: "PKCS#7 as 287", faults: []string{"body=swapped-format"}, in: final, code: exitRefused,
+		says: `answer: certificate: x509: malformed tbs certificate$`, issued: 1},
+	{name: "an error with a hostile text", faults: []string{"answer=4.00", "long-detail"}, in: final, code: exitRefused,
+		says: `sr?en: 4\.00 BadRequest: "\.\[2J\.\.est-enroll: enrolled\.\.\. `},
+	{name: "Max-Age of 136 years", faults: []string{"defer=1,max-age=1193046h28m15s"}, in: open, code: exitPending,
+		says: `asks for 1193046h28m15s of patience: after 720h0m0s the device asks again$`},
+	{name: "crts of a foreign CA", faults: []string{"crts=foreign"}, in: open, code: exitRefused,
+		says: `judge the server by its own cacerts: server certificate .* signed by unknown authority: not trusted$`},
+	{name: "crts without a CA", faults: []string{"crts=leaf"}, in: final, code: exitRefused,
+		says: `trust anchors: "CN=TEST ONLY EST server" is not a CA certificate: not trusted$`},
+	// The messages and the blocks.
+	{name: "1 MiB", faults: []string{"message=block-1-mib"}, in: final, code: exitRefused,
+		says: `answer: .*: response of 1048576 bytes: body too large: the limit is 65536$`, issued: 1},
+	{name: "endless blocks", faults: []string{"message=block-endless"}, in: final, code: exitRefused,
+		says: `answer: .*: response: body too large: the limit is 65536$`, issued: 1},
+	{name: "ETag change", faults: []string{"message=block-etag"}, in: final, code: exitRefused,
+		says: `answer: .*: Block2: ETag 01 after 00$`, issued: 1},
+	{name: "block out of order", faults: []string{"message=block-order"}, in: final, code: exitRefused,
+		says: `answer: .*: Block2: got 2/1/64 at offset 64$`, issued: 1},
+	{name: "content-format change", faults: []string{"message=block-format"}, in: final, code: exitRefused,
+		says: `answer: .*: Block2: another content-format at offset 64$`, issued: 1},
+	{name: "block option missing", faults: []string{"message=block-missing"}, in: final, code: exitRefused,
+		says: `answer: .*: Block2: missing at offset 64$`, issued: 1},
+	{name: "block too short", faults: []string{"message=block-short"}, in: final, code: exitRefused,
+		says: `answer: .*: Block2: 63 bytes in 1/1/64$`, issued: 1},
+	{name: "unknown critical option", faults: []string{"message=critical-option"}, in: final, code: exitRefused,
+		says: `answer: .*: option 2049 .*: critical and unknown$`, issued: 1},
+	{name: "message truncated", faults: []string{"message=truncated"}, in: open, code: exitTryLater,
+		says: `no answer: .*, but \d malformed messages$`, issued: 1, again: true},
+	{name: "message with a marker of no payload", faults: []string{"message=trailing"}, in: open, code: exitTryLater,
+		says: `no answer: .*, but \d malformed messages$`, issued: 1, again: true},
+	{name: "wrong token", faults: []string{"message=wrong-token"}, in: open, code: exitTryLater,
+		says: `no answer: .*, but \d with another token$`, issued: 1, again: true},
+	{name: "Reset", faults: []string{"message=reset"}, in: open, code: exitTryLater,
+		says: `reset by the peer$`, issued: 1, again: true},
+	{name: "silence after an ACK", faults: []string{"message=acknowledged-only"}, in: open, code: exitTryLater,
+		says: `sr?en: acknowledged: no answer: context deadline exceeded$`, issued: 1, again: true},
+	{name: "silence after the request", faults: []string{"message=silent"}, in: open, code: exitTryLater,
+		says: `sr?en: no answer: context deadline exceeded$`, issued: 1, again: true},
+	// The certificate of the server.
+	{name: "server of another name", faults: []string{"server-certificate=other-name"}, in: open, code: exitRefused,
+		says: `server certificate .*: it is not for "127\.0\.0\.1": .*: not trusted$`},
+	{name: "server expired", faults: []string{"server-certificate=expired"}, in: open, code: exitRefused,
+		says: `server certificate .* is expired since`},
+	{name: "server not yet valid", faults: []string{"server-certificate=not-yet-valid"}, in: open, code: exitRefused,
+		says: `server certificate .* is not yet valid`},
+	{name: "server of a foreign CA", faults: []string{"server-certificate=foreign"}, in: open, code: exitRefused,
+		says: `handshake: .*: server certificate .* signed by unknown authority .*: not trusted$`},
+	{name: "server with a client's certificate", faults: []string{"server-certificate=client"}, in: open, code: exitRefused,
+		says: `server certificate .*: its extended key usage is not for servers: not trusted$`},
+	{name: "server's certificate truncated", faults: []string{"server-certificate=truncated"}, in: forged, code: exitRefused,
+		says: `the peer's certificate or signature: x509: malformed signature: no secure session$`},
+	{name: "server's certificate with trailing bytes", faults: []string{"server-certificate=trailing"}, in: open, code: exitRefused,
+		says: `server certificate .*: it goes on after its signature: not trusted$`},
+	{name: "refused in the handshake", faults: []string{"refuse-all"}, in: forged, code: exitRefused,
+		says: `alert 42 \(BadCertificate\): the server refuses our certificate$`},
+	// The handshake.
+	{name: "alert instead of HelloVerifyRequest", link: alerted(2, 40), in: forged, code: exitRefused,
+		says: `alert 40 \(HandshakeFailure\): no secure session$`},
+	{name: "alert instead of ServerHello", link: alerted(4, 71), in: forged, code: exitRefused,
+		says: `alert 71 \(InsufficientSecurity\): no secure session$`},
+	{name: "alert instead of Finished", link: alerted(6, 42), in: forged, code: exitRefused,
+		says: `alert 42 \(BadCertificate\): the server refuses our certificate$`},
+	{name: "silence instead of HelloVerifyRequest", link: silence(ofFlight(2)), in: open, code: exitTryLater,
+		says: `handshake: [^ ]*: no answer: context deadline exceeded$`},
+	{name: "silence instead of ServerHello", link: silence(ofFlight(4)), in: open, code: exitTryLater,
+		says: `handshake: .*: no answer: .*, after \d+ datagrams$`},
+	{name: "silence instead of Finished", link: silence(ofFlight(6)), in: open, code: exitTryLater,
+		says: `handshake: .*: no answer: .*, after our certificate$`},
+	{name: "silence after the handshake", link: silence(isApplicationData), in: open, code: exitTryLater,
+		says: `crts: no answer: context deadline exceeded$`},
+	{name: "record of the handshake truncated", link: cut(ofFlight(4)), in: open, code: exitTryLater,
+		says: `handshake: .*: no answer: .*, after \d+ datagrams$`},
+	{name: "record of the handshake with trailing bytes", link: extended(ofFlight(4)), in: open, code: exitTryLater,
+		says: `handshake: .*: no answer: .*, after \d+ datagrams$`},
+	{name: "record of the exchange truncated", link: cut(isApplicationData), in: open, code: exitTryLater,
+		says: `crts: no answer: context deadline exceeded$`},
+	{name: "record of the exchange with trailing bytes", link: extended(isApplicationData), in: open, code: exitTryLater,
+		says: `crts: no answer: context deadline exceeded$`},
+	{name: "suite that was not offered", link: withSuite(0xc02c), in: forged, code: exitRefused,
+		says: `invalid or unknown cipher suite: no secure session$`},
+	{name: "suite of a pre-shared key", link: withSuite(0xc0a8), in: forged, code: exitRefused,
+		says: `invalid or unknown cipher suite: no secure session$`},
+	{name: "suite without encryption", link: withSuite(0xc006), in: forged, code: exitRefused,
+		says: `do not support any shared cipher suites: no secure session$`},
+	{name: "another suite that was offered", link: withSuite(0xc0ac), in: forged, code: exitRefused,
+		says: `alert 42 \(BadCertificate\): the server refuses our certificate$`},
+	{name: "no extended master secret", link: withoutExtendedMasterSecret(), in: forged, code: exitRefused,
+		says: `Extended Master Secret extension, but server does not support it: no secure session$`},
+	{name: "DTLS 1.0", link: withVersion(0xfeff), in: forged, code: exitRefused,
+		says: `unsupported protocol version: no secure session$`},
+}
+
+// TestHostile has the program meet each of the hostile cases, as a process, and
+// looks afterwards at what there is: the objects of the token with every readable
+// attribute and the Security object are as before, and of the state directory
+// only the record of the attempt differs. Then the program meets the honest
+// server, and the server's record says what was issued for both.
+func TestHostile(t *testing.T) {
+	var report hostileReport
+	jobs := make(chan hostileJob)
+	var sites sync.WaitGroup
+	for i := range hostileSites {
+		sites.Go(func() {
+			// Not parallel tests, of which there are no more at once than processors.
+			t.Run(fmt.Sprintf("site %d", i+1), func(t *testing.T) {
+				var site *hostileSite
+				for job := range jobs {
+					if site == nil {
+						site = newHostileSite(t)
+					}
+					t.Run(job.name+", "+string(job.situation), func(t *testing.T) { site.meet(t, job, &report) })
+				}
+			})
+			for range jobs { // the site could not be made
+			}
+		})
+	}
+	for i, c := range hostileCases {
+		for j, in := range c.in {
+			if *hostileAll || j == i%len(c.in) { // the others are with make hostile
+				jobs <- hostileJob{c, in}
+			}
+		}
+	}
+	close(jobs)
+	sites.Wait()
+	report.end(t)
+}
+
+// hostileSites is how many servers, each with devices of its own, work at once:
+// most of the time of most cases goes in waiting.
+const hostileSites = 4
+
+// hostileJob is a case to meet in a situation.
+type hostileJob struct {
+	hostileCase
+	situation situation
+}
+
+// hostileSite is a server, a network before it, and the devices to copy.
+type hostileSite struct {
+	bin       string
+	token     *softhsm.Token
+	server    *testserver.Server
+	link      atomic.Pointer[tamper]
+	uri       string
+	anchors   string
+	templates map[situation]*snapshot
+	factory   string // directory of a device that has its IDevID
+	devices   string // directory of the copies
+	count     int
+}
+
+func newHostileSite(t *testing.T) *hostileSite {
+	t.Helper()
+	s := &hostileSite{bin: builtPrograms(t), token: softhsm.New(t, softhsm.WithPIN(markerPIN)), templates: map[situation]*snapshot{}, factory: filepath.Join(t.TempDir(), "factory"), devices: t.TempDir()}
+	server, err := testserver.New(testserver.Config{Raw: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	s.server = server
+	proxy := coaptest.NewProxy(t, server.Addr().String(), coaptest.Faults{Tamper: onServer(func() tamper {
+		if change := s.link.Load(); change != nil {
+			return *change
+		}
+		return nil
+	})})
+	s.uri = "coaps://" + proxy.Addr()
+	s.anchors = filepath.Join(t.TempDir(), "ca.der")
+	if err := os.WriteFile(s.anchors, server.Root().Raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.token.StoreIDevID(s.signIDevID); err != nil {
+		t.Fatal(err)
+	}
+	s.prepare(t)
+	return s
+}
+
+func (s *hostileSite) signIDevID(public []byte) ([]byte, error) {
+	key, err := x509.ParsePKIXPublicKey(public)
+	if err != nil {
+		return nil, err
+	}
+	subject, err := csr.ParseSubject("serialNumber=4711,O=Test")
+	if err != nil {
+		return nil, err
+	}
+	cert, err := s.server.IssueIDevID(testserver.IDevIDRequest{PublicKey: key, RawSubject: subject})
+	if err != nil {
+		return nil, err
+	}
+	return cert.Raw, nil
+}
+
+// prepare makes the devices to copy. That of a first boot has been refused once,
+// so that there is a Security object to compare with. A request under way is made
+// anew for each case: the server answers one that it knows with the certificate
+// that it has.
+func (s *hostileSite) prepare(t *testing.T) {
+	t.Helper()
+	if err := os.CopyFS(filepath.Join(s.factory, "tokens"), os.DirFS(s.token.Dir)); err != nil {
+		t.Fatal(err)
+	}
+	s.templates[firstBoot] = s.began(t, []string{"answer=4.03"}, nil, exitRefused)
+	s.templates[renewal] = s.began(t, nil, nil, exitDone)
+}
+
+// began enrols a factory device, which ends with an exit code.
+func (s *hostileSite) began(t *testing.T, faults []string, link tamper, code int) *snapshot {
+	t.Helper()
+	d := s.copyOf(t, s.factory)
+	s.turn(t, faults, link)
+	defer s.turn(t, nil, nil)
+	if run := d.run(t, link != nil, "enroll"); run.code != code {
+		t.Fatalf("prepare a device: %s", run)
+	}
+	return d.look(t)
+}
+
+// before is a device's state before it meets a case.
+func (s *hostileSite) before(t *testing.T, in situation) *snapshot {
+	if in == underWay {
+		return s.began(t, nil, silence(ofFlight(2)), exitTryLater)
+	}
+	return s.templates[in]
+}
+
+// turn makes server and network hostile, or honest again.
+func (s *hostileSite) turn(t *testing.T, texts []string, link tamper) {
+	t.Helper()
+	faults, err := testserver.ParseFaults(texts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.server.SetFaults(faults); err != nil {
+		t.Fatal(err)
+	}
+	s.link.Store(&link)
+}
+
+// hostileDevice is a copy of a device.
+type hostileDevice struct {
+	site *hostileSite
+	dir  string
+}
+
+func (s *hostileSite) copyOf(t *testing.T, template string) *hostileDevice {
+	t.Helper()
+	s.count++
+	d := &hostileDevice{site: s, dir: filepath.Join(s.devices, fmt.Sprint(s.count))}
+	if err := os.CopyFS(d.dir, os.DirFS(template)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(d.dir, "state"), 0o700); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	configuration := "directories.tokendir = " + filepath.Join(d.dir, "tokens") + "\nobjectstore.backend = file\nlog.level = ERROR\n"
+	if err := os.WriteFile(filepath.Join(d.dir, "softhsm2.conf"), []byte(configuration), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// hostileRun is what a run of the program left.
+type hostileRun struct {
+	code   int
+	output string
+	memory int64 // at its peak, in KiB
+}
+
+func (r hostileRun) String() string { return fmt.Sprintf("exit code %d:\n%s", r.code, r.output) }
+
+// said is the line with the error, or with the warning of a server that is pending.
+func (r hostileRun) said() string {
+	for line := range strings.Lines(r.output) {
+		for _, kind := range []string{"est-enroll: error: ", "est-enroll: warning: "} {
+			if text, found := strings.CutPrefix(strings.TrimSpace(line), kind); found {
+				return text
+			}
+		}
+	}
+	return ""
+}
+
+const (
+	hostileTime   = 60 * time.Second // far more than the timeouts below add up to
+	hostileMemory = 32 << 10         // KiB; measured: 17 MiB, and 22 MiB for endless blocks
+)
+
+// run runs the program as it ships. Impatient, its timeouts are short: what is
+// shown is that it ends by them.
+func (d *hostileDevice) run(t *testing.T, impatient bool, args ...string) hostileRun {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), hostileTime)
+	defer cancel()
+	token := d.site.token
+	cmd := exec.CommandContext(ctx, filepath.Join(d.site.bin, "est-enroll"), args...)
+	cmd.Env = []string{
+		"SOFTHSM2_CONF=" + filepath.Join(d.dir, "softhsm2.conf"),
+		"EST_ENROLL_STATE_DIR=" + filepath.Join(d.dir, "state"),
+		"EST_ENROLL_LOCK_DIR=" + filepath.Join(d.dir, "locks"),
+		"EST_ENROLL_ENGINE=" + token.URI(),
+		"EST_ENROLL_SERVER=" + d.site.uri,
+		"EST_ENROLL_TRUST_ANCHORS=" + d.site.anchors,
+		"EST_ENROLL_TRIES=1",
+	}
+	if impatient {
+		cmd.Env = append(cmd.Env, "EST_ENROLL_ACK_TIMEOUT=500ms", "EST_ENROLL_MAX_RETRANSMIT=1",
+			"EST_ENROLL_EXCHANGE_TIMEOUT=3s", "EST_ENROLL_HANDSHAKE_TIMEOUT=3s")
+	}
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	err := cmd.Start()
+	peak := peakMemory(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) || ctx.Err() != nil {
+		t.Fatalf("est-enroll %s: %v, %v\n%s", args, err, ctx.Err(), &output)
+	}
+	if strings.Contains(output.String(), markerPIN) {
+		t.Errorf("the PIN is in the output: %s", &output)
+	}
+	return hostileRun{code: cmd.ProcessState.ExitCode(), output: output.String(), memory: peak()}
+}
+
+var highWater = regexp.MustCompile(`(?m)^VmHWM:\s+(\d+) kB$`)
+
+// peakMemory watches a process until it ends and tells its high-water mark in
+// KiB, as near to the end as it was seen. (The rusage of a child begins with the
+// parent's own mark, since it was the parent before exec.)
+func peakMemory(cmd *exec.Cmd) func() int64 {
+	result := make(chan int64)
+	go func() {
+		var peak int64
+		for cmd.Process != nil {
+			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+			if err != nil {
+				break
+			}
+			match := highWater.FindSubmatch(status)
+			if match == nil {
+				break // it has ended
+			}
+			if kib, err := strconv.ParseInt(string(match[1]), 10, 64); err == nil {
+				peak = max(peak, kib)
+			}
+			<-time.After(5 * time.Millisecond)
+		}
+		result <- peak
+	}()
+	return func() int64 { return <-result }
+}
+
+// snapshot is what there is: the token in the eyes of others, and the state.
+type snapshot struct {
+	dir                string
+	objects            string // as pkcs11-tool lists them
+	dump               string // every readable attribute
+	files              map[string]string
+	journal            map[string]any // but the record of the attempt, which is:
+	attempt, operation map[string]any
+}
+
+func (d *hostileDevice) look(t *testing.T) *snapshot {
+	t.Helper()
+	token := d.site.token
+	judge := func(name string, args ...string) string {
+		cmd := exec.CommandContext(t.Context(), name, args...)
+		cmd.Env = append(os.Environ(), "SOFTHSM2_CONF="+filepath.Join(d.dir, "softhsm2.conf"), "PIN="+token.PIN)
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("%s (make deps installs pkcs11-tool): %v", name, err)
+		}
+		return string(out)
+	}
+	s := &snapshot{dir: d.dir, files: map[string]string{}}
+	s.objects = judge("pkcs11-tool", "--module", token.ModulePath, "--token-label", token.Label, "--login", "--pin", "env:PIN", "-O")
+	s.dump = judge("token-dump", token.ModulePath, token.Label)
+	if !strings.Contains(s.objects, softhsm.IDevIDLabel) || strings.Count(s.dump, "\n") < 3 {
+		t.Fatalf("the judges see no IDevID:\n%s%s", s.objects, s.dump)
+	}
+	state := os.DirFS(filepath.Join(d.dir, "state"))
+	names, err := fs.Glob(state, "*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		data, err := fs.ReadFile(state, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(data, []byte(markerPIN)) {
+			t.Errorf("the PIN is in %s", name)
+		}
+		s.files[name] = string(data)
+	}
+	if err := json.Unmarshal([]byte(s.files["journal.json"]), &s.journal); err != nil {
+		t.Fatal(err)
+	}
+	delete(s.files, "journal.json")
+	credentials, _ := s.journal["credentials"].(map[string]any)
+	device, _ := credentials["device"].(map[string]any)
+	s.attempt, _ = device["last_attempt"].(map[string]any)
+	s.operation, _ = device["operation"].(map[string]any)
+	delete(device, "last_attempt")
+	delete(device, "operation")
+	return s
+}
+
+// changes are what differs after a hostile run, but the record of the attempt.
+func (s *snapshot) changes(after *snapshot) (changes []string) {
+	compare := func(what string, before, after any) {
+		if diff := cmp.Diff(before, after); diff != "" {
+			changes = append(changes, fmt.Sprintf("%s (-before +after):\n%s", what, diff))
+		}
+	}
+	// The order of pkcs11-tool's list is the module's.
+	sorted := func(text string) []string { return slices.Sorted(strings.Lines(text)) }
+	compare("objects of the token", sorted(s.objects), sorted(after.objects))
+	compare("attributes of the token's objects", s.dump, after.dump)
+	compare("files of the state", s.files, after.files)
+	compare("journal", s.journal, after.journal)
+	return changes
+}
+
+// meet is one case in one situation.
+func (s *hostileSite) meet(t *testing.T, c hostileJob, report *hostileReport) {
+	before := s.before(t, c.situation)
+	d := s.copyOf(t, before.dir)
+	command := []string{"enroll"}
+	if c.situation == renewal {
+		command = []string{"renew", "--force"}
+	}
+	issued := len(s.server.Issuances())
+	s.turn(t, c.faults, c.link)
+	run := d.run(t, c.code == exitTryLater, command...)
+	s.turn(t, nil, nil)
+
+	var wrong []string
+	complain := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
+	if run.code != c.code {
+		complain("exit code %d, want %d", run.code, c.code)
+	}
+	if run.memory > hostileMemory {
+		complain("%d KiB of memory", run.memory)
+	}
+	if got := len(s.server.Issuances()) - issued; got != c.issued {
+		complain("the server issued %d, want %d", got, c.issued)
+	}
+	after := d.look(t)
+	changes := before.changes(after)
+	wrong = append(wrong, changes...)
+	if after.attempt["result"] == "done" || after.attempt["time"] == before.attempt["time"] {
+		complain("the record of the attempt is %v", after.attempt)
+	}
+	if kept := after.operation != nil; kept != c.keeps(c.situation) {
+		complain("the request is kept: %t, want %t", kept, !kept)
+	}
+	if c.situation == underWay && (after.operation["key"] != before.operation["key"] || after.operation["csr"] != before.operation["csr"]) {
+		complain("the request that was under way is another")
+	}
+	report.add(c, run, len(changes) > 0)
+
+	if c.code == exitPending {
+		d.wait(t)
+	}
+	if honest := d.run(t, false, command...); honest.code != exitDone {
+		complain("then, at the honest server: %s", honest)
+	}
+	total := c.issued + 1
+	if c.again {
+		total = c.issued
+	}
+	if got := len(s.server.Issuances()) - issued; got != total {
+		complain("with the honest run the server issued %d, want %d", got, total)
+	}
+	if len(wrong) > 0 {
+		t.Errorf("%s\nthe hostile run: %s", strings.Join(wrong, "\n"), run)
+	}
+	if *hostileAll && c.situation == renewal && c.name == hostileCases[0].name {
+		fmt.Printf("\nthe token before, as pkcs11-tool lists it:\n%s\nand every attribute:\n%s\nthe token after:\n%s\n%s\n", before.objects, before.dump, after.objects, after.dump)
+	}
+	if err := os.RemoveAll(d.dir); err != nil {
+		t.Error(err)
+	}
+}
+
+// wait makes the journal's wait one that is over.
+func (d *hostileDevice) wait(t *testing.T) {
+	t.Helper()
+	path := filepath.Join(d.dir, "state", "journal.json")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var journal struct {
+		Version           int                       `json:"version"`
+		VerifiedNotBefore string                    `json:"verified_not_before,omitempty"`
+		Credentials       map[string]map[string]any `json:"credentials"`
+	}
+	if err := json.Unmarshal(data, &journal); err != nil {
+		t.Fatal(err)
+	}
+	operation := journal.Credentials["device"]["operation"].(map[string]any)
+	// The cap: 30 days, whatever the server asks for.
+	if got, want := operation["retry_after"], float64(30*24*time.Hour); got != want {
+		t.Errorf("the journal waits for %v, want %v", got, want)
+	}
+	delete(operation, "retry_after")
+	if data, err = json.Marshal(journal); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// hostileReport is what make hostile prints.
+type hostileReport struct {
+	mu                      sync.Mutex
+	cases, refused, changed int
+	said                    []hostileSaid
+}
+
+type hostileSaid struct {
+	hostileJob
+	text string
+}
+
+func (r *hostileReport) add(c hostileJob, run hostileRun, changed bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cases++
+	verdict := "accepted"
+	if run.code != exitDone {
+		r.refused++
+		verdict = "refused, nothing changed"
+	}
+	if changed {
+		r.changed++
+		verdict = "CHANGED"
+	}
+	text := run.said()
+	r.said = append(r.said, hostileSaid{c, text})
+	fmt.Printf("%-43s %-10s  exit %d  %2d MiB  %s: %s\n", c.name, c.situation, run.code, run.memory>>10, verdict, text)
+}
+
+// end compares what was said: each case has an error of its own, unless it has
+// the same text in the table because it is the same to a client.
+func (r *hostileReport) end(t *testing.T) {
+	for _, c := range hostileCases {
+		says, err := regexp.Compile(c.says)
+		if err != nil || c.says == "" {
+			t.Errorf("%s: %q, %v", c.name, c.says, err)
+			continue
+		}
+		for _, said := range r.said {
+			if own := said.says == c.says; says.MatchString(said.text) != own {
+				t.Errorf("%s says %q; that it matches %q, of %s, is %t", said.name, said.text, c.says, c.name, !own)
+			}
+		}
+	}
+	fmt.Printf("cases %d, refused %d, changed %d\n", r.cases, r.refused, r.changed)
+	if r.cases < len(hostileCases) || r.refused != r.cases || r.changed > 0 {
+		t.Errorf("of %d cases in the table", len(hostileCases))
+	}
+}

@@ -1,0 +1,157 @@
+package testserver
+
+import (
+	"crypto"
+	"crypto/x509"
+	"encoding/asn1"
+	"fmt"
+	"slices"
+	"time"
+
+	"estenroll/est"
+	"estenroll/internal/coap"
+)
+
+// The faults of a body, and what they are for the help text.
+var bodyFaults = map[string]string{
+	"none":                  "the CA certificates, and not the issued one",
+	"empty":                 "a PKCS#7 without certificates",
+	"nothing":               "no byte",
+	"two-leaves":            "the server's own certificate beside the issued one",
+	"pkcs7-truncated":       "the first half of the PKCS#7",
+	"pkcs7-trailing":        "the PKCS#7 and bytes after its end",
+	"certificate-truncated": "a certificate without its signature",
+	"certificate-trailing":  "a certificate with a value after its signature",
+	"pkix-truncated":        "the first half of the certificate, as 287",
+	"pkix-trailing":         "the certificate and bytes after its end, as 287",
+	"wrong-format":          "content-format 50",
+	"no-format":             "no content-format",
+	"swapped-format":        "a PKCS#7 as 287",
+}
+
+// shape makes the body of an answer what a fault asks for.
+func (s *Server) shape(kind string, resp *coap.Response, certs []*x509.Certificate) error {
+	var err error
+	leaf := certs[0].Raw
+	switch kind {
+	case "none":
+		resp.Body, err = est.MarshalCertsOnly(s.ca.own())
+	case "empty":
+		resp.Body, err = est.MarshalCertsOnly(nil)
+	case "nothing":
+		resp.Body = nil
+	case "two-leaves":
+		resp.Body, err = est.MarshalCertsOnly(append(slices.Clone(certs), s.leaf))
+	case "pkcs7-truncated":
+		resp.Body = resp.Body[:len(resp.Body)/2]
+	case "pkcs7-trailing":
+		resp.Body = append(slices.Clone(resp.Body), trailing...)
+	case "certificate-truncated", "certificate-trailing":
+		var changed []byte
+		if changed, err = changeCertificate(leaf, kind == "certificate-trailing"); err == nil {
+			resp.Body, err = est.MarshalCertsOnly([]*x509.Certificate{{Raw: changed}})
+		}
+	case "pkix-truncated":
+		resp.Body, resp.ContentFormat = leaf[:len(leaf)/2], new(uint16(est.ContentFormatPKIXCert))
+	case "pkix-trailing":
+		resp.Body, resp.ContentFormat = append(slices.Clone(leaf), trailing...), new(uint16(est.ContentFormatPKIXCert))
+	case "wrong-format":
+		resp.ContentFormat = new(uint16(50)) // application/json (RFC 7252 §12.3)
+	case "no-format":
+		resp.ContentFormat = nil
+	case "swapped-format":
+		resp.ContentFormat = new(uint16(est.ContentFormatPKIXCert))
+	default:
+		err = fmt.Errorf("no such body: %q", kind)
+	}
+	return err
+}
+
+var trailing = []byte{asn1.TagNull, 0}
+
+// changeCertificate takes the signature off a certificate, or puts a NULL after
+// it, with lengths that fit.
+func changeCertificate(der []byte, trail bool) ([]byte, error) {
+	var parts []asn1.RawValue
+	if _, err := asn1.Unmarshal(der, &parts); err != nil {
+		return nil, err
+	}
+	if trail {
+		parts = append(parts, asn1.RawValue{FullBytes: trailing})
+	} else {
+		parts = parts[:len(parts)-1]
+	}
+	return asn1.Marshal(parts)
+}
+
+// The faults of a crts answer.
+var crtsFaults = map[string]string{
+	"foreign": "a CA of the same name and another key",
+	"leaf":    "the server's own certificate",
+}
+
+// crts is what /crts answers.
+func (s *Server) crts() []*x509.Certificate {
+	switch s.Faults().CRTS {
+	case "foreign":
+		return []*x509.Certificate{s.ca.foreign.cert}
+	case "leaf":
+		return []*x509.Certificate{s.leaf}
+	}
+	return s.ca.caCerts()
+}
+
+// The faults of the certificate that the server shows.
+var serverCertificateFaults = map[string]string{
+	"other-name":    "for another server",
+	"expired":       "ended an hour ago",
+	"not-yet-valid": "begins an hour from now",
+	"foreign":       "under a CA of the same name and another key",
+	"client":        "for clients only",
+	"truncated":     "without its signature",
+	"trailing":      "with a value after its signature",
+}
+
+// presentedChain is what the server shows in a handshake, or what the fault
+// makes of it, always for the same key.
+func (s *Server) presentedChain(pub crypto.PublicKey) ([][]byte, error) {
+	leaf := s.leaf.Raw
+	var err error
+	switch kind := s.Faults().ServerCertificate; kind {
+	case "":
+	case "truncated", "trailing":
+		leaf, err = changeCertificate(leaf, kind == "trailing")
+	default:
+		leaf, err = s.wrongServerCertificate(kind, pub)
+	}
+	if err != nil {
+		return nil, err
+	}
+	chain := [][]byte{leaf}
+	for _, cert := range s.ca.chain() {
+		chain = append(chain, cert.Raw)
+	}
+	return chain, nil
+}
+
+func (s *Server) wrongServerCertificate(kind string, pub crypto.PublicKey) ([]byte, error) {
+	template, issuer, now := *s.leaf, s.ca.issuing, s.now()
+	template.SerialNumber, template.ExtraExtensions, template.Raw = nil, nil, nil
+	switch kind {
+	case "other-name":
+		template.DNSNames, template.IPAddresses = []string{"other.example"}, nil
+	case "expired":
+		template.NotAfter = now.Add(-time.Hour)
+	case "not-yet-valid":
+		template.NotBefore = now.Add(time.Hour)
+	case "foreign":
+		issuer = s.ca.foreign
+	case "client":
+		template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	}
+	cert, err := issuer.sign(&template, pub)
+	if err != nil {
+		return nil, err
+	}
+	return cert.Raw, nil
+}
