@@ -411,9 +411,7 @@ func (d *Device) Credentials() []*Credential { return slices.Clone(d.credentials
 
 func (d *Device) openEngine(ctx context.Context) error {
 	opened, err := d.cfg.OpenEngine(ctx, d.journal.RefusedPIN)
-	var pin *engine.PINError
-	if errors.As(err, &pin) && errors.Is(err, engine.ErrPINIncorrect) {
-		d.journal.RefusedPIN = pin.Source
+	if d.journal.rememberPIN(err) {
 		return errors.Join(err, d.save())
 	}
 	if err != nil {

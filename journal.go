@@ -165,6 +165,17 @@ func (j *journal) rename(from, to string) {
 	delete(j.Credentials, from)
 }
 
+// rememberPIN notes the source of a PIN that the token refused, if it has one: what
+// a person typed is another one each time, and says nothing of the other sources.
+func (j *journal) rememberPIN(err error) bool {
+	var pin *engine.PINError
+	if !errors.As(err, &pin) || !errors.Is(err, engine.ErrPINIncorrect) || pin.Source.IsZero() {
+		return false
+	}
+	j.RefusedPIN = pin.Source
+	return true
+}
+
 type addressParser func(string) (engine.Address, error)
 
 // loadJournal reads the journal of a state directory; none is an empty one.

@@ -123,6 +123,7 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 		last.Result = "unchanged"
 	}
 	c.journal.LastAttempt = last
+	c.shared.journal.rememberPIN(err) // that of a device which came back
 	return result, errors.Join(err, c.save())
 }
 

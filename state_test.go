@@ -85,10 +85,14 @@ func TestRefusedPIN(t *testing.T) {
 	if kept := d.journal().RefusedPIN; kept == nil || !kept.Same(source) {
 		t.Errorf("kept %+v", kept)
 	}
+	// what a person typed is not, and does not take the other's place
+	answer.Err = &engine.PINError{Err: engine.ErrPINIncorrect}
+	_, err = d.enroll()
+	wantError(t, err, engine.ErrPINIncorrect)
 	answer = nil
 	d.mustEnroll()
 	d.mustEnroll()
-	if len(given) != 4 || !given[0].IsZero() || !given[1].Same(source) || !given[2].Same(source) || !given[3].IsZero() {
+	if len(given) != 5 || !given[0].IsZero() || !given[1].Same(source) || !given[2].Same(source) || !given[3].Same(source) || !given[4].IsZero() {
 		t.Errorf("given %+v", given)
 	}
 	d.tidy(1)

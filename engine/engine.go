@@ -196,6 +196,17 @@ type Options struct {
 	// Open and in every writing operation; their contexts may end it earlier.
 	// Default: 30s.
 	LockWait time.Duration
+	// PINCopy is the path of a file that holds the PIN where the address names none,
+	// if it exists: one that is written anew for each run, so that neither inode nor
+	// ctime tell whether the PIN has changed. Its source is PINCopyName and the size.
+	// Default: none.
+	PINCopy     string
+	PINCopyName string
+	// AskPIN asks a person for the PIN where the address names none and there is no
+	// PINCopy: at most once, before any lock is taken, and only where a login needs
+	// one that the token lets be tried. Its source has no name: what is typed is no
+	// more there in the next run. Default: nobody is asked.
+	AskPIN func(ctx context.Context, token Address) (Secret, error)
 	// AddressSource says where the engine's address was read: the source of a
 	// PIN that stands in the address itself.
 	AddressSource PINSource

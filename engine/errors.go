@@ -85,7 +85,7 @@ func (e *AmbiguousError) Unwrap() error {
 // PINError is a PIN that was not accepted, or not tried. The caller remembers
 // Source and passes it as Options.RefusedPIN in the next run.
 type PINError struct {
-	Source PINSource
+	Source PINSource // zero for a PIN that a person typed
 	// Err is ErrPINIncorrect, ErrPINLocked, ErrPINFinalTry or ErrPINNotRetried.
 	Err error
 }

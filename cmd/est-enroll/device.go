@@ -49,7 +49,8 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 			if s.retryPIN {
 				refused = engine.PINSource{}
 			}
-			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockWait: s.lockWait, AddressSource: s.engineSource, RefusedPIN: refused})
+			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockWait: s.lockWait, AddressSource: s.engineSource, RefusedPIN: refused,
+				PINCopy: pinCopy(os.LookupEnv), PINCopyName: credentialSource, AskPIN: out.askPIN(os.Stdin)})
 		},
 		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: out.progress,
 	}

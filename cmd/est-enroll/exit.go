@@ -56,6 +56,9 @@ func judge(err error, interrupted bool) judgement {
 	if errors.As(err, &pending) {
 		return judgement{exitPending, "run the same command again then; the key and the request are kept"}
 	}
+	if hint := pinHint(err); hint != "" {
+		return judgement{exitToken, hint}
+	}
 	for _, known := range judgements {
 		if errors.Is(err, known.is) {
 			return known.judgement
@@ -90,6 +93,21 @@ func judge(err error, interrupted bool) judgement {
 		}
 	}
 	return judgement{exitTryLater, "run it again with -v; if it fails alike, it is a defect of this program or of the machine"}
+}
+
+// pinHint says what to do about a PIN that no file of the person's own holds.
+func pinHint(err error) string {
+	var pin *engine.PINError
+	if !errors.As(err, &pin) || !errors.Is(err, engine.ErrPINIncorrect) && !errors.Is(err, engine.ErrPINNotRetried) {
+		return ""
+	}
+	switch pin.Source.Path {
+	case "":
+		return "run it again and type the right PIN: each wrong one costs a try"
+	case credentialSource:
+		return "correct the credential, then run once with --retry-pin: systemd's copy of a PIN that is as long does not show that it is another"
+	}
+	return ""
 }
 
 // alternatives lists addresses that tell the matches apart, to be pasted.
@@ -143,7 +161,7 @@ var judgements = []struct {
 	{engine.ErrPINIncorrect, judgement{exitToken, "correct the PIN at its source; it is not tried again until the source changes or with --retry-pin"}},
 	{engine.ErrPINLocked, judgement{exitToken, "the security officer must unlock the token: pkcs11-tool --init-pin --login --login-type so"}},
 	{engine.ErrPINFinalTry, judgement{exitToken, "log in once by hand with the right PIN: pkcs11-tool --login --list-objects"}},
-	{engine.ErrPINMissing, judgement{exitToken, "name the PIN's file in the engine's address: …?pin-source=file:/path"}},
+	{engine.ErrPINMissing, judgement{exitToken, "name the PIN's file in the engine's address: …?pin-source=file:/path; or give systemd's credential " + pinCredential + ", or type the PIN on a terminal"}},
 	{engine.ErrBuild, judgement{exitToken, "build it again with CGO_ENABLED=1 and a C compiler: make build"}},
 	{engine.ErrModule, judgement{exitToken, "install the HSM's PKCS#11 module and name its file as module-path in the engine's address"}},
 	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots; a token whose files a power cut has emptied is gone, and with it its keys"}},

@@ -39,7 +39,8 @@ to the token, no program above it can give back.
 Settings come from flags, then the environment (EST_ENROLL_STATE_DIR for
 --state-dir), then the configuration file, which is YAML with the names of the
 flags as keys. PINs are never flags: name a file with pin-source in the engine's
-address.
+address, or give systemd's credential est-enroll-pin, or type the PIN when a
+terminal asks for it.
 
 Example of /etc/est-enroll/config.yaml:
 

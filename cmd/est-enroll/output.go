@@ -70,6 +70,9 @@ func printable(text string) string {
 	}, text)
 }
 
+// prompt asks a person; a question has no newline.
+func (o *output) prompt(text string) { _, _ = io.WriteString(o.stderr, text) }
+
 // named puts the name of the credential before what is said of it.
 func (o *output) named(text string) string {
 	if o.about == "" {

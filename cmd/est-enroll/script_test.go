@@ -165,7 +165,7 @@ func findMarker(dir string) []string {
 			return err
 		}
 		switch entry.Name() {
-		case "right", "spy.log", "pin.yaml":
+		case "right", "spy.log", "pin.yaml", pinCredential:
 			return nil
 		}
 		data, err := os.ReadFile(path)
@@ -202,6 +202,8 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"issued":        plain(s.checkIssued),
 		"same-csr":      plain(sameCSR),
 		"spy":           plain(s.spy),
+		"type":          plain(s.typeAt),
+		"without-pin":   plain(withoutPIN),
 		"token-serial":  plain(s.tokenSerial),
 		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.token.Add(s.token.Label) }),
 		"logins":        plain(s.checkLogins),
@@ -358,6 +360,16 @@ func (s *session) spy(ts *testscript.TestScript, _ []string) error {
 		return errors.New("pkcs11-spy.so is missing: make deps")
 	}
 	ts.Setenv("EST_ENROLL_ENGINE", strings.Replace(s.token.URI(), s.token.ModulePath, found[0], 1))
+	return nil
+}
+
+// withoutPIN takes the PIN's source from the engine's address.
+func withoutPIN(ts *testscript.TestScript, _ []string) error {
+	address, _, found := strings.Cut(ts.Getenv("EST_ENROLL_ENGINE"), "&pin-source=")
+	if !found {
+		return errors.New("EST_ENROLL_ENGINE has no pin-source")
+	}
+	ts.Setenv("EST_ENROLL_ENGINE", address)
 	return nil
 }
 

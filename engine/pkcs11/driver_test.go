@@ -4,6 +4,7 @@ package pkcs11_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -202,8 +203,10 @@ func TestPINChangedMeanwhile(t *testing.T) {
 	}
 	f.set(t, "lose", "C_Sign")
 	for _, want := range []error{engine.ErrPINIncorrect, engine.ErrPINNotRetried, engine.ErrPINNotRetried} {
-		if err := sign(signer); !errors.Is(err, want) || !errors.Is(err, engine.ErrDeviceLost) {
-			t.Errorf("got %v, want %v", err, want)
+		err := sign(signer)
+		var pin *engine.PINError
+		if !errors.Is(err, want) || !errors.Is(err, engine.ErrDeviceLost) || !errors.As(err, &pin) || pin.Source.Path != f.PINFile {
+			t.Errorf("got %v, want %v and the source of the PIN", err, want)
 		}
 	}
 	logins := 0
@@ -220,6 +223,78 @@ func TestPINChangedMeanwhile(t *testing.T) {
 	}
 	if err := sign(signer); err != nil {
 		t.Error(err)
+	}
+}
+
+// A person is asked for the PIN that nobody else has: once, before a lock is taken,
+// and not for a try that the token does not allow.
+func TestAskPIN(t *testing.T) {
+	f := newFaulty(t)
+	asked := 0
+	opts := f.options()
+	answer := engine.NewSecret("wrong")
+	opts.AskPIN = func(_ context.Context, token engine.Address) (engine.Secret, error) {
+		asked++
+		if got := token.(pkcs11.URI); got.Token != f.Label || got.Serial == "" {
+			t.Errorf("asked for the PIN of %s", got)
+		}
+		if locks, err := os.ReadDir(f.locks); !errors.Is(err, os.ErrNotExist) && asked == 1 {
+			t.Errorf("while a person is asked: %v, %v", locks, err)
+		}
+		return answer, nil
+	}
+	without := parse(t, f.uri(f.Label, ""))
+	refused := func(at engine.Address, opts engine.Options, want error, questions int) {
+		t.Helper()
+		_, err := pkcs11.Driver.Open(t.Context(), at, opts)
+		if !errors.Is(err, want) || asked != questions {
+			t.Errorf("got %v after %d questions, want %v after %d", err, asked, want, questions)
+		}
+		var pin *engine.PINError
+		if errors.As(err, &pin) && !pin.Source.IsZero() {
+			t.Errorf("what was typed has the source %+v", pin.Source)
+		}
+	}
+	refused(without, opts, engine.ErrPINIncorrect, 1)
+	answer = engine.NewSecret("")
+	refused(without, opts, engine.ErrPINMissing, 2)
+	answer = engine.NewSecret(f.PIN)
+	for flag, want := range map[uint]error{p11.CKF_USER_PIN_LOCKED: engine.ErrPINLocked, p11.CKF_USER_PIN_FINAL_TRY: engine.ErrPINFinalTry} {
+		f.set(t, "flags", fmt.Sprint(flag))
+		refused(without, opts, want, 2)
+	}
+	if err := os.Remove(filepath.Join(f.faults, "flags")); err != nil {
+		t.Fatal(err)
+	}
+	// who has another source is not asked
+	refused(parse(t, f.uri(f.Label, "&pin-source=/nonexistent")), opts, os.ErrNotExist, 2)
+	copied := opts
+	copied.PINCopy, copied.PINCopyName = filepath.Join(t.TempDir(), "copy"), "the copy"
+	if err := os.WriteFile(copied.PINCopy, []byte(f.PIN), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, address := range []string{f.uri(f.Label, ""), f.uri(f.Label, "&pin-source="+f.PINFile)} {
+		if err := open(t, address, copied).Close(); err != nil || asked != 2 {
+			t.Fatalf("%v after %d questions", err, asked)
+		}
+	}
+	copied.RefusedPIN = engine.PINSource{Path: "the copy", Size: int64(len(f.PIN))}
+	if _, err := pkcs11.Driver.Open(t.Context(), without, copied); !errors.Is(err, engine.ErrPINNotRetried) {
+		t.Errorf("got %v, want ErrPINNotRetried", err)
+	}
+	if err := os.Remove(copied.PINCopy); err != nil {
+		t.Fatal(err)
+	}
+	// and once, whatever becomes of the device
+	e := open(t, f.uri(f.Label, ""), copied)
+	at, _ := generate(t, e, "name")
+	signer, err := e.Signer(t.Context(), at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.set(t, "lose", "C_Sign")
+	if err := sign(signer); err != nil || asked != 3 {
+		t.Errorf("%v after %d questions, want 3", err, asked)
 	}
 }
 

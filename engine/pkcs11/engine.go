@@ -92,12 +92,18 @@ func openToken(ctx context.Context, uri URI, opts engine.Options) (*Engine, erro
 	return e, nil
 }
 
-// start finds the token, which is free, and logs in under its writer lock.
+// start finds the token, which is free, and logs in under its writer lock. A person
+// is asked for the PIN before: a lock must not wait for one.
 func (e *Engine) start(ctx context.Context) (err error) {
-	id, err := e.module.findToken(ctx, e.uri)
+	slot, id, err := e.module.findToken(ctx, e.uri)
 	if err != nil {
 		return err
 	}
+	asked, err := pinAsked(ctx, e.uri, slot, e.opts)
+	if err != nil {
+		return err
+	}
+	defer clear(asked)
 	e.label = id.label
 	e.lock = lockPath(e.opts.LockDir, e.module.path, id)
 	lock, err := e.acquireLock(ctx)
@@ -114,7 +120,7 @@ func (e *Engine) start(ctx context.Context) (err error) {
 		t = &token{module: e.module, id: id}
 	}
 	if !t.connected() {
-		if err := t.connect(e.uri, e.opts); err != nil {
+		if err := t.connect(e.uri, e.opts, asked); err != nil {
 			return err
 		}
 	}
@@ -261,7 +267,7 @@ func (e *Engine) once(ctx context.Context, locked, write bool, do func(*session)
 		if !locked {
 			return errReopen
 		}
-		if err := e.token.connect(e.uri, e.opts); err != nil {
+		if err := e.token.connect(e.uri, e.opts, nil); err != nil {
 			if e.module.idle() { // a device that comes back shows when the module starts anew
 				_ = e.module.stop()
 			}

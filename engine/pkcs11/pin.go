@@ -4,12 +4,16 @@ package pkcs11
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"syscall"
 	"time"
+
+	"github.com/miekg/pkcs11"
 
 	"estenroll/engine"
 )
@@ -18,21 +22,60 @@ const maxPINFile = 1024 // bytes
 
 // readPIN returns the PIN of a token's URI and where it came from. An absent
 // PIN is ErrPINMissing: an empty one never reaches the module.
-func readPIN(u URI, addressSource engine.PINSource) ([]byte, engine.PINSource, error) {
+func readPIN(u URI, opts engine.Options) ([]byte, engine.PINSource, error) {
 	switch {
 	case u.HasPINValue():
-		if addressSource.IsZero() {
-			addressSource.Path = "the engine's address"
+		source := opts.AddressSource
+		if source.IsZero() {
+			source.Path = "the engine's address"
 		}
-		return []byte(u.pinValue()), addressSource, nil
-	case u.PINSource == "":
-		return nil, engine.PINSource{}, engine.ErrPINMissing
+		return []byte(u.pinValue()), source, nil
+	case u.PINSource != "":
+		pin, source, err := readPINFile(u.PINSource)
+		if err != nil {
+			return nil, engine.PINSource{}, fmt.Errorf("pin-source: %w", err)
+		}
+		return pin, source, nil
+	case opts.PINCopy != "":
+		pin, source, err := readPINFile(opts.PINCopy)
+		switch {
+		case err == nil:
+			return pin, engine.PINSource{Path: opts.PINCopyName, Size: source.Size}, nil
+		case !errors.Is(err, fs.ErrNotExist):
+			return nil, engine.PINSource{}, fmt.Errorf("%s: %w", opts.PINCopyName, err)
+		}
 	}
-	pin, source, err := readPINFile(u.PINSource)
-	if err != nil {
-		return nil, engine.PINSource{}, fmt.Errorf("pin-source: %w", err)
+	return nil, engine.PINSource{}, engine.ErrPINMissing
+}
+
+// pinAsked returns the PIN that a person gives for a token, nil where another source
+// has it or none is to be tried.
+func pinAsked(ctx context.Context, u URI, s slot, opts engine.Options) ([]byte, error) {
+	if opts.AskPIN == nil || u.HasPINValue() || u.PINSource != "" || opts.PINCopy != "" && exists(opts.PINCopy) {
+		return nil, nil
 	}
-	return pin, source, nil
+	if s.flags&pkcs11.CKF_LOGIN_REQUIRED == 0 || triable(s.flags) != nil {
+		return nil, nil // which the login says
+	}
+	pin, err := opts.AskPIN(ctx, URI{Token: s.uri.Token, Serial: s.uri.Serial})
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("ask for the PIN: %w", err)
+	case pin.Reveal() == "":
+		return nil, engine.ErrPINMissing
+	}
+	return []byte(pin.Reveal()), nil
+}
+
+// triable says why a token's PIN must not be tried.
+func triable(flags uint) error {
+	switch {
+	case flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
+		return engine.ErrPINLocked
+	case flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
+		return engine.ErrPINFinalTry
+	}
+	return nil
 }
 
 // readPINFile reads a PIN and identifies the very file it was read from.

@@ -29,9 +29,10 @@ type token struct {
 	readOnly   bool
 	private    bool // a login is required
 
-	// pin is one that the token has accepted in this process. It is used once more
-	// after each loss of the device, on this same token.
-	pin []byte
+	// pin is one that the token has accepted in this process, and source where it came
+	// from. It is used once more after each loss of the device, on this same token.
+	pin    []byte
+	source engine.PINSource
 }
 
 // connected reports whether the session can be used.
@@ -56,8 +57,8 @@ func (t *token) leaveIfLoggedOut() {
 
 // connect finds the token again, by its serial number, opens the session and logs
 // in, once. The writer lock is held, for a login writes: SoftHSM rewrites the
-// token's file at each.
-func (t *token) connect(at URI, opts engine.Options) error {
+// token's file at each. asked is the PIN that a person gave, if one did.
+func (t *token) connect(at URI, opts engine.Options, asked []byte) error {
 	if err := t.module.start(); err != nil {
 		return err
 	}
@@ -73,7 +74,7 @@ func (t *token) connect(at URI, opts engine.Options) error {
 	if err != nil {
 		return fmt.Errorf("open session: %w", explain(err))
 	}
-	if err := t.login(session, s.flags, at, opts); err != nil {
+	if err := t.login(session, s.flags, at, opts, asked); err != nil {
 		_ = t.module.ctx.CloseSession(session) // what went wrong is known
 		return err
 	}
@@ -84,7 +85,7 @@ func (t *token) connect(at URI, opts engine.Options) error {
 	return nil
 }
 
-func (t *token) login(session pkcs11.SessionHandle, flags uint, at URI, opts engine.Options) error {
+func (t *token) login(session pkcs11.SessionHandle, flags uint, at URI, opts engine.Options, asked []byte) error {
 	if flags&pkcs11.CKF_LOGIN_REQUIRED == 0 {
 		return nil
 	}
@@ -95,7 +96,7 @@ func (t *token) login(session pkcs11.SessionHandle, flags uint, at URI, opts eng
 	if info.State == pkcs11.CKS_RW_USER_FUNCTIONS || info.State == pkcs11.CKS_RO_USER_FUNCTIONS {
 		return nil // another library of this process has logged it in
 	}
-	pin, source, err := t.choosePIN(flags, at, opts)
+	pin, source, err := t.choosePIN(flags, at, opts, asked)
 	if err != nil {
 		return err
 	}
@@ -104,7 +105,7 @@ func (t *token) login(session pkcs11.SessionHandle, flags uint, at URI, opts eng
 	err = t.module.ctx.Login(session, pkcs11.CKU_USER, unsafe.String(unsafe.SliceData(pin), len(pin)))
 	switch {
 	case err == nil:
-		t.pin = pin
+		t.pin, t.source = pin, source
 		return nil
 	case errors.Is(explain(err), engine.ErrPINIncorrect), errors.Is(explain(err), engine.ErrPINLocked):
 		t.module.refused[t.id] = append(t.module.refused[t.id], engine.NewSecret(string(pin)))
@@ -120,19 +121,19 @@ func (t *token) login(session pkcs11.SessionHandle, flags uint, at URI, opts eng
 }
 
 // choosePIN returns the PIN to try, or the reason why none is tried.
-func (t *token) choosePIN(flags uint, at URI, opts engine.Options) (pin []byte, source engine.PINSource, err error) {
-	if t.pin != nil {
-		pin = t.pin
-	} else if pin, source, err = readPIN(at, opts.AddressSource); err != nil {
-		return nil, source, err
-	}
-	reason := error(nil)
+func (t *token) choosePIN(flags uint, at URI, opts engine.Options, asked []byte) (pin []byte, source engine.PINSource, err error) {
+	reason := triable(flags)
 	switch {
-	case flags&pkcs11.CKF_USER_PIN_LOCKED != 0:
-		reason = engine.ErrPINLocked
-	case flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
-		reason = engine.ErrPINFinalTry
-	case !opts.RefusedPIN.IsZero() && opts.RefusedPIN.Same(source):
+	case t.pin != nil:
+		pin, source = t.pin, t.source
+	case asked != nil:
+		pin = bytes.Clone(asked)
+	default:
+		if pin, source, err = readPIN(at, opts); err != nil && reason == nil {
+			return nil, source, err
+		}
+	}
+	if reason == nil && !source.IsZero() && opts.RefusedPIN.Same(source) {
 		reason = engine.ErrPINNotRetried
 	}
 	for _, refused := range t.module.refused[t.id] {
@@ -201,38 +202,38 @@ const (
 )
 
 // findToken finds the token that an address names.
-func (m *module) findToken(ctx context.Context, at URI) (tokenID, error) {
+func (m *module) findToken(ctx context.Context, at URI) (slot, tokenID, error) {
 	for scan := 1; ; scan++ {
-		id, again, err := m.scan(ctx, at)
+		s, id, again, err := m.scan(ctx, at)
 		if err == nil || !again || scan == scans {
-			return id, err
+			return s, id, err
 		}
 		select {
 		case <-time.After(scanPause):
 		case <-ctx.Done():
-			return id, ctx.Err()
+			return s, id, ctx.Err()
 		}
 	}
 }
 
 // scan looks for a token once. It may be looked for again if the module can be
 // started anew, which nobody else must be using.
-func (m *module) scan(ctx context.Context, at URI) (id tokenID, again bool, err error) {
+func (m *module) scan(ctx context.Context, at URI) (s slot, id tokenID, again bool, err error) {
 	if err := m.enter(ctx); err != nil {
-		return id, false, err
+		return s, id, false, err
 	}
 	defer m.leave()
 	if err := m.start(); err != nil {
-		return id, false, fmt.Errorf("%w: %w", engine.ErrModule, err)
+		return s, id, false, fmt.Errorf("%w: %w", engine.ErrModule, err)
 	}
-	_, id, err = m.slot(at, tokenID{})
+	s, id, err = m.slot(at, tokenID{})
 	switch {
 	case err == nil:
-		return id, false, nil
+		return s, id, false, nil
 	case m.lost(0, err): // the device of another engine; this one's may be there
-		return id, true, errors.Join(err, m.stop())
+		return s, id, true, errors.Join(err, m.stop())
 	case errors.Is(err, engine.ErrTokenNotFound) && m.users == 1 && m.owned:
-		return id, true, errors.Join(err, m.stop())
+		return s, id, true, errors.Join(err, m.stop())
 	}
-	return id, false, err
+	return s, id, false, err
 }
