@@ -42,6 +42,8 @@ var examples = map[string][]string{
 	"idevid-chain":                {"/etc/est-enroll/idevid-chain.pem"},
 	"subject":                     {"CN=dev-17,O=Example"},
 	"san":                         {"DNS:dev-17.example.com", "IP:192.0.2.17"},
+	"key-usage":                   {"digitalSignature"},
+	"ext-key-usage":               {"clientAuth"},
 	"security-server":             {"coaps://lwm2m.example.com"},
 	"security-server-certificate": {"/etc/est-enroll/lwm2m-server.pem"},
 	"exchange-timeout":            {"5m0s"},
