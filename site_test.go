@@ -21,6 +21,7 @@ import (
 	"estenroll"
 	"estenroll/csr"
 	"estenroll/engine"
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/pkcs11"
 	"estenroll/est"
@@ -492,7 +493,7 @@ func (s *site) objects(t *testing.T) (list []string) {
 		t.Fatal(err)
 	}
 	for _, o := range objects {
-		if o.Label != softhsm.IDevIDLabel {
+		if o.Label != opensc.IDevIDLabel {
 			list = append(list, fmt.Sprintf("%s %s %x", o.Class, o.Label, o.ID))
 		}
 		if o.Err != nil {
@@ -512,7 +513,7 @@ func (s *site) clear(t *testing.T) {
 	}
 	for _, o := range objects {
 		switch {
-		case o.Label == softhsm.IDevIDLabel:
+		case o.Label == opensc.IDevIDLabel:
 		case o.Class == engine.ClassPrivateKey:
 			err = s.engine.RemoveKey(t.Context(), o.Address)
 		case o.Class == engine.ClassCertificate:

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/p11crash"
 	"estenroll/engine/enginetest/softhsm"
 )
@@ -364,9 +365,9 @@ func (d *crashDevice) judge(t *testing.T, story crashStory, issued []issuance) *
 	}
 	// What may be there: the IDevID pair, and what the journal refers to.
 	want := map[tokenObject]bool{
-		{"Private Key Object", softhsm.IDevIDLabel, softhsm.IDevIDID}: true,
-		{"Public Key Object", softhsm.IDevIDLabel, softhsm.IDevIDID}:  true,
-		{"Certificate Object", softhsm.IDevIDLabel, softhsm.IDevIDID}: true,
+		{"Private Key Object", opensc.IDevIDLabel, opensc.IDevIDID}: true,
+		{"Public Key Object", opensc.IDevIDLabel, opensc.IDevIDID}:  true,
+		{"Certificate Object", opensc.IDevIDLabel, opensc.IDevIDID}: true,
 	}
 	files := map[string]bool{"journal.json": true, "security.json": true, "lock": true}
 	for _, c := range journal.Pairs {

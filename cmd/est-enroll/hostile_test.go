@@ -24,6 +24,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"estenroll/csr"
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/internal/coap/coaptest"
 	"estenroll/testserver"
@@ -497,7 +498,7 @@ func (d *hostileDevice) look(t *testing.T) *snapshot {
 	s := &snapshot{dir: d.dir, files: map[string]string{}}
 	s.objects = judge("pkcs11-tool", "--module", token.ModulePath, "--token-label", token.Label, "--login", "--pin", "env:PIN", "-O")
 	s.dump = judge("token-dump", token.ModulePath, token.Label)
-	if !strings.Contains(s.objects, softhsm.IDevIDLabel) || strings.Count(s.dump, "\n") < 3 {
+	if !strings.Contains(s.objects, opensc.IDevIDLabel) || strings.Count(s.dump, "\n") < 3 {
 		t.Fatalf("the judges see no IDevID:\n%s%s", s.objects, s.dump)
 	}
 	state := os.DirFS(filepath.Join(d.dir, "state"))

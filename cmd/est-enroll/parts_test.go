@@ -19,6 +19,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/est"
 	"estenroll/est/coaps"
@@ -234,7 +235,7 @@ func (b *bareEnrolment) parts(t *testing.T) []part {
 
 // findIDevID finds the key and reads the certificate, which has its public key.
 func (b *bareEnrolment) findIDevID() error {
-	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, softhsm.IDevIDLabel)
+	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, opensc.IDevIDLabel)
 	private, err := b.find(label, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 	if err != nil {
 		return err

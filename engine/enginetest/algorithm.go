@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"slices"
 	"strings"
 	"testing"
 
@@ -15,8 +16,9 @@ import (
 // pair is generated once for all of it: RSA takes seconds.
 func runAlgorithms(t *testing.T, h Harness) {
 	token := h.New(t)
-	if len(token.Algorithms) == 0 {
-		t.Fatal("the harness names no algorithm")
+	named := slices.Sorted(slices.Values(slices.Concat(token.Algorithms, token.Unsupported)))
+	if !slices.Equal(named, algorithms) {
+		t.Fatalf("the harness says of %v whether the token can generate them, want %v", named, algorithms)
 	}
 	for _, algorithm := range token.Algorithms {
 		t.Run(string(algorithm), func(t *testing.T) {
@@ -41,7 +43,23 @@ func runAlgorithms(t *testing.T, h Harness) {
 			s.holds(e, 0, 0, 0)
 		})
 	}
+	for _, algorithm := range token.Unsupported {
+		t.Run(string(algorithm)+" is ErrUnsupported, and nothing is left", func(t *testing.T) {
+			s := &suite{T: t, Token: token}
+			e := s.open()
+			at, err := e.NewKeyAddress("name")
+			if err != nil {
+				s.Fatal(err)
+			}
+			_, err = e.GenerateKey(s.Context(), at, engine.KeySpec{Algorithm: algorithm})
+			s.wants(err, engine.ErrUnsupported)
+			s.holds(e, 0, 0, 0)
+		})
+	}
 }
+
+// algorithms that an engine may be asked to generate, sorted.
+var algorithms = []engine.Algorithm{engine.ECP256, engine.ECP384, engine.ECP521, engine.RSA2048, engine.RSA3072, engine.RSA4096}
 
 // pair is the key of one algorithm.
 type pair struct {

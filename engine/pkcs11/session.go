@@ -23,6 +23,8 @@ type session struct {
 	// changed says that the token was asked to change something: what is not
 	// repeated after the loss of the device.
 	changed bool
+	// held says that the module may hold on to an object until it starts anew.
+	held bool
 }
 
 func (s *session) lost(err error) bool { return s.module.lost(s.handle, err) }

@@ -16,25 +16,40 @@ import (
 
 	"estenroll/engine"
 	"estenroll/engine/enginetest"
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/p11crash"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/pkcs11"
 )
 
-// faulty is a fresh SoftHSM token behind two modules: p11crash, which records
-// the calls, and p11fault, which misbehaves on request. Each test has files of its
-// own of them, for a module is loaded once a process and keeps its environment.
+// faulty is a fresh token behind two modules: p11crash, which records the calls,
+// and p11fault, which misbehaves on request. Each test has files of its own of
+// them, for a module is loaded once a process and keeps its environment.
 type faulty struct {
-	*softhsm.Token
+	opensc.Token
 	module string // path of p11crash
 	log    string
 	faults string // directory
 	locks  string
+
+	dir    string                   // of the token's files
+	add    func(label string) error // makes one more token
+	damage func(t *testing.T, label string)
 }
 
+// newFaulty is one of SoftHSM.
 func newFaulty(t *testing.T) *faulty {
 	t.Helper()
-	f := &faulty{Token: softhsm.New(t, softhsm.WithPIN("marker-7d20"))}
+	token := softhsm.New(t, softhsm.WithPIN("marker-7d20"))
+	f := makeFaulty(t, token.Token)
+	f.dir, f.add = token.Dir, token.Add
+	f.damage = func(t *testing.T, label string) { t.Helper(); damage(t, token.Dir, label) }
+	return f
+}
+
+func makeFaulty(t *testing.T, token opensc.Token) *faulty {
+	t.Helper()
+	f := &faulty{Token: token}
 	f.Use(t)
 	dir := t.TempDir()
 	f.faults, f.log, f.locks = filepath.Join(dir, "faults"), filepath.Join(dir, "calls"), filepath.Join(dir, "run", "locks")
@@ -140,9 +155,9 @@ func (f *faulty) inject(t *testing.T, fault enginetest.Fault) {
 
 // damage cuts the file of a certificate off before its value, as a SIGKILL
 // inside SoftHSM's writing of it does: the attributes stand there in order.
-func (f *faulty) damage(t *testing.T, label string) {
+func damage(t *testing.T, dir, label string) {
 	t.Helper()
-	path, content := objectFile(t, f.Dir, label)
+	path, content := objectFile(t, dir, label)
 	value := bytes.Index(content, []byte{0x30, 0x82}) // the certificate's SEQUENCE
 	if value < 0 {
 		t.Fatalf("%s: no certificate", path)
@@ -194,13 +209,11 @@ func (f *faulty) token() enginetest.Token {
 	}
 	token.Another = func(t *testing.T) enginetest.Token {
 		t.Helper()
-		if err := f.Add("another"); err != nil {
+		if err := f.add("another"); err != nil {
 			t.Fatal(err)
 		}
 		another := *f
-		anotherToken := *f.Token
-		anotherToken.Label = "another"
-		another.Token = &anotherToken
+		another.Label = "another"
 		return another.token()
 	}
 	return token
