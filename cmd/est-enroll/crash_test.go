@@ -99,7 +99,7 @@ func (d *crashDevice) judgeFactory(t *testing.T) *findings {
 	t.Helper()
 	wrong := new(findings)
 	for _, object := range d.list(t) {
-		if object.label != softhsm.IDevIDLabel {
+		if object.label != opensc.IDevIDLabel {
 			wrong.add("in the token: %v", object)
 		}
 	}
@@ -116,7 +116,7 @@ func (d *crashDevice) judgeFactory(t *testing.T) *findings {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n := bytes.Count(security, []byte("object="+softhsm.IDevIDLabel)); n != 2 || bytes.Count(security, []byte("object=")) != 2 {
+	if n := bytes.Count(security, []byte("object="+opensc.IDevIDLabel)); n != 2 || bytes.Count(security, []byte("object=")) != 2 {
 		wrong.add("the Security object is %s", security)
 	}
 	return wrong
