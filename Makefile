@@ -56,7 +56,7 @@ crash: deps
 # The program at servers and on networks that get something wrong, each case in
 # each situation of the device; the token before and after, in the eyes of others.
 hostile: deps
-	$(GO) test -timeout 30m -count 1 -run '^TestHostile$$' ./cmd/est-enroll -args -hostile.all $(HOSTILE)
+	$(GO) test -C cmd/est-enroll -timeout 30m -count 1 -run '^TestHostile$$' -args -hostile.all $(HOSTILE)
 
 # What an enrolment costs beside what it cannot do without: each figure beside its
 # target. "make figures" also writes them to testdata/figures.json and README.md.

@@ -105,7 +105,7 @@ func TestScripts(t *testing.T) {
 	for _, file := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
 			t.Parallel()
-			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t)}
+			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t), programs: map[string]*program{}}
 			testscript.Run(t, testscript.Params{
 				Files: []string{file}, RequireExplicitExec: true, RequireUniqueNames: true,
 				Setup: s.setup, Cmds: s.commands(),
@@ -116,14 +116,15 @@ func TestScripts(t *testing.T) {
 
 // session is one script's device and server.
 type session struct {
-	token   *softhsm.Token
-	bin     string
-	work    string
-	config  string
-	env     *testscript.Env
-	server  *exec.Cmd
-	uri     string // of the server
-	factory bool
+	token    *softhsm.Token
+	bin      string
+	work     string
+	config   string
+	env      *testscript.Env
+	server   *exec.Cmd
+	uri      string // of the server
+	factory  bool
+	programs map[string]*program
 }
 
 func (s *session) setup(env *testscript.Env) error {
@@ -214,6 +215,12 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"other-ca":      plain(otherCA),
 		"status-uris":   plain(statusURIs),
 		"until-expired": plain(untilExpired),
+		"block":         plain(writeBlock),
+		"ports":         plain(freePorts),
+		"start":         plain(s.startProgram),
+		"stop":          plain(s.stopProgram),
+		"reload":        plain(s.reloadProgram),
+		"eventually":    plain(eventuallyExec),
 	}
 }
 
