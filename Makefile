@@ -61,7 +61,7 @@ hostile: deps
 # What an enrolment costs beside what it cannot do without: each figure beside its
 # target. "make figures" also writes them to testdata/figures.json and README.md.
 bench: deps
-	$(GO) test -timeout 15m -count 1 -run '^TestBench$$' -v ./cmd/est-enroll -args -bench.n 41 -bench.objects 10000 $(BENCH)
+	$(GO) test -timeout 15m -count 1 -run '^TestBench$$' -v ./cmd/est-enroll -args -bench.n 61 -bench.objects 10000 $(BENCH)
 
 figures: BENCH += -bench.write
 figures: bench

@@ -185,6 +185,8 @@ type Credential struct {
 	// forgotten says that the journal has it and the configuration does not.
 	forgotten bool
 	sent      bool            // the CSR of the operation may have reached a server
+	idevid    *pair           // once it is opened
+	opened    *pair           // the enrolled one that was opened last
 	warned    map[string]bool // what was said of sessions
 }
 

@@ -124,7 +124,10 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	}
 	c.journal.LastAttempt = last
 	c.shared.journal.rememberPIN(err) // that of a device which came back
-	return result, errors.Join(err, c.save())
+	if err := errors.Join(err, c.save()); err != nil {
+		return result, err
+	}
+	return result, c.removeUnreferencedFiles()
 }
 
 const (

@@ -29,15 +29,11 @@ func (c *Credential) retire(ctx context.Context) (*Result, error) {
 			}
 			retired++
 		}
-		c.journal.Operation = nil
-		if err := c.save(); err != nil {
-			return "", err
-		}
-		message := "nothing is old enough to go"
+		c.journal.Operation = nil // on the disk with the record of the attempt, which is saved next
 		if retired > 0 {
-			message = fmt.Sprintf("removed %d certificates older than the previous one", retired)
+			return fmt.Sprintf("removed %d certificates older than the previous one", retired), nil
 		}
-		return message, c.removeUnreferencedFiles()
+		return "nothing is old enough to go", nil
 	})
 	if err != nil {
 		return nil, err

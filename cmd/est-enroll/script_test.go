@@ -43,7 +43,7 @@ const markerPIN = "marker-4f1d9c"
 const transcriptVar = "TRANSCRIPT"
 
 func TestMain(m *testing.M) {
-	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "load-module": loadModule, "token-dump": dumpToken})
+	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "bare-enrolment": bareEnrolmentMain, "token-dump": dumpToken})
 }
 
 // cleaning removes the built programs after the tests.

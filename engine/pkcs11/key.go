@@ -170,7 +170,7 @@ func (s *session) generate(u URI, algorithm engine.Algorithm, how generation) (c
 	if err := s.checkPolicy(privateHandle); err != nil {
 		return nil, err
 	}
-	key, err := s.publicKey(match{handle: publicHandle, keyType: how.keyType})
+	key, err := s.publicKey(match{handle: publicHandle, value: how.keyType})
 	switch {
 	case err != nil && s.lost(err):
 		return nil, err
@@ -210,11 +210,16 @@ func (s *session) testSignature(private pkcs11.ObjectHandle, public crypto.Publi
 
 // checkPolicy reads back what a private key is.
 func (s *session) checkPolicy(private pkcs11.ObjectHandle) error {
-	for _, policy := range privatePolicy {
-		got, err := s.flag(private, policy.kind)
-		if err != nil {
-			return err
-		}
+	kinds := make([]uint, len(privatePolicy))
+	for i, policy := range privatePolicy {
+		kinds[i] = policy.kind
+	}
+	flags, err := s.flags(private, kinds...)
+	if err != nil {
+		return err
+	}
+	for i, policy := range privatePolicy {
+		got := flags[i]
 		switch {
 		case got == nil && !policy.optional:
 			return fmt.Errorf("the token does not say whether the key is %s: it is destroyed", policy.name)
@@ -225,17 +230,19 @@ func (s *session) checkPolicy(private pkcs11.ObjectHandle) error {
 	return nil
 }
 
-// flag reads a boolean attribute; nil is one that the token does not report.
-func (s *session) flag(handle pkcs11.ObjectHandle, kind uint) (*bool, error) {
-	value, err := s.value(handle, kind)
-	if err != nil && !errors.Is(err, errUnreadable) {
+// flags reads boolean attributes; nil is one that the token does not report.
+func (s *session) flags(handle pkcs11.ObjectHandle, kinds ...uint) ([]*bool, error) {
+	values, err := s.values(handle, kinds...)
+	if values == nil {
 		return nil, err
 	}
-	if err != nil || len(value) != 1 {
-		return nil, nil
+	flags := make([]*bool, len(kinds))
+	for i, value := range values {
+		if len(value) == 1 {
+			flags[i] = new(value[0] != 0)
+		}
 	}
-	set := value[0] != 0
-	return &set, nil
+	return flags, nil
 }
 
 // RecoverKey implements engine.KeyRecoverer.
@@ -336,15 +343,14 @@ func (e *Engine) KeyAttributes(ctx context.Context, at engine.Address) (engine.K
 		if err != nil {
 			return err
 		}
-		for kind, field := range map[uint]**bool{
-			pkcs11.CKA_PRIVATE: &attributes.Private, pkcs11.CKA_SENSITIVE: &attributes.Sensitive, pkcs11.CKA_EXTRACTABLE: &attributes.Extractable,
-			pkcs11.CKA_ALWAYS_SENSITIVE: &attributes.AlwaysSensitive, pkcs11.CKA_NEVER_EXTRACTABLE: &attributes.NeverExtractable,
-			pkcs11.CKA_LOCAL: &attributes.Local, pkcs11.CKA_SIGN: &attributes.Sign, pkcs11.CKA_DECRYPT: &attributes.Decrypt,
-			pkcs11.CKA_UNWRAP: &attributes.Unwrap, pkcs11.CKA_DERIVE: &attributes.Derive,
-		} {
-			if *field, err = s.flag(private.handle, kind); err != nil {
-				return err
-			}
+		flags, err := s.flags(private.handle, pkcs11.CKA_PRIVATE, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_ALWAYS_SENSITIVE,
+			pkcs11.CKA_NEVER_EXTRACTABLE, pkcs11.CKA_LOCAL, pkcs11.CKA_SIGN, pkcs11.CKA_DECRYPT, pkcs11.CKA_UNWRAP, pkcs11.CKA_DERIVE)
+		if err != nil {
+			return err
+		}
+		attributes = engine.KeyAttributes{
+			Private: flags[0], Sensitive: flags[1], Extractable: flags[2], AlwaysSensitive: flags[3],
+			NeverExtractable: flags[4], Local: flags[5], Sign: flags[6], Decrypt: flags[7], Unwrap: flags[8], Derive: flags[9],
 		}
 		return nil
 	})
