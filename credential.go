@@ -50,7 +50,7 @@ func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
-	cert, err := c.store.Certificate(ctx, at.Certificate)
+	cert, err := c.certificate(ctx, at.Certificate)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
@@ -118,8 +118,9 @@ func (c *Credential) current() (credential, bool) {
 	if !ok {
 		return credential{}, false
 	}
-	// The journal was lost: what the Security object says is enough to go on.
-	return credential{Key: reference{Address: key}, Certificates: []reference{{Address: cert}}}, true
+	// The journal was lost: what the Security object says is enough to go on. Whether
+	// the key was generated for it is not known any more, so it stays.
+	return credential{Key: reference{Address: key}, Certificates: []reference{{Address: cert}}, ExistingKey: true}, true
 }
 
 // instance returns the credential's instance of the Security object: the

@@ -110,15 +110,17 @@ func TestJournalRefused(t *testing.T) {
 		"more than allowed":   {proving + strings.Repeat(" ", journalLimit), "too large"},
 		"unknown step":        {replace(`"step": "prove"`, `"step": "guess"`), "unknown step"},
 		"unknown kind":        {replace(`"kind": "enroll"`, `"kind": "rekey"`), "unknown kind"},
+		"unknown key type":    {replace(`"new_key": true`, `"new_key": true, "key_type": "RSA 1024"`), "unknown key_type"},
+		"a key of two kinds":  {replace(`"new_key": true`, `"new_key": true, "existing_key": true`), "both new and an existing one"},
 		"a path":              {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
-		"a reset that renews": {replace(`"kind": "enroll"`, `"kind": "reset"`), "reset at step"},
-		"no key":              {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "request"}}}}`, "no driver"},
 		"negative wait":       {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
 		"another scheme":      {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},
 		"no address":          {replace(`"key": "pkcs11:`, `"key": "`), "no driver"},
 		"an empty chain":      {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "store", "key": "pkcs11:id=%01"}}}}`, "no certificate at step"},
 		"too many":            {`{"version": 2, "credentials": {"device": {"pairs": [` + strings.Repeat(`{},`, maxPairs) + `{}]}}}`, "17 pairs"},
 		"a bare pair":         {`{"version": 2, "credentials": {"device": {"pairs": [{"key": "pkcs11:id=%01"}]}}}`, "0 certificates"},
+		"a reset that renews": {replace(`"kind": "enroll"`, `"kind": "reset"`), "reset at step"},
+		"no key":              {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "request"}}}}`, "no driver"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()

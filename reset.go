@@ -44,7 +44,7 @@ func (c *Credential) PlanReset(ctx context.Context) (*ResetPlan, error) {
 		}
 	}
 	for _, kept := range c.journal.Pairs {
-		add(&plan.Keys, kept.Key.Address)
+		add(&plan.Keys, kept.ownKey())
 	}
 	for _, kept := range pairs {
 		for i, at := range kept.Certificates {
@@ -88,7 +88,7 @@ func (c *Credential) checkReset(ctx context.Context) error {
 	instance, exists := c.instance()
 	if exists && !c.forgotten {
 		at, ok := instance.ClientCertificate.Engine()
-		if ok && at != c.cfg.IDevID.Certificate && !c.isOwn(at) && !c.isOfAnother(at) {
+		if ok && at != c.cfg.IDevID.Certificate && !c.isOurs(at) {
 			return fmt.Errorf("the Security object points at %s, which the journal does not name: %w", at, ErrState)
 		}
 	}
@@ -106,10 +106,6 @@ func (c *Credential) checkReset(ctx context.Context) error {
 func (c *Credential) isOwn(leaf engine.Address) bool {
 	op := c.journal.Operation
 	return c.journal.has(leaf) || op != nil && op.credential().sameLeaf(leaf)
-}
-
-func (c *Credential) isOfAnother(leaf engine.Address) bool {
-	return slices.ContainsFunc(c.credentials, func(other *Credential) bool { return other != c && other.isOwn(leaf) })
 }
 
 // checkToken wants something of what the journal names in the token: where
@@ -141,7 +137,7 @@ func (c *Credential) reset(ctx context.Context) error {
 		if op.NewKey {
 			key = op.Key.Address
 		}
-		if err := c.removeOperation(ctx, op, key); err != nil {
+		if err := c.removeCredential(ctx, op.Certificates, key); err != nil {
 			return "", err
 		}
 		for len(c.journal.Pairs) > 0 {
@@ -151,7 +147,7 @@ func (c *Credential) reset(ctx context.Context) error {
 			last := len(c.journal.Pairs) - 1
 			old := c.journal.Pairs[last]
 			c.journal.Pairs = c.journal.Pairs[:last]
-			if err := c.removeCredential(ctx, old.Certificates, old.Key.Address); err != nil {
+			if err := c.removeCredential(ctx, old.Certificates, old.ownKey()); err != nil {
 				c.journal.Pairs = append(c.journal.Pairs, old)
 				return "", err
 			}

@@ -215,3 +215,32 @@ func TestResetOne(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A key that was there before is no part of a reset, and the IDevID's even less.
+func TestResetExistingKey(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	for name, key := range map[string]engine.Address{
+		"another program's": site.owned(t, "EC:prime256v1", "owned", "77"),
+		"the IDevID's":      site.idevid.Key,
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := site.device(t, "existing")
+			d.cfg.Key = key
+			before := d.objects()
+			d.mustEnroll()
+			d.mustRenew()
+			plan, err := d.reset()
+			if err != nil || len(plan.Keys) != 0 || len(plan.Certificates) != 2 {
+				t.Errorf("plan %+v, %v", plan, err)
+			}
+			if diff := cmp.Diff(before, d.objects()); diff != "" {
+				t.Errorf("objects (-before +after):\n%s", diff)
+			}
+			site.signs(t, key)
+			d.mustEnroll()
+			if _, err := d.reset(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

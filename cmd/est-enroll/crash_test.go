@@ -142,7 +142,7 @@ type matrix struct {
 
 func newMatrix(t *testing.T) *matrix {
 	m := &matrix{bin: builtPrograms(t), module: p11crash.Build(t), token: softhsm.New(t, softhsm.WithPIN(markerPIN))}
-	m.server = &session{token: m.token, bin: m.bin, work: t.TempDir(), factory: true}
+	m.server = &session{token: &m.token.Token, bin: m.bin, work: t.TempDir(), factory: true}
 	m.server.config = filepath.Join(m.server.work, "unused.yaml")
 	if err := m.server.startServer(nil); err != nil {
 		t.Fatal(err)
