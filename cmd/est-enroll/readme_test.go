@@ -158,6 +158,7 @@ func TestInstall(t *testing.T) {
 		"/usr/share/man/man1/est-enroll-config.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-enroll.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-renew.1":               "-rw-r--r--",
+		"/usr/share/man/man1/est-enroll-reset.1":               "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-status.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver.1":                 "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-serve.1":           "-rw-r--r--",
