@@ -85,7 +85,7 @@ func judge(err error, interrupted bool) judgement {
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	case errors.Is(err, agent.ErrExport):
-		return judgement{exitTryLater, "the credential itself is in place: make export-dir writable for this user, and the next run writes the files"}
+		return judgement{exitTryLater, "the token and the state are right: make export-dir writable for this user, and the next run puts the files right"}
 	}
 	for _, known := range fileJudgements {
 		if errors.Is(err, known.is) {

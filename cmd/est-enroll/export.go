@@ -42,6 +42,14 @@ func (s *settings) export(ctx context.Context, credential *estenroll.Credential,
 	return outcome
 }
 
+// removeExport takes away what names a key that is destroyed.
+func (s *settings) removeExport(credential *estenroll.Credential) error {
+	if s.exportDir == "" {
+		return nil
+	}
+	return agent.Remove(s.exportDir, credential.Name())
+}
+
 // forPrograms is the address of an object as other programs take it.
 func (s *settings) forPrograms(at engine.Address) string {
 	if object, ok := at.(pkcs11.URI); ok {
