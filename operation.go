@@ -176,11 +176,20 @@ func (c *Credential) startEnroll(ctx context.Context) error {
 	if _, err := c.prepare(ctx); err != nil {
 		return err
 	}
+	if c.cfg.Key != nil {
+		key, err := c.existingKey(ctx)
+		if err != nil {
+			return err
+		}
+		c.say(StepPrepare, "using the key in the token: %s", key)
+		c.begin(&operation{Kind: KindEnroll, Step: StepRequest, ExistingKey: true, Key: reference{Address: key}})
+		return c.save()
+	}
 	key, err := c.engine.NewKeyAddress(c.cfg.Name)
 	if err != nil {
 		return err
 	}
-	c.begin(&operation{Kind: KindEnroll, Step: StepGenerate, NewKey: true, Key: reference{Address: key}})
+	c.begin(&operation{Kind: KindEnroll, Step: StepGenerate, NewKey: true, Key: reference{Address: key}, KeyType: c.keyType()})
 	return c.save()
 }
 
@@ -207,7 +216,7 @@ func (c *Credential) startRenew(ctx context.Context) error {
 		return fmt.Errorf("valid until %s: %w", end.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	c.adopt(kept) // the journal may have been lost
-	c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, Force: true})
+	c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Force: true})
 	return c.save()
 }
 
@@ -249,6 +258,8 @@ func (c *Credential) proceed(ctx context.Context, resumed bool) (*Result, error)
 			err = c.commit()
 		case StepRetire:
 			return c.retire(ctx)
+		case StepReset:
+			return nil, c.reset(ctx)
 		case StepDiscard:
 			c.say(StepDiscard, "removing what the failed %s created: %s", op.Kind, op.Reason)
 			return nil, c.discard(ctx, nil)
@@ -264,6 +275,9 @@ func (c *Credential) proceed(ctx context.Context, resumed bool) (*Result, error)
 // can: time has passed since, and a token can have been cleared. Without it the
 // device would try in vain for ever instead of beginning anew.
 func (c *Credential) hopeless(ctx context.Context, op *operation) (why string, err error) {
+	if why, err := c.anotherKey(ctx, op); why != "" || err != nil {
+		return why, err
+	}
 	switch op.Step {
 	case StepRequest, StepStore, StepProve:
 	default:
@@ -312,7 +326,7 @@ func (c *Credential) generate(ctx context.Context, resumed bool) error {
 				return "", err
 			}
 		}
-		_, err := c.engine.GenerateKey(ctx, op.Key.Address, engine.KeySpec{})
+		_, err := c.engine.GenerateKey(ctx, op.Key.Address, engine.KeySpec{Algorithm: op.keyType()})
 		if errors.Is(err, engine.ErrDeviceLost) {
 			// The outcome is unknown, and generating again could leave two.
 			if _, recoverErr := c.recoverer.RecoverKey(ctx, op.Key.Address); recoverErr != nil {
@@ -323,6 +337,6 @@ func (c *Credential) generate(ctx context.Context, resumed bool) error {
 		if err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("generated %s in the token: %s", engine.ECP256, op.Key), c.advance(StepRequest)
+		return fmt.Sprintf("generated %s in the token: %s", op.keyType(), op.Key), c.advance(StepRequest)
 	})
 }

@@ -85,7 +85,7 @@ func judge(err error, interrupted bool) judgement {
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	case errors.Is(err, agent.ErrExport):
-		return judgement{exitTryLater, "the credential itself is in place: make export-dir writable for this user, and the next run writes the files"}
+		return judgement{exitTryLater, "the token and the state are right: make export-dir writable for this user, and the next run puts the files right"}
 	}
 	for _, known := range fileJudgements {
 		if errors.Is(err, known.is) {
@@ -150,14 +150,16 @@ var judgements = []struct {
 	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
 	{estenroll.ErrOwner, judgement{exitUsage, "run as that user, or name another directory with --state-dir"}},
 	{estenroll.ErrConfig, judgement{exitUsage, "give each credential a name and a security-instance of its own; one that is renamed begins anew, in another instance"}},
-	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or look at it with est-enroll status"}},
+	{errDeclined, judgement{exitInterrupted, ""}},
+	{estenroll.ErrWrongToken, judgement{exitToken, "connect the token that holds it; if it was cleared on purpose, the state directory is all that is left: remove it"}},
+	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or destroy what is left of it: est-enroll reset --credential NAME"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
 	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
 	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},
 	{estenroll.ErrState, judgement{exitUsage, "something else has changed that file: restore it, or move that one file away, and the device goes on with what the others say"}},
 	{engine.ErrPINNotRetried, judgement{exitToken, "write the right PIN to its source, or insist with --retry-pin: each try of a wrong PIN may be the last"}},
 	{engine.ErrPINIncorrect, judgement{exitToken, "correct the PIN at its source; it is not tried again until the source changes or with --retry-pin"}},
-	{engine.ErrPINLocked, judgement{exitToken, "the security officer must unlock the token: pkcs11-tool --init-pin --login --login-type so"}},
+	{engine.ErrPINLocked, judgement{exitToken, "the security officer must unlock the token: pkcs11-tool --init-pin --login --login-type so; a TPM that has locked all PINs: tpm2_dictionarylockout --clear-lockout"}},
 	{engine.ErrPINFinalTry, judgement{exitToken, "log in once by hand with the right PIN: pkcs11-tool --login --list-objects"}},
 	{engine.ErrPINMissing, judgement{exitToken, "name the PIN's file in the engine's address: …?pin-source=file:/path; or give systemd's credential " + pinCredential + ", or type the PIN on a terminal"}},
 	{engine.ErrBuild, judgement{exitToken, "build it again with CGO_ENABLED=1 and a C compiler: make build"}},
@@ -165,6 +167,9 @@ var judgements = []struct {
 	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots; a token whose files a power cut has emptied is gone, and with it its keys"}},
 	{engine.ErrLocked, judgement{exitTryLater, "wait for the other program"}},
 	{engine.ErrDeviceLost, judgement{exitTryLater, "connect the device again"}},
+	{estenroll.ErrKeyPolicy, judgement{exitToken, "leave key out, and a key that is not extractable is generated; or insist on this one with --allow-extractable"}},
+	{estenroll.ErrKey, judgement{exitToken, "check key against: pkcs11-tool --module MODULE --login --list-objects"}},
+	{engine.ErrUnsupported, judgement{exitToken, "another key-type or rsa-padding may be what this token has: pkcs11-tool --module MODULE --list-mechanisms"}},
 	{estenroll.ErrIDevID, judgement{exitToken, "check idevid-key and idevid-certificate against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{estenroll.ErrOtherNames, judgement{exitRefused, "nothing is stored: correct subject and san to what this CA issues, ask its people, or take it with --subject-mismatch warn"}},
 	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
@@ -172,6 +177,7 @@ var judgements = []struct {
 	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},
 	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it: compare its suites, its key and its certificate with that"}},
 	{est.ErrCredentialNotYetValid, judgement{exitTryLater, "the server's clock is not the device's: wait, or set it"}},
+	{est.ErrKeyUnsuitable, judgement{exitRefused, "use a key of another key-type; that of an IDevID only the factory changes: ask the people of the server to accept it"}},
 	{est.ErrCredentialRefused, judgement{exitRefused, "the server does not accept the certificate of this device: ask the people of the server"}},
 	{est.ErrUnreachable, judgement{exitTryLater, "check the network and the server's URI; the key and the request are kept for the next run"}},
 }

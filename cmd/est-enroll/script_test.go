@@ -30,7 +30,9 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
+	"estenroll/engine/enginetest/tpm"
 	"estenroll/internal/durable"
 )
 
@@ -103,9 +105,10 @@ func TestScripts(t *testing.T) {
 		t.Fatalf("no scripts: %v", err)
 	}
 	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+		name := strings.TrimSuffix(filepath.Base(file), ".txt")
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t), programs: map[string]*program{}}
+			s := newSession(t, name)
 			testscript.Run(t, testscript.Params{
 				Files: []string{file}, RequireExplicitExec: true, RequireUniqueNames: true,
 				Setup: s.setup, Cmds: s.commands(),
@@ -114,9 +117,25 @@ func TestScripts(t *testing.T) {
 	}
 }
 
+// newSession makes a token for a script: of SoftHSM, or in a TPM where the script's
+// name begins with that.
+func newSession(t *testing.T, script string) *session {
+	t.Helper()
+	s := &session{bin: builtPrograms(t), programs: map[string]*program{}}
+	if strings.HasPrefix(script, "tpm") {
+		token := tpm.Start(t).New(t, tpm.WithPIN(markerPIN))
+		s.token, s.addToken = &token.Token, token.Add
+	} else {
+		token := softhsm.New(t, softhsm.WithPIN(markerPIN))
+		s.token, s.addToken = &token.Token, token.Add
+	}
+	return s
+}
+
 // session is one script's device and server.
 type session struct {
-	token    *softhsm.Token
+	token    *opensc.Token
+	addToken func(label string) error // beside it
 	bin      string
 	work     string
 	config   string
@@ -193,6 +212,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 	return map[string]func(*testscript.TestScript, bool, []string){
 		"exitcode": plain(exitcode),
 		"factory":  plain(s.makeIDevID),
+		"idevid":   plain(s.addIDevID),
 		"testserver": plain(func(ts *testscript.TestScript, args []string) error {
 			err := s.startServer(args)
 			ts.Setenv("SERVER", s.uri)
@@ -206,7 +226,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"type":          plain(s.typeAt),
 		"without-pin":   plain(withoutPIN),
 		"token-serial":  plain(s.tokenSerial),
-		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.token.Add(s.token.Label) }),
+		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.addToken(s.token.Label) }),
 		"logins":        plain(s.checkLogins),
 		"pin-in-config": plain(s.pinInConfig),
 		"credentials":   plain(s.withCredentials),
@@ -252,6 +272,23 @@ func exitcode(ts *testscript.TestScript, args []string) error {
 func (s *session) makeIDevID(*testscript.TestScript, []string) error {
 	s.factory = true
 	return nil
+}
+
+// addIDevID KIND LABEL ID makes another factory credential in the token, with the
+// running server's factory CA.
+func (s *session) addIDevID(_ *testscript.TestScript, args []string) error {
+	if len(args) != 3 {
+		return errors.New("usage: idevid KIND LABEL ID")
+	}
+	public, err := s.token.Generate(args[0], args[1], args[2])
+	if err != nil {
+		return err
+	}
+	cert, err := s.signIDevID(public)
+	if err != nil {
+		return err
+	}
+	return s.token.WriteCertificate(cert, args[1], args[2])
 }
 
 // startServer starts the test CA and points the configuration at it.

@@ -195,7 +195,7 @@ func (f *faulty) token() enginetest.Token {
 		WithoutPIN: f.uri(f.Label, ""), WithPIN: f.uri(f.Label, "&pin-value="+f.PIN),
 		Calls: f.calls, Inject: f.inject, Damage: f.damage,
 		LoseAfter:  func(t *testing.T, function string) { t.Helper(); f.set(t, "lose", function) },
-		Algorithms: []engine.Algorithm{engine.ECP256, engine.ECP384, engine.ECP521, engine.RSA2048, engine.RSA3072, engine.RSA4096},
+		Algorithms: engine.Algorithms(),
 		GenerateEC: f.GenerateEC, WriteCertificate: f.WriteCertificate,
 		GenerateForeign: func(label, id string) error {
 			_, err := f.Tool("--keypairgen", "--key-type", "EC:edwards25519", "--usage-sign", "--label", label, "--id", id)
