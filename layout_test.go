@@ -34,6 +34,7 @@ var rooms = map[string][]string{
 
 	// Test tools: imported by tests only, which the next test holds.
 	"estenroll/engine/enginetest/p11crash": {},
+	"estenroll/engine/enginetest/p11fault": {},
 	"estenroll/engine/enginetest/softhsm":  {},
 	"estenroll/internal/coap/coaptest":     {},
 	"estenroll/packaging/man":              {"github.com/spf13/cobra", "github.com/spf13/pflag"},

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"estenroll/engine"
 	"estenroll/engine/enginetest"
 	"estenroll/engine/enginetest/p11crash"
+	"estenroll/engine/enginetest/p11fault"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/pkcs11"
 )
@@ -34,7 +34,24 @@ type faulty struct {
 
 func newFaulty(t *testing.T) *faulty {
 	t.Helper()
-	f := &faulty{Token: softhsm.New(t, softhsm.WithPIN("marker-7d20"))}
+	token := softhsm.New(t, softhsm.WithPIN("marker-7d20"))
+	return behindFaults(t, token, token.ModulePath)
+}
+
+// newRemoteFaulty is a faulty token whose real module is p11-kit's client: when its
+// device is lost, the server's child has been killed.
+func newRemoteFaulty(t *testing.T) *faulty {
+	t.Helper()
+	r := newRemote(t, softhsm.New(t, softhsm.WithPIN("marker-7d20")))
+	f := behindFaults(t, r.token, remoteModule(t))
+	name, value, _ := strings.Cut(p11fault.KillsChildrenOf(r.server.Process.Pid), "=")
+	t.Setenv(name, value)
+	return f
+}
+
+func behindFaults(t *testing.T, token *softhsm.Token, realModule string) *faulty {
+	t.Helper()
+	f := &faulty{Token: token}
 	f.Use(t)
 	dir := t.TempDir()
 	f.faults, f.log, f.locks = filepath.Join(dir, "faults"), filepath.Join(dir, "calls"), filepath.Join(dir, "run", "locks")
@@ -47,9 +64,7 @@ func newFaulty(t *testing.T) *faulty {
 	if err := errors.Join(os.WriteFile(fault, modules.fault, 0o700), os.WriteFile(f.module, modules.crash, 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	t.Setenv("P11FAULT_MODULE", f.ModulePath)
-	t.Setenv("P11FAULT_DIR", f.faults)
-	for _, pair := range (p11crash.Module{}).Env(fault, f.log, p11crash.Point{}) {
+	for _, pair := range append(p11fault.Env(realModule, f.faults), (p11crash.Module{}).Env(fault, f.log, p11crash.Point{})...) {
 		name, value, _ := strings.Cut(pair, "=")
 		t.Setenv(name, value)
 	}
@@ -67,20 +82,14 @@ func builtModules(t *testing.T) binaries {
 	if built.fault != nil {
 		return built
 	}
-	headers, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11").Output()
+	fault, err := p11fault.Build(t.TempDir())
+	if err == nil {
+		built.fault, err = os.ReadFile(fault)
+	}
+	if err == nil {
+		built.crash, err = os.ReadFile(p11crash.Build(t).Path)
+	}
 	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(t.TempDir(), "p11fault.so")
-	compile := exec.CommandContext(t.Context(), "gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra",
-		"-I", strings.TrimSpace(string(headers)), "-o", path, filepath.Join("testdata", "p11fault.c"), "-ldl")
-	if out, err := compile.CombinedOutput(); err != nil || len(out) > 0 {
-		t.Fatalf("compile p11fault (make deps installs gcc): %v\n%s", err, out)
-	}
-	if built.crash, err = os.ReadFile(p11crash.Build(t).Path); err != nil {
-		t.Fatal(err)
-	}
-	if built.fault, err = os.ReadFile(path); err != nil {
 		t.Fatal(err)
 	}
 	return built
@@ -209,4 +218,16 @@ func (f *faulty) token() enginetest.Token {
 // TestSoftHSM holds the driver to the rules, on SoftHSM2.
 func TestSoftHSM(t *testing.T) {
 	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token { return newFaulty(t).token() }})
+}
+
+// TestRemoteSoftHSM holds the driver to the same rules where the token is behind
+// p11-kit's remoting, and what is lost is the server's child, by a signal. Of the
+// algorithms there are those whose parameters the remoting has to carry; the large
+// keys are SoftHSM's work either way.
+func TestRemoteSoftHSM(t *testing.T) {
+	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token {
+		token := newRemoteFaulty(t).token()
+		token.Algorithms = []engine.Algorithm{engine.ECP384, engine.RSA2048}
+		return token
+	}})
 }
