@@ -56,12 +56,12 @@ crash: deps
 # The program at servers and on networks that get something wrong, each case in
 # each situation of the device; the token before and after, in the eyes of others.
 hostile: deps
-	$(GO) test -timeout 30m -count 1 -run '^TestHostile$$' ./cmd/est-enroll -args -hostile.all $(HOSTILE)
+	$(GO) test -C cmd/est-enroll -timeout 30m -count 1 -run '^TestHostile$$' -args -hostile.all $(HOSTILE)
 
 # What an enrolment costs beside what it cannot do without: each figure beside its
 # target. "make figures" also writes them to testdata/figures.json and README.md.
 bench: deps
-	$(GO) test -timeout 15m -count 1 -run '^TestBench$$' -v ./cmd/est-enroll -args -bench.n 41 -bench.objects 10000 $(BENCH)
+	$(GO) test -timeout 15m -count 1 -run '^TestBench$$' -v ./cmd/est-enroll -args -bench.n 61 -bench.objects 10000 $(BENCH)
 
 figures: BENCH += -bench.write
 figures: bench

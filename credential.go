@@ -16,11 +16,12 @@ import (
 
 // pair is a credential in use: an opened key and its chain.
 type pair struct {
-	name   string // for messages: "IDevID", "new", "current"
-	key    engine.Address
-	signer crypto.Signer
-	chain  []*x509.Certificate // leaf first
-	trust  *est.TrustAnchors   // what judges the server in its sessions
+	name        string // for messages: "IDevID", "new", "current"
+	key         engine.Address
+	certificate engine.Address // of the leaf
+	signer      crypto.Signer
+	chain       []*x509.Certificate // leaf first
+	trust       *est.TrustAnchors   // what judges the server in its sessions
 }
 
 func (p *pair) connection() Connection {
@@ -39,30 +40,38 @@ func samePublicKey(a, b crypto.PublicKey) bool {
 	return ok && key.Equal(b)
 }
 
-// openIDevID opens the factory credential and checks that it is a pair.
+// openIDevID opens the factory credential and checks that it is a pair, once a run.
 func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
+	if c.idevid != nil {
+		return c.idevid, nil
+	}
 	at := c.cfg.IDevID
 	signer, err := c.engine.Signer(ctx, at.Key)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
-	cert, err := c.store.Certificate(ctx, at.Certificate)
+	cert, err := c.certificate(ctx, at.Certificate)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
 	if !samePublicKey(cert.PublicKey, signer.Public()) {
 		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", at.Certificate, at.Key, ErrIDevID)
 	}
-	return &pair{name: "IDevID", key: at.Key, signer: signer, chain: append([]*x509.Certificate{cert}, at.Chain...), trust: c.cfg.ImplicitTA}, nil
+	c.idevid = &pair{name: "IDevID", key: at.Key, certificate: at.Certificate, signer: signer, chain: append([]*x509.Certificate{cert}, at.Chain...), trust: c.cfg.ImplicitTA}
+	return c.idevid, nil
 }
 
-// openCredential opens an enrolled credential.
+// openCredential opens an enrolled credential, or gives the one again that was
+// opened last in this run.
 func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair, error) {
+	if c.opened != nil && kept.sameLeaf(c.opened.certificate) {
+		return c.opened, nil
+	}
 	signer, err := c.engine.Signer(ctx, kept.Key.Address)
 	if err != nil {
 		return nil, err
 	}
-	p := &pair{name: "current", key: kept.Key.Address, signer: signer, trust: c.cfg.ImplicitTA}
+	p := &pair{name: "current", key: kept.Key.Address, certificate: kept.Certificates[0].Address, signer: signer, trust: c.cfg.ImplicitTA}
 	for _, at := range kept.Certificates {
 		cert, err := c.store.Certificate(ctx, at.Address)
 		if err != nil {
@@ -85,6 +94,7 @@ func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair
 			p.trust = anchors
 		}
 	}
+	c.opened = p
 	return p, nil
 }
 
@@ -108,8 +118,9 @@ func (c *Credential) current() (credential, bool) {
 	if !ok {
 		return credential{}, false
 	}
-	// The journal was lost: what the Security object says is enough to go on.
-	return credential{Key: reference{Address: key}, Certificates: []reference{{Address: cert}}}, true
+	// The journal was lost: what the Security object says is enough to go on. Whether
+	// the key was generated for it is not known any more, so it stays.
+	return credential{Key: reference{Address: key}, Certificates: []reference{{Address: cert}}, ExistingKey: true}, true
 }
 
 // instance returns the credential's instance of the Security object: the

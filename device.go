@@ -126,8 +126,16 @@ type CredentialConfig struct {
 	ImplicitTA *est.TrustAnchors
 	// Dial opens a session with the EST server.
 	Dial func(ctx context.Context, with Connection) (est.Session, error)
-	// Request is the Subject and the SANs of the first CSR, and the usages of each.
-	// An empty Subject means the IDevID's.
+	// KeySpec is what key to generate for the first certificate. Default: EC P-256.
+	KeySpec engine.KeySpec
+	// Key is one that the HSM holds, the IDevID's perhaps: it is used as it is
+	// instead of a generated one, and never destroyed. Default: none.
+	Key engine.Address
+	// AllowExtractable accepts a Key, with a warning, that is extractable or not
+	// sensitive, or of which the token does not say so.
+	AllowExtractable bool
+	// Request is the Subject and the SANs of the first CSR, and the usages and the PSS
+	// of each. An empty Subject means the IDevID's.
 	Request csr.Template
 	// RefuseOtherNames refuses a certificate whose Subject or SAN is not what was
 	// asked for. Default: it is taken, with a warning.
@@ -185,6 +193,8 @@ type Credential struct {
 	// forgotten says that the journal has it and the configuration does not.
 	forgotten bool
 	sent      bool            // the CSR of the operation may have reached a server
+	idevid    *pair           // once it is opened
+	opened    *pair           // the enrolled one that was opened last
 	warned    map[string]bool // what was said of sessions
 }
 

@@ -37,6 +37,12 @@ var (
 	ErrOwner = errors.New("the state directory is another user's")
 	// ErrGivenUp says that a pending request passed its deadline and was dropped.
 	ErrGivenUp = errors.New("the request was pending for too long and is given up")
+	// ErrKey says that the existing key that was named is missing, not one key, or
+	// cannot sign.
+	ErrKey = errors.New("the key that was named is not usable")
+	// ErrKeyPolicy says that the existing key that was named is not as protected
+	// as a generated one.
+	ErrKeyPolicy = errors.New("the key that was named does not satisfy the policy")
 	// ErrIDevID says that the factory credential is missing or not a pair.
 	ErrIDevID = errors.New("the factory credential (IDevID) is not usable")
 )

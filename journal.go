@@ -66,6 +66,8 @@ type credential struct {
 	// ExplicitTA is the file of the state directory with the trust anchors that
 	// came with the certificate.
 	ExplicitTA string `json:"explicit_ta,omitempty"`
+	// ExistingKey says that the key was there before, and outlives the pair.
+	ExistingKey bool `json:"existing_key,omitempty"`
 }
 
 func (c credential) sameLeaf(at engine.Address) bool {
@@ -79,9 +81,14 @@ type operation struct {
 	StartedAt time.Time `json:"started_at"`
 	// Deadline ends the polling of a pending request.
 	Deadline time.Time `json:"deadline"`
-	// NewKey says that the key was made for this operation and goes with it.
-	NewKey bool      `json:"new_key"`
-	Key    reference `json:"key"`
+	// NewKey says that the key was made for this operation and goes with it, and
+	// ExistingKey that it was in the token before and is never destroyed. Neither
+	// is that of a renewal.
+	NewKey      bool      `json:"new_key"`
+	ExistingKey bool      `json:"existing_key,omitempty"`
+	Key         reference `json:"key"`
+	// KeyType of a new key. Default: EC P-256, the only one there was once.
+	KeyType engine.Algorithm `json:"key_type,omitempty"`
 	// Wanted is the digest of what the CSR asks for; another one in the
 	// configuration means another CSR.
 	Wanted []byte `json:"wanted,omitempty"`
@@ -303,6 +310,12 @@ func (r *record) resolve(parse addressParser) error {
 	case StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard:
 	default:
 		return fmt.Errorf("operation: unknown step %q", op.Step)
+	}
+	if op.NewKey && op.ExistingKey {
+		return errors.New("operation: its key is both new and an existing one")
+	}
+	if op.KeyType != "" && !slices.Contains(engine.Algorithms(), op.KeyType) {
+		return fmt.Errorf("operation: unknown key_type %q", op.KeyType)
 	}
 	if op.RetryAfter < 0 {
 		return errors.New("operation: retry_after is negative")

@@ -110,6 +110,8 @@ func TestJournalRefused(t *testing.T) {
 		"more than allowed":  {proving + strings.Repeat(" ", journalLimit), "too large"},
 		"unknown step":       {replace(`"step": "prove"`, `"step": "guess"`), "unknown step"},
 		"unknown kind":       {replace(`"kind": "enroll"`, `"kind": "rekey"`), "unknown kind"},
+		"unknown key type":   {replace(`"new_key": true`, `"new_key": true, "key_type": "RSA 1024"`), "unknown key_type"},
+		"a key of two kinds": {replace(`"new_key": true`, `"new_key": true, "existing_key": true`), "both new and an existing one"},
 		"a path":             {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
 		"negative wait":      {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
 		"another scheme":     {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},

@@ -124,7 +124,10 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	}
 	c.journal.LastAttempt = last
 	c.shared.journal.rememberPIN(err) // that of a device which came back
-	return result, errors.Join(err, c.save())
+	if err := errors.Join(err, c.save()); err != nil {
+		return result, err
+	}
+	return result, c.removeUnreferencedFiles()
 }
 
 const (
@@ -173,11 +176,20 @@ func (c *Credential) startEnroll(ctx context.Context) error {
 	if _, err := c.prepare(ctx); err != nil {
 		return err
 	}
+	if c.cfg.Key != nil {
+		key, err := c.existingKey(ctx)
+		if err != nil {
+			return err
+		}
+		c.say(StepPrepare, "using the key in the token: %s", key)
+		c.begin(&operation{Kind: KindEnroll, Step: StepRequest, ExistingKey: true, Key: reference{Address: key}})
+		return c.save()
+	}
 	key, err := c.engine.NewKeyAddress(c.cfg.Name)
 	if err != nil {
 		return err
 	}
-	c.begin(&operation{Kind: KindEnroll, Step: StepGenerate, NewKey: true, Key: reference{Address: key}})
+	c.begin(&operation{Kind: KindEnroll, Step: StepGenerate, NewKey: true, Key: reference{Address: key}, KeyType: c.keyType()})
 	return c.save()
 }
 
@@ -204,7 +216,7 @@ func (c *Credential) startRenew(ctx context.Context) error {
 		return fmt.Errorf("valid until %s: %w", end.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	c.adopt(kept) // the journal may have been lost
-	c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, Force: true})
+	c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Force: true})
 	return c.save()
 }
 
@@ -261,6 +273,9 @@ func (c *Credential) proceed(ctx context.Context, resumed bool) (*Result, error)
 // can: time has passed since, and a token can have been cleared. Without it the
 // device would try in vain for ever instead of beginning anew.
 func (c *Credential) hopeless(ctx context.Context, op *operation) (why string, err error) {
+	if why, err := c.anotherKey(ctx, op); why != "" || err != nil {
+		return why, err
+	}
 	switch op.Step {
 	case StepRequest, StepStore, StepProve:
 	default:
@@ -309,7 +324,7 @@ func (c *Credential) generate(ctx context.Context, resumed bool) error {
 				return "", err
 			}
 		}
-		_, err := c.engine.GenerateKey(ctx, op.Key.Address, engine.KeySpec{})
+		_, err := c.engine.GenerateKey(ctx, op.Key.Address, engine.KeySpec{Algorithm: op.keyType()})
 		if errors.Is(err, engine.ErrDeviceLost) {
 			// The outcome is unknown, and generating again could leave two.
 			if _, recoverErr := c.recoverer.RecoverKey(ctx, op.Key.Address); recoverErr != nil {
@@ -320,6 +335,6 @@ func (c *Credential) generate(ctx context.Context, resumed bool) error {
 		if err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("generated %s in the token: %s", engine.ECP256, op.Key), c.advance(StepRequest)
+		return fmt.Sprintf("generated %s in the token: %s", op.keyType(), op.Key), c.advance(StepRequest)
 	})
 }

@@ -118,7 +118,7 @@ func (c *Credential) show(ctx context.Context, p *pair) (verdict, error) {
 	switch {
 	case err == nil:
 		return accepted, nil
-	case errors.Is(err, est.ErrCredentialRefused), errors.As(err, &status) && status.Class == 4:
+	case errors.Is(err, est.ErrCredentialRefused), errors.Is(err, est.ErrKeyUnsuitable), errors.As(err, &status) && status.Class == 4:
 		// 4.03 as well: whether it is this pair that is refused, the other shows.
 		return refused, err
 	}

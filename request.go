@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"errors"
@@ -111,6 +112,11 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 		if err != nil {
 			return "", err
 		}
+		if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS { // which the CSR alone does not show
+			if err := signsHandshakes(signer); err != nil {
+				return "", err
+			}
+		}
 		if op.CSR, err = csr.Build(c.cfg.Rand, template, signer); err != nil {
 			return "", err
 		}
@@ -131,6 +137,9 @@ func digestOf(template csr.Template) ([]byte, error) {
 	for _, e := range extensions {
 		fmt.Fprintf(h, "%s %t", e.Id, e.Critical)
 		h.Write(e.Value)
+	}
+	if template.PSS {
+		fmt.Fprint(h, "PSS")
 	}
 	return h.Sum(nil), nil
 }
@@ -158,6 +167,14 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	defer c.closeSession(session)
+	request, err := x509.ParseCertificateRequest(op.CSR)
+	if err != nil {
+		return nil, fmt.Errorf("read the CSR of the journal: %w: %w", err, ErrState)
+	}
+	if known, ok := session.(est.KeyAccepter); ok && !known.AcceptsKey(request.PublicKey) {
+		// The certificate could never be proven: it is not asked for.
+		return nil, fmt.Errorf("%s: no use for a certificate with %s: %w", c.cfg.ServerURI, engine.AlgorithmOf(request.PublicKey), est.ErrKeyUnsuitable)
+	}
 	client := est.Client{Session: session}
 	caCerts, err := client.CACerts(ctx)
 	if err != nil {
@@ -173,10 +190,6 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	}
 	if err := anchors.VerifyServer(session.PeerChain(), c.cfg.ServerName, now); err != nil {
 		return nil, fmt.Errorf("judge the server by its own cacerts: %w", err)
-	}
-	request, err := x509.ParseCertificateRequest(op.CSR)
-	if err != nil {
-		return nil, fmt.Errorf("read the CSR of the journal: %w: %w", err, ErrState)
 	}
 	enroll := client.SimpleEnroll
 	if op.Kind == KindRenew {

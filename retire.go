@@ -22,22 +22,18 @@ func (c *Credential) retire(ctx context.Context) (*Result, error) {
 			last := len(c.journal.Pairs) - 1
 			old := c.journal.Pairs[last]
 			c.journal.Pairs = c.journal.Pairs[:last]
-			if err := c.removeCredential(ctx, old.Certificates, old.Key.Address); err != nil {
+			if err := c.removeCredential(ctx, old.Certificates, old.ownKey()); err != nil {
 				// The record of the attempt is saved next: it must not forget this one.
 				c.journal.Pairs = append(c.journal.Pairs, old)
 				return "", err
 			}
 			retired++
 		}
-		c.journal.Operation = nil
-		if err := c.save(); err != nil {
-			return "", err
-		}
-		message := "nothing is old enough to go"
+		c.journal.Operation = nil // on the disk with the record of the attempt, which is saved next
 		if retired > 0 {
-			message = fmt.Sprintf("removed %d certificates older than the previous one", retired)
+			return fmt.Sprintf("removed %d certificates older than the previous one", retired), nil
 		}
-		return message, c.removeUnreferencedFiles()
+		return "nothing is old enough to go", nil
 	})
 	if err != nil {
 		return nil, err
@@ -49,15 +45,23 @@ func (c *Credential) retire(ctx context.Context) (*Result, error) {
 	return &Result{Kind: op.Kind, Changed: true, Certificate: leaf, CertificateAddress: op.Certificates[0].Address, Key: op.Key.Address}, nil
 }
 
+// ownKey returns the key that goes with the pair, nil for one that was there before.
+func (c credential) ownKey() engine.Address {
+	if c.ExistingKey {
+		return nil
+	}
+	return c.Key.Address
+}
+
 // removeCredential destroys certificates and, when no kept certificate and no
-// Security instance uses it, their key.
+// Security instance uses it, their key, unless that is nil.
 func (c *Credential) removeCredential(ctx context.Context, certs []reference, key engine.Address) error {
 	if len(certs) > 0 {
 		if err := c.store.RemoveCertificates(ctx, addresses(certs)); err != nil {
 			return err
 		}
 	}
-	if c.keyInUse(key) {
+	if key == nil || c.keyInUse(key) {
 		return nil
 	}
 	if err := c.engine.RemoveKey(ctx, key); err != nil && !errors.Is(err, engine.ErrNotFound) {
@@ -66,8 +70,9 @@ func (c *Credential) removeCredential(ctx context.Context, certs []reference, ke
 	return nil
 }
 
-// keyInUse reports whether a factory credential, a pair that is kept or a
-// Security instance has the key: of whatever name, since names can share a key.
+// keyInUse reports whether a factory credential, a pair that is kept, a Security
+// instance or an operation that did not make it has the key: of whatever name,
+// since names can share a key.
 func (d *shared) keyInUse(key engine.Address) bool {
 	for _, c := range d.credentials {
 		if key == c.cfg.IDevID.Key {
@@ -79,6 +84,9 @@ func (d *shared) keyInUse(key engine.Address) bool {
 			if c.Key.Address == key {
 				return true
 			}
+		}
+		if op := r.Operation; op != nil && op.ExistingKey && op.Key.Address == key {
+			return true
 		}
 	}
 	for _, instance := range d.security.All() {
@@ -104,19 +112,9 @@ func (c *Credential) discard(ctx context.Context, cause error) error {
 	if op.NewKey {
 		key = op.Key.Address
 	}
-	if err := c.removeOperation(ctx, op, key); err != nil {
+	if err := c.removeCredential(ctx, op.Certificates, key); err != nil {
 		return errors.Join(cause, &StepError{Step: StepDiscard, Err: err})
 	}
 	c.journal.Operation = nil
 	return errors.Join(cause, c.save(), c.removeUnreferencedFiles())
-}
-
-func (c *Credential) removeOperation(ctx context.Context, op *operation, key engine.Address) error {
-	if key != nil {
-		return c.removeCredential(ctx, op.Certificates, key)
-	}
-	if len(op.Certificates) == 0 {
-		return nil
-	}
-	return c.store.RemoveCertificates(ctx, addresses(op.Certificates))
 }

@@ -3,10 +3,12 @@ package estenroll_test
 import (
 	"context"
 	"crypto"
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -21,6 +23,7 @@ import (
 	"estenroll"
 	"estenroll/csr"
 	"estenroll/engine"
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/pkcs11"
 	"estenroll/est"
@@ -131,7 +134,13 @@ type device struct {
 	hook func(when, call string) error
 	// authenticated is what a session says of itself, if it is set.
 	authenticated *bool
-	closeErr      error // of a session
+	// accepts is what a session says of a key, if it is set.
+	accepts func(crypto.PublicKey) bool
+	// attributes are what the token reports of a key, if they are set.
+	attributes *engine.KeyAttributes
+	// pssOnly is a token that signs with an RSA key in no other way.
+	pssOnly  bool
+	closeErr error // of a session
 	// elsewhere is connected to in place of the server.
 	elsewhere string
 	// answer takes the place of the server's answer; nil leaves it.
@@ -236,7 +245,23 @@ func (e spied) GenerateKey(ctx context.Context, at engine.Address, spec engine.K
 }
 
 func (e spied) Signer(ctx context.Context, at engine.Address) (crypto.Signer, error) {
-	return around(e.d, "Signer", func() (crypto.Signer, error) { return e.Engine.Signer(ctx, at) })
+	return around(e.d, "Signer", func() (crypto.Signer, error) {
+		signer, err := e.Engine.Signer(ctx, at)
+		if err == nil && e.d.pssOnly {
+			return pssSigner{signer}, nil
+		}
+		return signer, err
+	})
+}
+
+type pssSigner struct{ crypto.Signer }
+
+func (s pssSigner) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	_, isRSA := s.Public().(*rsa.PublicKey)
+	if _, isPSS := opts.(*rsa.PSSOptions); isRSA && !isPSS {
+		return nil, &engine.Error{Op: "sign with", Err: engine.ErrUnsupported}
+	}
+	return s.Signer.Sign(random, digest, opts)
 }
 
 func (e spied) RemoveKey(ctx context.Context, at engine.Address) error {
@@ -245,6 +270,13 @@ func (e spied) RemoveKey(ctx context.Context, at engine.Address) error {
 
 func (e spied) RecoverKey(ctx context.Context, at engine.Address) (crypto.PublicKey, error) {
 	return around(e.d, "RecoverKey", func() (crypto.PublicKey, error) { return e.Engine.RecoverKey(ctx, at) })
+}
+
+func (e spied) KeyAttributes(ctx context.Context, at engine.Address) (engine.KeyAttributes, error) {
+	if e.d.attributes != nil {
+		return *e.d.attributes, nil
+	}
+	return e.Engine.KeyAttributes(ctx, at)
 }
 
 func (e spied) CertificateAddresses(ctx context.Context, key engine.Address, chain []*x509.Certificate) ([]engine.Address, error) {
@@ -313,6 +345,13 @@ func (s watched) ClientAuthenticated() bool {
 		return *s.d.authenticated
 	}
 	return s.Session.ClientAuthenticated()
+}
+
+func (s watched) AcceptsKey(public crypto.PublicKey) bool {
+	if s.d.accepts != nil {
+		return s.d.accepts(public)
+	}
+	return s.Session.AcceptsKey(public)
 }
 
 func (s watched) Close() error {
@@ -492,7 +531,7 @@ func (s *site) objects(t *testing.T) (list []string) {
 		t.Fatal(err)
 	}
 	for _, o := range objects {
-		if o.Label != softhsm.IDevIDLabel {
+		if o.Label != opensc.IDevIDLabel {
 			list = append(list, fmt.Sprintf("%s %s %x", o.Class, o.Label, o.ID))
 		}
 		if o.Err != nil {
@@ -512,7 +551,7 @@ func (s *site) clear(t *testing.T) {
 	}
 	for _, o := range objects {
 		switch {
-		case o.Label == softhsm.IDevIDLabel:
+		case o.Label == opensc.IDevIDLabel:
 		case o.Class == engine.ClassPrivateKey:
 			err = s.engine.RemoveKey(t.Context(), o.Address)
 		case o.Class == engine.ClassCertificate:

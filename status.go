@@ -41,6 +41,8 @@ type CredentialStatus struct {
 	Serial      string    `json:"serial,omitempty"` // hexadecimal
 	NotBefore   time.Time `json:"not_before,omitzero"`
 	NotAfter    time.Time `json:"not_after,omitzero"`
+	// KeyType is the algorithm of the certificate's key.
+	KeyType engine.Algorithm `json:"key_type,omitempty"`
 	// KeyAttributes are what the token reports, nil where it reports nothing.
 	KeyAttributes *engine.KeyAttributes `json:"key_attributes,omitempty"`
 	// Problem says why the credential cannot be used.
@@ -103,7 +105,7 @@ func (c *Credential) credentialStatus(ctx context.Context, kept credential) (*Cr
 	for _, at := range kept.Certificates[1:] {
 		s.Chain = append(s.Chain, at.String())
 	}
-	cert, err := c.store.Certificate(ctx, kept.Certificates[0].Address)
+	cert, err := c.certificate(ctx, kept.Certificates[0].Address)
 	if err == nil {
 		s.describe(cert)
 		s.Problem, err = c.problemOf(ctx, kept, cert)
@@ -129,6 +131,7 @@ func (s *CredentialStatus) describe(cert *x509.Certificate) {
 	s.Subject, s.Issuer = csr.FormatSubject(cert.RawSubject), csr.FormatSubject(cert.RawIssuer)
 	s.Serial = fmt.Sprintf("%x", cert.SerialNumber)
 	s.NotBefore, s.NotAfter = cert.NotBefore.UTC(), cert.NotAfter.UTC()
+	s.KeyType = engine.AlgorithmOf(cert.PublicKey)
 }
 
 func (c *Credential) problemOf(ctx context.Context, kept credential, cert *x509.Certificate) (string, error) {

@@ -21,7 +21,7 @@ func (op *operation) chain() ([]*x509.Certificate, error) {
 }
 
 func (op *operation) credential() credential {
-	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA}
+	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA, ExistingKey: op.ExistingKey}
 }
 
 func addresses(refs []reference) []engine.Address {

@@ -45,6 +45,11 @@ const (
 	RSA4096 Algorithm = "RSA 4096"
 )
 
+// Algorithms returns them, the default first.
+func Algorithms() []Algorithm {
+	return []Algorithm{ECP256, ECP384, ECP521, RSA2048, RSA3072, RSA4096}
+}
+
 // AlgorithmOf names the algorithm of a public key, which may be one that no
 // engine generates; it is empty for a key that is neither EC nor RSA.
 func AlgorithmOf(public crypto.PublicKey) Algorithm {

@@ -672,7 +672,20 @@ func FuzzParseCertsOnly(f *testing.F) {
 		f.Add(indefinite(data))
 	}
 	f.Add(nested(31))
+	f.Add(issue(f, nil, "seed", newKey(f), nil).Raw)
 	f.Fuzz(func(t *testing.T, data []byte) {
+		for _, format := range []est.ContentFormat{est.ContentFormatPKCS7CertsOnly, est.ContentFormatPKIXCert} {
+			answer, err := est.ParseCertificates(&est.Response{ContentFormat: format, Body: data})
+			for _, cert := range answer {
+				var fields []asn1.RawValue
+				if rest, err := asn1.Unmarshal(cert.Raw, &fields); err != nil || len(rest) > 0 || len(fields) != 3 {
+					t.Errorf("%d: a certificate of %d fields, %v", format, len(fields), err)
+				}
+			}
+			if (err == nil) != (len(answer) > 0) {
+				t.Errorf("%d: %d certificates, %v", format, len(answer), err)
+			}
+		}
 		certs, err := est.ParseCertsOnly(data)
 		if err != nil {
 			return

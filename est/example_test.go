@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log"
 	"os"
+	"slices"
 	"time"
 
 	"estenroll/est"
@@ -67,4 +68,18 @@ func ExamplePendingError() {
 		fmt.Println("try again")
 	}
 	// Output: send the same CSR again, not before 1m30s
+}
+
+// Where is sen? The links of GET /.well-known/core?rt=ace.est* say so.
+func ExampleParseLinks() {
+	links, err := est.ParseLinks([]byte(`</est/crts>;rt="ace.est.crts";ct="281 287",</est/sen>;rt=ace.est.sen;ct=281`))
+	if err != nil {
+		log.Fatal(err)
+	}
+	for _, link := range links {
+		if slices.Contains(link.Words("rt"), est.SimpleEnroll.ResourceType()) {
+			fmt.Println(link.Target, link.Words("ct"))
+		}
+	}
+	// Output: /est/sen [281]
 }

@@ -6,7 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
-	"errors"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
@@ -88,7 +88,7 @@ func (b *bench) arguments(d *crashDevice, module, server string) []string {
 		"enroll", "-v", "--block-size", "512", "--idevid-chain", b.factory,
 		"--state-dir", filepath.Join(d.dir, "state"), "--lock-dir", filepath.Join(d.dir, "locks"),
 		"--engine", "pkcs11:token=" + token.Label + "?module-path=" + module + "&pin-source=file:" + token.PINFile,
-		"--server", server, "--trust-anchors", filepath.Join(b.matrix.server.work, "ca", "ca.pem"), "--subject", d.subject,
+		"--server", server, "--trust-anchors", b.anchorsFile(), "--subject", d.subject,
 	}
 }
 
@@ -181,56 +181,75 @@ func trafficHook(traffic map[string]count) func(coaptest.Datagram) coaptest.Acti
 	}
 }
 
-// time times the whole in this process, as the program, and its parts, in turns:
-// a machine that changes its pace meanwhile changes it for all of them.
+// time times the whole in this process and as the program, each beside its parts:
+// in this process, and in one of their own that is as cold as the program. They go
+// in turns: a machine that changes its pace meanwhile changes it for all.
 func (b *bench) time(t *testing.T, f *figures) {
 	t.Helper()
-	raw, err := loadRaw(b.matrix.token.ModulePath)
-	if err != nil {
-		t.Fatal(err)
-	}
 	kinds := []struct {
-		name string
-		run  func() []lap
+		timing *timing
+		run    func(*testing.T) []lap
+		all    [][]lap
 	}{
-		{"parts", func() []lap { return b.timeParts(t, raw) }},
-		{"in process", func() []lap { return b.timeInProcess(t) }},
-		{"program", func() []lap { return b.timeProgram(t) }},
-		{"process", func() []lap { return b.timeProcess(t) }},
+		{timing: &f.Parts, run: b.timeParts}, {timing: &f.InProcess, run: b.timeInProcess},
+		{timing: &f.ColdParts, run: b.timeColdParts}, {timing: &f.Program, run: b.timeProgram},
 	}
-	all := map[string][][]lap{}
 	for range *benchCount {
 		// In an order that changes: each leaves the machine in a state for the next.
 		for _, i := range mathrand.Perm(len(kinds)) {
-			all[kinds[i].name] = append(all[kinds[i].name], kinds[i].run())
+			kinds[i].all = append(kinds[i].all, kinds[i].run(t))
 		}
 	}
-	f.Parts, f.InProcess = medians(t, all["parts"]), medians(t, all["in process"])
-	f.Program, f.Process = medians(t, all["program"]), medians(t, all["process"])
+	for _, kind := range kinds {
+		*kind.timing = medians(t, kind.all)
+	}
 }
 
-// timeParts times an enrolment that is nothing but its parts.
-func (b *bench) timeParts(t *testing.T, raw *rawToken) []lap {
+func (b *bench) bareEnrolment(d *crashDevice) *bareEnrolment {
+	token := b.matrix.token
+	return &bareEnrolment{
+		Module: token.ModulePath, Label: token.Label, PINFile: token.PINFile, Server: b.matrix.server.uri,
+		Anchors: b.anchorsFile(), Factory: b.factory, Dir: filepath.Join(d.dir, "state"), Subject: d.subject,
+	}
+}
+
+func (b *bench) timeParts(t *testing.T) []lap {
 	t.Helper()
 	d := b.device(t)
 	t.Setenv("SOFTHSM2_CONF", filepath.Join(d.dir, "softhsm2.conf"))
-	server, err := coaps.ParseURI(b.matrix.server.uri)
+	laps, err := b.bareEnrolment(d).run(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	bare := &bareEnrolment{
-		rawToken: raw, device: d, server: server, trust: b.anchors(t),
-		factory: b.certificates(t, b.factory)[0], id: []byte(d.subject),
+	return laps
+}
+
+// timeColdParts times the parts in a process that does nothing else, and, for its
+// start and end are those of a test, the start and end of the program.
+func (b *bench) timeColdParts(t *testing.T) []lap {
+	t.Helper()
+	d := b.device(t)
+	argument, err := json.Marshal(b.bareEnrolment(d))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "bare-enrolment", string(argument))
+	cmd.Env = []string{softHSMConf(d)}
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("bare-enrolment: %v\n%s", err, &said)
 	}
 	var laps []lap
-	for _, p := range bare.parts(t) {
-		began := time.Now()
-		if err := p.do(); err != nil {
-			t.Fatalf("%s: %v", p.Name, err)
-		}
-		laps = append(laps, lap{p.Name, p.Step, milliseconds(time.Since(began))})
+	if err := json.Unmarshal(out, &laps); err != nil {
+		t.Fatal(err)
 	}
-	return laps
+	began := time.Now()
+	if err := exec.CommandContext(t.Context(), b.binary(), "--version").Run(); err != nil {
+		t.Fatal(err)
+	}
+	return append(laps, lap{"start and end a process", "end", milliseconds(time.Since(began))})
 }
 
 func (b *bench) certificates(t *testing.T, file string) []*x509.Certificate {
@@ -242,14 +261,7 @@ func (b *bench) certificates(t *testing.T, file string) []*x509.Certificate {
 	return certs
 }
 
-func (b *bench) anchors(t *testing.T) *est.TrustAnchors {
-	t.Helper()
-	anchors, err := est.NewTrustAnchors(b.certificates(t, filepath.Join(b.matrix.server.work, "ca", "ca.pem")))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return anchors
-}
+func (b *bench) anchorsFile() string { return filepath.Join(b.matrix.server.work, "ca", "ca.pem") }
 
 // stopwatch takes a lap at each line of est-enroll -v that ends a step.
 type stopwatch struct {
@@ -292,51 +304,6 @@ func (b *bench) timeProgram(t *testing.T) []lap {
 	b.program(t, d, w, nil, command...)
 	w.lap("end")
 	return w.laps
-}
-
-// timeProcess times what the program has and the parts, in this process, have
-// not: it is started, and it loads the module.
-func (b *bench) timeProcess(t *testing.T) []lap {
-	t.Helper()
-	began := time.Now()
-	if err := exec.CommandContext(t.Context(), b.binary(), "--version").Run(); err != nil {
-		t.Fatal(err)
-	}
-	started := time.Since(began)
-	load := exec.CommandContext(t.Context(), "load-module", b.matrix.token.ModulePath)
-	load.Env = b.matrix.token.Env()
-	out, err := load.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	loaded, err := time.ParseDuration(strings.TrimSpace(string(out)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return []lap{{"start and end a process", "", milliseconds(started)}, {"load the module", "", milliseconds(loaded)}}
-}
-
-// loadModule is the program load-module. It prints how long a process waits for
-// its module but once: for the loading, and for what the first initialisation does
-// more than another.
-func loadModule() {
-	began := time.Now()
-	raw, err := loadRaw(os.Args[1])
-	if err == nil {
-		err = raw.ctx.Initialize()
-	}
-	once := time.Since(began)
-	if err == nil {
-		err = raw.ctx.Finalize()
-	}
-	again := time.Now()
-	if err == nil {
-		err = errors.Join(raw.ctx.Initialize(), raw.ctx.Finalize())
-	}
-	if err != nil {
-		panic(err)
-	}
-	fmt.Println(once - time.Since(again))
 }
 
 // find times the search for a certificate by its id in tokens of many objects,
@@ -414,7 +381,11 @@ func (b *bench) serve(t *testing.T, f *figures) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := coaps.Config{URI: uri, Key: key, Certificate: [][]byte{idevid, b.certificates(t, b.factory)[0].Raw}, Trust: b.anchors(t)}
+	trust, err := est.NewTrustAnchors(b.certificates(t, b.anchorsFile()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := coaps.Config{URI: uri, Key: key, Certificate: [][]byte{idevid, b.certificates(t, b.factory)[0].Raw}, Trust: trust}
 	var rates []float64
 	for range min(*benchCount, 5) {
 		enrolments := make(chan int)

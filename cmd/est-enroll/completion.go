@@ -7,20 +7,22 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// values are the words that a setting can be, where they are few.
-var values = map[string][]string{
-	"block-size": {"16", "32", "64", "128", "256", "512", "1024"},
-	"discovery":  {"off", "on"},
+// offered are the words that a flag can be, where they are few.
+func offered(f *pflag.Flag) []string {
+	if which, ok := f.Value.(*oneOf); ok {
+		return which.allowed
+	}
+	if f.Name == "block-size" {
+		return []string{"16", "32", "64", "128", "256", "512", "1024"}
+	}
+	return nil
 }
 
 // completeFlags says of each flag what a shell can offer: the words of a setting
 // of a few, files, directories, or nothing.
 func completeFlags(command *cobra.Command, flags *pflag.FlagSet) {
 	flags.VisitAll(func(f *pflag.Flag) {
-		offered, directive := values[f.Name], cobra.ShellCompDirectiveNoFileComp
-		if which, ok := f.Value.(*oneOf); ok {
-			offered = which.allowed
-		}
+		words, directive := offered(f), cobra.ShellCompDirectiveNoFileComp
 		switch kind, _ := pflag.UnquoteUsage(f); kind {
 		case "file":
 			directive = cobra.ShellCompDirectiveDefault
@@ -29,7 +31,7 @@ func completeFlags(command *cobra.Command, flags *pflag.FlagSet) {
 		}
 		// It fails for a flag that has one already, or is not the command's.
 		_ = command.RegisterFlagCompletionFunc(f.Name, func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			return slices.Clone(offered), directive
+			return slices.Clone(words), directive
 		})
 	})
 }

@@ -39,6 +39,9 @@ var examples = map[string][]string{
 	"server":                      {"coaps://est.example.com"},
 	"trust-anchors":               {"/etc/est-enroll/ca.pem"},
 	"label":                       {"factory-2"},
+	"key":                         {"pkcs11:object=idevid;type=private"},
+	"key-usage":                   {"digitalSignature"},
+	"ext-key-usage":               {"clientAuth"},
 	"idevid-chain":                {"/etc/est-enroll/idevid-chain.pem"},
 	"subject":                     {"CN=dev-17,O=Example"},
 	"san":                         {"DNS:dev-17.example.com", "IP:192.0.2.17"},
@@ -96,14 +99,14 @@ func writeExample(w io.Writer, flags *pflag.FlagSet) error {
 // exampleOf returns the lines that set a flag to its default, or to an example
 // where it has none.
 func exampleOf(f *pflag.Flag) ([]string, error) {
-	var value any = f.DefValue
-	if text, has := examples[f.Name]; has {
-		value = text[0]
-		if f.Value.Type() == "stringArray" {
-			value = text
-		}
+	texts, has := examples[f.Name]
+	if !has {
+		texts = []string{f.DefValue}
 	}
+	var value any = texts[0]
 	switch f.Value.Type() {
+	case "stringArray":
+		value = examples[f.Name] // none is the default of each list
 	case "bool", "int", "uint", "uint16", "duration":
 		return []string{fmt.Sprintf("%s: %s", f.Name, value)}, nil // as they are: quoted, they would look like texts
 	}

@@ -142,15 +142,26 @@ func TestConfigExampleValues(t *testing.T) {
 			t.Errorf("%s: exit code %d, want %d:\n%s", name, code, exitToken, out)
 		}
 	}
-	for name, words := range values {
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	new(settings).register(flags)
+	tried := 0
+	flags.VisitAll(func(f *pflag.Flag) {
+		words := offered(f)
+		if words == nil {
+			return
+		}
 		for _, word := range append([]string{"other"}, words...) {
 			want := exitToken
 			if word == "other" {
 				want = exitUsage
 			}
-			if code, out := status(printed, "--"+name, word); code != want {
-				t.Errorf("--%s %s: exit code %d, want %d:\n%s", name, word, code, want, out)
+			if code, out := status(printed, "--"+f.Name, word); code != want {
+				t.Errorf("--%s %s: exit code %d, want %d:\n%s", f.Name, word, code, want, out)
 			}
+			tried++
 		}
+	})
+	if tried < 10 {
+		t.Errorf("%d words tried", tried)
 	}
 }

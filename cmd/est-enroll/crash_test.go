@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/p11crash"
 	"estenroll/engine/enginetest/softhsm"
 )
@@ -63,7 +64,7 @@ type matrix struct {
 
 func newMatrix(t *testing.T) *matrix {
 	m := &matrix{bin: builtPrograms(t), module: p11crash.Build(t), token: softhsm.New(t, softhsm.WithPIN(markerPIN))}
-	m.server = &session{token: m.token, bin: m.bin, work: t.TempDir(), factory: true}
+	m.server = &session{token: &m.token.Token, bin: m.bin, work: t.TempDir(), factory: true}
 	m.server.config = filepath.Join(m.server.work, "unused.yaml")
 	if err := m.server.startServer(nil); err != nil {
 		t.Fatal(err)
@@ -278,9 +279,9 @@ func (d *crashDevice) judge(t *testing.T, story crashStory, issued []issuance) *
 	}
 	// What may be there: the IDevID pair, and what the journal refers to.
 	want := map[tokenObject]bool{
-		{"Private Key Object", softhsm.IDevIDLabel, softhsm.IDevIDID}: true,
-		{"Public Key Object", softhsm.IDevIDLabel, softhsm.IDevIDID}:  true,
-		{"Certificate Object", softhsm.IDevIDLabel, softhsm.IDevIDID}: true,
+		{"Private Key Object", opensc.IDevIDLabel, opensc.IDevIDID}: true,
+		{"Public Key Object", opensc.IDevIDLabel, opensc.IDevIDID}:  true,
+		{"Certificate Object", opensc.IDevIDLabel, opensc.IDevIDID}: true,
 	}
 	files := map[string]bool{"journal.json": true, "security.json": true, "lock": true}
 	for _, c := range journal.Pairs {

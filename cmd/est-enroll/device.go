@@ -83,7 +83,13 @@ func (s *settings) of(one *settings, err error) error {
 func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error) {
 	cfg = estenroll.CredentialConfig{
 		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval,
+		KeySpec: engine.KeySpec{Algorithm: s.algorithm()}, AllowExtractable: s.allowExtractable,
 		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
+	}
+	if s.key != "" {
+		if cfg.Key, err = objectAddress("key", s.key); err != nil {
+			return cfg, err
+		}
 	}
 	if cfg.IDevID.Key, err = objectAddress("idevid-key", s.idevidKey); err != nil {
 		return cfg, err
@@ -108,6 +114,7 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	if len(server) > 0 {
 		cfg.Security.ServerCertificate = server[0].Raw
 	}
+	cfg.Request.PSS = s.rsaPadding.word == paddingPSS
 	if err := s.request(&cfg.Request); err != nil {
 		return cfg, err
 	}

@@ -37,7 +37,7 @@ func (s *session) through(ts *testscript.TestScript, layers []string) error {
 			}
 			setenv(ts, p11fault.Env(module, faults)...)
 			var err error
-			if module, err = p11fault.Build(filepath.Dir(s.token.Dir)); err != nil {
+			if module, err = p11fault.Build(s.work); err != nil {
 				return err
 			}
 		case "remote":

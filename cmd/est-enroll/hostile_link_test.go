@@ -76,11 +76,21 @@ func alerted(flight int, description coap.Alert) tamper {
 		if at < 0 {
 			return nil, false
 		}
-		alert := append(record(nil), records[at][:recordHeader]...)
-		alert[0], alert[3], alert[4] = alertRecord, 0, 0 // in the clear: nobody but the server has the keys
-		binary.BigEndian.PutUint16(alert[11:], 2)
-		return [][]byte{append(alert, 2, byte(description))}, true
+		// In the clear: nobody but the server has the keys.
+		return [][]byte{records[at].forged(alertRecord, 0, 2, byte(description))}, true
 	}
+}
+
+// forged is a record of another type, epoch and content with the number of this
+// one; in another epoch it is a number that has not been.
+func (r record) forged(kind byte, epoch uint16, content ...byte) []byte {
+	made := slices.Clone(r[:recordHeader])
+	made[0] = kind
+	if binary.BigEndian.PutUint16(made[3:], epoch); epoch != r.epoch() {
+		made[6] = 1
+	}
+	binary.BigEndian.PutUint16(made[11:], uint16(len(content)))
+	return append(made, content...)
 }
 
 // cut takes bytes off the end of each datagram with such a record.

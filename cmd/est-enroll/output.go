@@ -199,6 +199,7 @@ func (o *output) credential(indent string, c estenroll.CredentialStatus) {
 	if !c.NotAfter.IsZero() {
 		line("valid", stamp(c.NotBefore)+" to "+stamp(c.NotAfter))
 	}
+	line("key type", string(c.KeyType))
 	line("problem", c.Problem)
 	line("key", c.Key)
 	if a := c.KeyAttributes; a != nil {

@@ -5,10 +5,12 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,9 +18,13 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/miekg/pkcs11"
 
+	"estenroll"
+	"estenroll/csr"
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/est"
 	"estenroll/est/coaps"
@@ -30,7 +36,7 @@ import (
 type part struct {
 	// Name for a person, and the line of est-enroll -v within which the whole
 	// does the same.
-	Name, Step string
+	name, step string
 	do         func() error
 }
 
@@ -40,8 +46,8 @@ type rawToken struct {
 	session pkcs11.SessionHandle
 }
 
-// loadRaw loads a module beside the driver, which has loaded it too: initialised
-// by one of the two at a time.
+// loadRaw loads a module, perhaps beside the driver: one of the two initialises it
+// at a time.
 func loadRaw(path string) (*rawToken, error) {
 	ctx := pkcs11.New(path)
 	if ctx == nil {
@@ -146,16 +152,23 @@ func (s rawSigner) Sign(_ io.Reader, digest []byte, _ crypto.SignerOpts) ([]byte
 	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(raw[:half]), new(big.Int).SetBytes(raw[half:])})
 }
 
-// bareEnrolment is an enrolment that is nothing but its parts.
+// bareEnrolment is an enrolment that is nothing but its parts. The first fields
+// say what it works with, and go to a process of its own as JSON.
 type bareEnrolment struct {
-	*rawToken
-	device  *crashDevice
-	server  coaps.URI
-	trust   *est.TrustAnchors
-	factory *x509.Certificate
+	Module, Label, PINFile string // of the token
+	Server                 string // URI
+	Anchors, Factory       string // files
+	Dir                    string // for its files
+	Subject                string // RFC 4514
 
+	token  *rawToken
+	server coaps.URI
+	trust  *est.TrustAnchors
+
+	factory     *x509.Certificate
 	idevid, key rawSigner
 	idevidCert  *x509.Certificate
+	subject     []byte
 	id          []byte // CKA_ID of the new key
 	session     *coaps.Session
 	request     []byte
@@ -163,100 +176,156 @@ type bareEnrolment struct {
 	leaf        *x509.Certificate
 }
 
+// bareEnrolmentMain is the program bare-enrolment: it does the one that it is
+// given, and prints its laps.
+func bareEnrolmentMain() {
+	var b bareEnrolment
+	err := json.Unmarshal([]byte(os.Args[1]), &b)
+	var laps []lap
+	if err == nil {
+		laps, err = b.run(context.Background())
+	}
+	if err == nil {
+		err = json.NewEncoder(os.Stdout).Encode(laps)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// run enrols, and times each part.
+func (b *bareEnrolment) run(ctx context.Context) ([]lap, error) {
+	if err := b.prepare(); err != nil {
+		return nil, err
+	}
+	var laps []lap
+	for _, p := range b.parts(ctx) {
+		began := time.Now()
+		if err := p.do(); err != nil {
+			return nil, fmt.Errorf("%s: %w", p.name, err)
+		}
+		laps = append(laps, lap{p.name, p.step, milliseconds(time.Since(began))})
+	}
+	return laps, nil
+}
+
+// prepare reads what is given, which is not timed.
+func (b *bareEnrolment) prepare() (err error) {
+	if b.server, err = coaps.ParseURI(b.Server); err != nil {
+		return err
+	}
+	if b.subject, err = csr.ParseSubject(b.Subject); err != nil {
+		return err
+	}
+	var anchors, factory []*x509.Certificate
+	for file, certs := range map[string]*[]*x509.Certificate{b.Anchors: &anchors, b.Factory: &factory} {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		if *certs, err = estenroll.ParseTrustAnchors(data); err != nil {
+			return err
+		}
+	}
+	b.factory, b.id = factory[0], []byte(b.Subject)
+	b.trust, err = est.NewTrustAnchors(anchors)
+	return errors.Join(err, os.MkdirAll(b.Dir, 0o700))
+}
+
 // parts lists what an enrolment consists of, in its order: the lifecycle's
 // (DESIGN.md §7), with each file that it promises on the disk.
-func (b *bareEnrolment) parts(t *testing.T) []part {
-	token := b.device.matrix.token
+func (b *bareEnrolment) parts(ctx context.Context) []part {
 	return []part{
+		{"load the module", "generate", func() (err error) {
+			b.token, err = loadRaw(b.Module)
+			return err
+		}},
 		{"open and login", "generate", func() error {
-			pin, err := os.ReadFile(token.PINFile)
+			pin, err := os.ReadFile(b.PINFile)
 			if err != nil {
 				return err
 			}
-			if err := b.ctx.Initialize(); err != nil {
+			if err := b.token.ctx.Initialize(); err != nil {
 				return err
 			}
-			if err := b.open(token.Label); err != nil {
+			if err := b.token.open(b.Label); err != nil {
 				return err
 			}
-			return b.ctx.Login(b.rawToken.session, pkcs11.CKU_USER, string(pin[:len(pin)-1]))
+			return b.token.ctx.Login(b.token.session, pkcs11.CKU_USER, string(pin[:len(pin)-1]))
 		}},
 		{"find the factory credential", "generate", b.findIDevID},
-		{"fsync: Security object, journal", "generate", b.files(t, "security", "journal")},
+		{"fsync: Security object, journal", "generate", b.files("security", "journal")},
 		{"generate", "generate", func() (err error) {
-			public, private, err := b.generate("device", b.id)
+			public, private, err := b.token.generate("device", b.id)
 			if err != nil {
 				return err
 			}
-			point, err := b.value(public, pkcs11.CKA_EC_POINT)
+			point, err := b.token.value(public, pkcs11.CKA_EC_POINT)
 			if err != nil {
 				return err
 			}
-			b.key, err = b.signer(private, point)
+			key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point[2:]) // in an OCTET STRING
+			b.key = rawSigner{b.token, private, key}
 			return err
 		}},
-		{"fsync: journal", "generate", b.files(t, "journal")},
+		{"fsync: journal", "generate", b.files("journal")},
 		{"sign the CSR", "request", func() (err error) {
-			b.request, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{RawSubject: b.idevidCert.RawSubject}, b.key)
+			b.request, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{RawSubject: b.subject}, b.key)
 			return err
 		}},
-		{"fsync: journal", "request", b.files(t, "journal")},
-		{"handshake", "request", func() error { return b.dial(t.Context(), b.idevid, b.idevidCert, b.factory) }},
+		{"fsync: journal", "request", b.files("journal")},
+		{"handshake", "request", func() error { return b.dial(ctx, b.idevid, b.idevidCert, b.factory) }},
 		{"crts", "request", func() (err error) {
-			b.caCerts, err = b.client().CACerts(t.Context())
+			b.caCerts, err = b.client().CACerts(ctx)
 			return err
 		}},
 		{"sen", "request", func() error {
-			issued, err := b.client().SimpleEnroll(t.Context(), b.request)
+			issued, err := b.client().SimpleEnroll(ctx, b.request)
 			if err != nil {
 				return err
 			}
 			b.leaf = issued[0]
 			return b.session.Close()
 		}},
-		{"fsync: trust anchors, journal", "request", b.files(t, "anchors", "journal")},
+		{"fsync: trust anchors, journal", "request", b.files("anchors", "journal")},
 		{"store", "store", func() error {
 			// The issuing CA is the one that is no root.
-			return errors.Join(b.store(b.caCerts[1], "issuing", []byte("issuing")), b.store(b.leaf, "device", b.id))
+			return errors.Join(b.token.store(b.caCerts[1], "issuing", []byte("issuing")), b.token.store(b.leaf, "device", b.id))
 		}},
-		{"fsync: journal", "store", b.files(t, "journal")},
-		{"proof: handshake", "prove", func() error { return b.dial(t.Context(), b.key, b.leaf, b.caCerts[1]) }},
+		{"fsync: journal", "store", b.files("journal")},
+		{"proof: handshake", "prove", func() error { return b.dial(ctx, b.key, b.leaf, b.caCerts[1]) }},
 		{"proof: crts", "prove", func() error {
-			_, err := b.client().CACerts(t.Context())
+			_, err := b.client().CACerts(ctx)
 			return errors.Join(err, b.session.Close())
 		}},
-		{"fsync: journal", "prove", b.files(t, "journal")},
-		{"fsync: Security object, journal", "commit", b.files(t, "security", "journal")},
-		{"fsync: journal", "retire", b.files(t, "journal")},
-		{"close", "end", func() error { return errors.Join(b.ctx.CloseSession(b.rawToken.session), b.ctx.Finalize()) }},
+		{"fsync: journal", "prove", b.files("journal")},
+		{"fsync: Security object, journal", "commit", b.files("security", "journal")},
+		{"fsync: journal", "end", b.files("journal")},
+		{"close", "end", func() error { return errors.Join(b.token.ctx.CloseSession(b.token.session), b.token.ctx.Finalize()) }},
 	}
 }
 
 // findIDevID finds the key and reads the certificate, which has its public key.
 func (b *bareEnrolment) findIDevID() error {
-	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, softhsm.IDevIDLabel)
-	private, err := b.find(label, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
+	label := pkcs11.NewAttribute(pkcs11.CKA_LABEL, opensc.IDevIDLabel)
+	private, err := b.token.find(label, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 	if err != nil {
 		return err
 	}
-	object, err := b.find(label, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_CERTIFICATE))
+	object, err := b.token.find(label, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_CERTIFICATE))
 	if err != nil {
 		return err
 	}
-	der, err := b.value(object, pkcs11.CKA_VALUE)
+	der, err := b.token.value(object, pkcs11.CKA_VALUE)
 	if err != nil {
 		return err
 	}
 	if b.idevidCert, err = x509.ParseCertificate(der); err != nil {
 		return err
 	}
-	b.idevid = rawSigner{b.rawToken, private, b.idevidCert.PublicKey}
+	b.idevid = rawSigner{b.token, private, b.idevidCert.PublicKey}
 	return nil
-}
-
-func (b *bareEnrolment) signer(private pkcs11.ObjectHandle, point []byte) (rawSigner, error) {
-	public, err := ecdsa.ParseUncompressedPublicKey(b.idevidCert.PublicKey.(*ecdsa.PublicKey).Curve, point[2:]) // in an OCTET STRING
-	return rawSigner{b.rawToken, private, public}, err
 }
 
 func (b *bareEnrolment) client() *est.Client { return &est.Client{Session: b.session} }
@@ -274,14 +343,10 @@ func (b *bareEnrolment) dial(ctx context.Context, key crypto.Signer, chain ...*x
 const fileSize = 6 << 10
 
 // files puts as many files on the disk as it is given names, whole or not at all.
-func (b *bareEnrolment) files(t *testing.T, names ...string) func() error {
-	dir := filepath.Join(b.device.dir, "parts")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+func (b *bareEnrolment) files(names ...string) func() error {
 	return func() error {
 		for _, name := range names {
-			if err := durable.WriteFile(filepath.Join(dir, name), make([]byte, fileSize), 0o600); err != nil {
+			if err := durable.WriteFile(filepath.Join(b.Dir, name), make([]byte, fileSize), 0o600); err != nil {
 				return err
 			}
 		}

@@ -30,7 +30,9 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
+	"estenroll/engine/enginetest/tpm"
 	"estenroll/internal/durable"
 )
 
@@ -43,7 +45,7 @@ const markerPIN = "marker-4f1d9c"
 const transcriptVar = "TRANSCRIPT"
 
 func TestMain(m *testing.M) {
-	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "load-module": loadModule, "token-dump": dumpToken})
+	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "bare-enrolment": bareEnrolmentMain, "token-dump": dumpToken})
 }
 
 // cleaning removes the built programs after the tests.
@@ -103,9 +105,10 @@ func TestScripts(t *testing.T) {
 		t.Fatalf("no scripts: %v", err)
 	}
 	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+		name := strings.TrimSuffix(filepath.Base(file), ".txt")
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := &session{token: softhsm.New(t, softhsm.WithPIN(markerPIN)), bin: builtPrograms(t)}
+			s := newSession(t, name)
 			testscript.Run(t, testscript.Params{
 				Files: []string{file}, RequireExplicitExec: true, RequireUniqueNames: true,
 				Setup: s.setup, Cmds: s.commands(),
@@ -114,18 +117,35 @@ func TestScripts(t *testing.T) {
 	}
 }
 
+// newSession makes a token for a script: of SoftHSM, or in a TPM where the script's
+// name begins with that.
+func newSession(t *testing.T, script string) *session {
+	t.Helper()
+	s := &session{bin: builtPrograms(t), programs: map[string]*program{}}
+	if strings.HasPrefix(script, "tpm") {
+		token := tpm.Start(t).New(t, tpm.WithPIN(markerPIN))
+		s.token, s.addToken = &token.Token, token.Add
+	} else {
+		token := softhsm.New(t, softhsm.WithPIN(markerPIN))
+		s.token, s.addToken = &token.Token, token.Add
+	}
+	return s
+}
+
 // session is one script's device and server.
 type session struct {
-	remote  *exec.Cmd // p11-kit's server
-	socket  string    // of it
-	token   *softhsm.Token
-	bin     string
-	work    string
-	config  string
-	env     *testscript.Env
-	server  *exec.Cmd
-	uri     string // of the server
-	factory bool
+	remote   *exec.Cmd // p11-kit's server
+	socket   string    // of it
+	token    *opensc.Token
+	addToken func(label string) error // beside it
+	bin      string
+	work     string
+	config   string
+	env      *testscript.Env
+	server   *exec.Cmd
+	uri      string // of the server
+	factory  bool
+	programs map[string]*program
 }
 
 func (s *session) setup(env *testscript.Env) error {
@@ -194,6 +214,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 	return map[string]func(*testscript.TestScript, bool, []string){
 		"exitcode": plain(exitcode),
 		"factory":  plain(s.makeIDevID),
+		"idevid":   plain(s.addIDevID),
 		"testserver": plain(func(ts *testscript.TestScript, args []string) error {
 			err := s.startServer(args)
 			ts.Setenv("SERVER", s.uri)
@@ -210,7 +231,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"type":          plain(s.typeAt),
 		"without-pin":   plain(withoutPIN),
 		"token-serial":  plain(s.tokenSerial),
-		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.token.Add(s.token.Label) }),
+		"second-token":  plain(func(*testscript.TestScript, []string) error { return s.addToken(s.token.Label) }),
 		"logins":        plain(s.checkLogins),
 		"pin-in-config": plain(s.pinInConfig),
 		"credentials":   plain(s.withCredentials),
@@ -219,6 +240,12 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"other-ca":      plain(otherCA),
 		"status-uris":   plain(statusURIs),
 		"until-expired": plain(untilExpired),
+		"block":         plain(writeBlock),
+		"ports":         plain(freePorts),
+		"start":         plain(s.startProgram),
+		"stop":          plain(s.stopProgram),
+		"reload":        plain(s.reloadProgram),
+		"eventually":    plain(eventuallyExec),
 	}
 }
 
@@ -250,6 +277,23 @@ func exitcode(ts *testscript.TestScript, args []string) error {
 func (s *session) makeIDevID(*testscript.TestScript, []string) error {
 	s.factory = true
 	return nil
+}
+
+// addIDevID KIND LABEL ID makes another factory credential in the token, with the
+// running server's factory CA.
+func (s *session) addIDevID(_ *testscript.TestScript, args []string) error {
+	if len(args) != 3 {
+		return errors.New("usage: idevid KIND LABEL ID")
+	}
+	public, err := s.token.Generate(args[0], args[1], args[2])
+	if err != nil {
+		return err
+	}
+	cert, err := s.signIDevID(public)
+	if err != nil {
+		return err
+	}
+	return s.token.WriteCertificate(cert, args[1], args[2])
 }
 
 // startServer starts the test CA and points the configuration at it.
@@ -417,7 +461,7 @@ func (s *session) withCredentials(ts *testscript.TestScript, args []string) erro
 // interrupt starts est-enroll, sends it SIGINT when the server has its CSR (the
 // journal names step "request" and the server is thinking), and wants exit 130.
 func (s *session) interrupt(ts *testscript.TestScript, args []string) error {
-	cmd := s.program(ts, "est-enroll", append(args, "-v")...)
+	cmd := s.command(ts, "est-enroll", append(args, "-v")...)
 	var output bytes.Buffer
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
@@ -449,16 +493,17 @@ func (s *session) interrupt(ts *testscript.TestScript, args []string) error {
 	return ts.Exec("sh", "-c", "cat "+path+" >&2")
 }
 
-// program is one of the programs as it ships, with the script's environment.
-func (s *session) program(ts *testscript.TestScript, name string, args ...string) *exec.Cmd {
+// command is one of the programs as it ships, with the script's environment.
+func (s *session) command(ts *testscript.TestScript, name string, args ...string) *exec.Cmd {
 	cmd := exec.Command(filepath.Join(s.bin, name), args...)
 	cmd.Dir = s.work
 	for _, variable := range []string{
-		"PATH", "SOFTHSM2_CONF", "PKCS11SPY", "PKCS11SPY_OUTPUT", "P11FAULT_MODULE", "P11FAULT_DIR", "P11FAULT_SERVER", "P11_KIT_SERVER_ADDRESS",
+		"PATH", "PKCS11SPY", "PKCS11SPY_OUTPUT", "P11FAULT_MODULE", "P11FAULT_DIR", "P11FAULT_SERVER", "P11_KIT_SERVER_ADDRESS",
 		"CREDENTIALS_DIRECTORY", "EST_ENROLL_CONFIG", "EST_ENROLL_STATE_DIR", "EST_ENROLL_LOCK_DIR", "EST_ENROLL_ENGINE",
 	} {
 		cmd.Env = append(cmd.Env, variable+"="+ts.Getenv(variable))
 	}
+	cmd.Env = append(cmd.Env, s.token.Env()...)
 	return cmd
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -42,6 +43,9 @@ type settings struct {
 	san                    []string
 	keyUsage, extKeyUsage  []string
 	subjectMismatch        oneOf
+	keyType, rsaPadding    oneOf
+	key                    string
+	allowExtractable       bool
 	idevidKey, idevidCert  string
 	idevidChain            string
 	securityInstance       uint16
@@ -76,6 +80,20 @@ var deviceWide = map[string]bool{
 	"credential": true, "engine": true, "state-dir": true, "lock-dir": true, "lock-wait": true, "require-clock": true,
 }
 
+// keyTypeNames are the words of key-type, in the order of engine.Algorithms.
+var keyTypeNames = []string{"ec-p256", "ec-p384", "ec-p521", "rsa-2048", "rsa-3072", "rsa-4096"}
+
+// algorithm is what key-type asks for.
+func (s *settings) algorithm() engine.Algorithm {
+	return engine.Algorithms()[slices.Index(keyTypeNames, s.keyType.word)]
+}
+
+// The words of rsa-padding.
+const (
+	paddingPKCS1 = "pkcs1"
+	paddingPSS   = "pss"
+)
+
 // onlyFlags are no settings of a file or an environment.
 var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "json": true, "uri": true, "example": true}
 
@@ -90,6 +108,12 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.discovery, "discovery", "on asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1)")
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
+	s.keyType = oneOf{keyTypeNames[0], keyTypeNames}
+	flags.Var(&s.keyType, "key-type", "`type` of the key to generate for the first certificate: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
+	flags.StringVar(&s.key, "key", "", "engine `address` of a key in the HSM to use as it is instead, the IDevID's perhaps; it is never destroyed")
+	flags.BoolVar(&s.allowExtractable, "allow-extractable", false, "accept a --key that the HSM can give out")
+	s.rsaPadding = oneOf{paddingPKCS1, []string{paddingPKCS1, paddingPSS}}
+	flags.Var(&s.rsaPadding, "rsa-padding", "how an RSA key signs a CSR; a DTLS 1.2 handshake it always signs with pkcs1")
 	flags.StringVar(&s.idevidKey, "idevid-key", "pkcs11:object=idevid;type=private", "engine `address` of the factory key (IDevID)")
 	flags.StringVar(&s.idevidCert, "idevid-certificate", "pkcs11:object=idevid;type=cert", "engine `address` of the factory certificate")
 	flags.StringVar(&s.idevidChain, "idevid-chain", "", "`file` with the certificates to send after the factory certificate")

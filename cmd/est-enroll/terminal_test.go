@@ -62,7 +62,7 @@ func (s *session) typeAt(ts *testscript.TestScript, args []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, p.master.Close()) }()
-	cmd := s.program(ts, args[2], args[3:]...)
+	cmd := s.command(ts, args[2], args[3:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = p.terminal, p.terminal, p.terminal
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	before, err := p.echoes()

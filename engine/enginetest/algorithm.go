@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"slices"
 	"strings"
 	"testing"
 
@@ -15,8 +16,9 @@ import (
 // pair is generated once for all of it: RSA takes seconds.
 func runAlgorithms(t *testing.T, h Harness) {
 	token := h.New(t)
-	if len(token.Algorithms) == 0 {
-		t.Fatal("the harness names no algorithm")
+	named := slices.Sorted(slices.Values(slices.Concat(token.Algorithms, token.Unsupported)))
+	if algorithms := slices.Sorted(slices.Values(engine.Algorithms())); !slices.Equal(named, algorithms) {
+		t.Fatalf("the harness says of %v whether the token can generate them, want %v", named, algorithms)
 	}
 	for _, algorithm := range token.Algorithms {
 		t.Run(string(algorithm), func(t *testing.T) {
@@ -38,6 +40,19 @@ func runAlgorithms(t *testing.T, h Harness) {
 			if err := e.RemoveKey(s.Context(), at); err != nil {
 				s.Error(err)
 			}
+			s.holds(e, 0, 0, 0)
+		})
+	}
+	for _, algorithm := range token.Unsupported {
+		t.Run(string(algorithm)+" is ErrUnsupported, and nothing is left", func(t *testing.T) {
+			s := &suite{T: t, Token: token}
+			e := s.open()
+			at, err := e.NewKeyAddress("name")
+			if err != nil {
+				s.Fatal(err)
+			}
+			_, err = e.GenerateKey(s.Context(), at, engine.KeySpec{Algorithm: algorithm})
+			s.wants(err, engine.ErrUnsupported)
 			s.holds(e, 0, 0, 0)
 		})
 	}

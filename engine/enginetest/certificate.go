@@ -128,9 +128,7 @@ var certificateRules = []rule{
 		c := s.newCA("root", nil)
 		keyID := s.objectAt(e, key).ID
 		// not even where a factory gave it to one
-		if err := s.WriteCertificate(c.cert.Raw, "factory", hex.EncodeToString(keyID)); err != nil {
-			s.Fatal(err)
-		}
+		e = s.elsewhere(e, func() error { return s.WriteCertificate(c.cert.Raw, "factory", hex.EncodeToString(keyID)) })
 		at := s.store(e, key, s.leaf(c, public), c.cert)
 		if slices.Equal(s.objectAt(e, at[1]).ID, keyID) {
 			s.Errorf("%s has the key's id", at[1])
@@ -158,9 +156,7 @@ var certificateRules = []rule{
 		e := s.open()
 		key, public := s.generate(e, "name")
 		c := s.newCA("root", nil)
-		if err := s.WriteCertificate(c.cert.Raw, "of the factory", "c0ffee"); err != nil {
-			s.Fatal(err)
-		}
+		e = s.elsewhere(e, func() error { return s.WriteCertificate(c.cert.Raw, "of the factory", "c0ffee") })
 		at := s.store(e, key, s.leaf(c, public), c.cert)
 		if got := s.objectAt(e, at[1]).Label; got != "of the factory" {
 			s.Errorf("at %s, want the factory's", at[1])
@@ -169,9 +165,7 @@ var certificateRules = []rule{
 		s.remove(e, at)
 		s.holds(e, 1, 1, 1)
 		// twins, which no reference tells apart, are not shared
-		if err := s.WriteCertificate(c.cert.Raw, "of the factory", "c0ffee"); err != nil {
-			s.Fatal(err)
-		}
+		e = s.elsewhere(e, func() error { return s.WriteCertificate(c.cert.Raw, "of the factory", "c0ffee") })
 		at = s.store(e, key, s.leaf(c, public), c.cert)
 		s.holds(e, 1, 1, 4)
 		s.remove(e, at)
@@ -182,9 +176,7 @@ var certificateRules = []rule{
 		c := s.newCA("root", nil)
 		for _, name := range []string{"one", "two"} {
 			_, public := s.generate(e, name)
-			if err := s.WriteCertificate(s.leaf(c, public).Raw, "factory", "c0ffee"); err != nil {
-				s.Fatal(err)
-			}
+			e = s.elsewhere(e, func() error { return s.WriteCertificate(s.leaf(c, public).Raw, "factory", "c0ffee") })
 		}
 		at := []engine.Address{s.parse("pkcs11:object=factory;id=%C0%FF%EE;type=cert")}
 		var ambiguous *engine.AmbiguousError

@@ -66,11 +66,15 @@ type Token struct {
 	// Another makes one more token of the same module.
 	Another func(t *testing.T) Token
 	// Algorithms are those that the token can generate: what is true of a key is
-	// tested for each of them.
-	Algorithms []engine.Algorithm
+	// tested for each of them. Unsupported are all others, of which it says so: a
+	// token that suddenly can, or fails otherwise, fails the suite.
+	Algorithms, Unsupported []engine.Algorithm
+	// Stale says that the module shows what another program has done to the token
+	// only when it starts anew. One that suddenly does at once fails the suite.
+	Stale bool
 	// The foreign tool: another program that uses the token. Identifiers are hexadecimal.
 	GenerateEC func(label, id string) (publicKeyDER []byte, err error)
-	// GenerateForeign makes a pair of a kind that no engine has, Ed25519.
+	// GenerateForeign makes a pair of a kind that no engine has: Ed25519, RSA 1024.
 	GenerateForeign  func(label, id string) error
 	WriteCertificate func(der []byte, label, id string) error
 	Delete           func(class engine.Class, id string) error
@@ -165,6 +169,20 @@ func (s *suite) close(e opened) {
 	if err := e.Close(); err != nil {
 		s.Fatalf("close: %v", err)
 	}
+}
+
+// elsewhere has another program do something to the token, and returns an engine
+// that sees it.
+func (s *suite) elsewhere(e opened, do func() error) opened {
+	s.Helper()
+	if err := do(); err != nil {
+		s.Fatal(err)
+	}
+	if !s.Stale {
+		return e
+	}
+	s.close(e)
+	return s.open()
 }
 
 func (s *suite) generate(e opened, label string) (engine.Address, crypto.PublicKey) {

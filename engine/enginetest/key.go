@@ -69,11 +69,11 @@ var keyRules = []rule{
 		}
 	}},
 	{"an object is found by class plus label and id, or either", func(s *suite) {
-		e := s.open()
-		public, err := s.GenerateEC("factory", "0102")
-		if err != nil {
-			s.Fatal(err)
-		}
+		var public []byte
+		e := s.elsewhere(s.open(), func() (err error) {
+			public, err = s.GenerateEC("factory", "0102")
+			return err
+		})
 		key, err := x509.ParsePKIXPublicKey(public)
 		if err != nil {
 			s.Fatal(err)
@@ -91,6 +91,25 @@ var keyRules = []rule{
 		} {
 			_, err := e.Signer(s.Context(), s.parse("pkcs11:"+address))
 			s.wants(err, want)
+		}
+	}},
+	{"what another program makes is found, at once or when the module starts anew", func(s *suite) {
+		e := s.open()
+		if _, err := s.GenerateEC("factory", "0102"); err != nil {
+			s.Fatal(err)
+		}
+		at := s.parse("pkcs11:object=factory")
+		_, err := e.Signer(s.Context(), at)
+		if !s.Stale {
+			if err != nil {
+				s.Error(err)
+			}
+			return
+		}
+		s.wants(err, engine.ErrNotFound)
+		s.close(e)
+		if _, err := s.open().Signer(s.Context(), at); err != nil {
+			s.Error(err)
 		}
 	}},
 	{"more than one match is an error, never a guess", func(s *suite) {
@@ -118,9 +137,7 @@ var keyRules = []rule{
 		s.holds(e, 2, 2, 0)
 		c := s.newCA("root", nil)
 		for _, cert := range []*x509.Certificate{s.leaf(c, public), s.leaf(c, public)} {
-			if err := s.WriteCertificate(cert.Raw, "twin", "01"); err != nil {
-				s.Fatal(err)
-			}
+			e = s.elsewhere(e, func() error { return s.WriteCertificate(cert.Raw, "twin", "01") })
 		}
 		_, err = e.Certificate(s.Context(), s.parse("pkcs11:object=twin;id=%01;type=cert"))
 		if !errors.As(err, &ambiguous) {
@@ -170,9 +187,8 @@ var keyRules = []rule{
 		_, err := e.Signer(s.Context(), at)
 		s.wants(err, engine.ErrNotFound)
 		// one half is enough
-		if err := s.Delete(engine.ClassPrivateKey, hex.EncodeToString(s.objectAt(e, other).ID)); err != nil {
-			s.Fatal(err)
-		}
+		id := hex.EncodeToString(s.objectAt(e, other).ID)
+		e = s.elsewhere(e, func() error { return s.Delete(engine.ClassPrivateKey, id) })
 		if err := e.RemoveKey(s.Context(), other); err != nil {
 			s.Error(err)
 		}
@@ -190,9 +206,8 @@ var keyRules = []rule{
 		}
 		for _, half := range []engine.Class{engine.ClassPrivateKey, engine.ClassPublicKey} {
 			torn, _ := s.generate(e, "torn")
-			if err := s.Delete(half, hex.EncodeToString(s.objectAt(e, torn).ID)); err != nil {
-				s.Fatal(err)
-			}
+			id := hex.EncodeToString(s.objectAt(e, torn).ID)
+			e = s.elsewhere(e, func() error { return s.Delete(half, id) })
 			_, err := e.RecoverKey(s.Context(), torn)
 			s.wants(err, engine.ErrNotFound)
 			s.holds(e, 1, 1, 0)
@@ -200,13 +215,13 @@ var keyRules = []rule{
 		// halves that do not belong together
 		torn, _ := s.generate(e, "torn")
 		id := hex.EncodeToString(s.objectAt(e, torn).ID)
-		err = errors.Join(s.Delete(engine.ClassPublicKey, id))
-		if err != nil {
-			s.Fatal(err)
-		}
-		if _, err := s.GenerateEC("torn", id); err != nil {
-			s.Fatal(err)
-		}
+		e = s.elsewhere(e, func() error {
+			if err := s.Delete(engine.ClassPublicKey, id); err != nil {
+				return err
+			}
+			_, err := s.GenerateEC("torn", id)
+			return err
+		})
 		_, err = e.RecoverKey(s.Context(), torn)
 		s.wants(err, engine.ErrNotFound)
 		s.holds(e, 1, 1, 0)
@@ -272,9 +287,7 @@ var keyRules = []rule{
 	{"a key of a kind that the driver does not have disturbs nothing", func(s *suite) {
 		e := s.open()
 		at, public := s.generate(e, "name")
-		if err := s.GenerateForeign("foreign", "0102"); err != nil {
-			s.Fatal(err)
-		}
+		e = s.elsewhere(e, func() error { return s.GenerateForeign("foreign", "0102") })
 		s.signs(e, at, public)
 		s.store(e, at, s.leaf(s.newCA("root", nil), public))
 		if _, err := e.RecoverKey(s.Context(), at); err != nil {

@@ -44,11 +44,7 @@ func (s *session) certificates(u URI) ([]certificate, error) {
 	}
 	var certs []certificate
 	for _, m := range whole {
-		value, err := s.value(m.handle, pkcs11.CKA_VALUE)
-		if err != nil && !errors.Is(err, errUnreadable) {
-			return nil, err
-		}
-		if cert, parseErr := x509.ParseCertificate(value); err == nil && parseErr == nil {
+		if cert, err := x509.ParseCertificate(m.value); err == nil {
 			certs = append(certs, certificate{m, cert})
 		}
 	}
@@ -201,25 +197,27 @@ func (e *Engine) StoreCertificates(ctx context.Context, at []engine.Address, cha
 // storeCertificate creates the object, reads it back, and then destroys what was
 // half-written in its place. Another certificate there is not ours to destroy.
 func (s *session) storeCertificate(u URI, cert *x509.Certificate) error {
-	there, err := s.certificates(u)
+	whole, broken, err := s.matches(URI{Object: u.Object, Type: engine.ClassCertificate})
 	if err != nil {
 		return err
 	}
-	for _, other := range there {
-		if !other.cert.Equal(cert) {
+	there := false
+	for _, m := range whole {
+		other, err := x509.ParseCertificate(m.value)
+		switch {
+		case string(m.ID) != u.ID || err != nil:
+		case !other.Equal(cert):
 			return engine.ErrExists
+		default:
+			there = true
 		}
 	}
-	broken, err := s.halfWritten(u)
-	if err != nil {
-		return err
-	}
-	if len(there) == 0 {
+	if !there {
 		if err := s.createCertificate(u, cert); err != nil {
 			return err
 		}
 	}
-	return s.destroy(broken...)
+	return s.destroy(leftAt(u, broken)...)
 }
 
 // ownLabel is the form of the labels that we give to certificates: no other
@@ -233,13 +231,18 @@ func (s *session) halfWritten(u URI) ([]pkcs11.ObjectHandle, error) {
 		return nil, nil
 	}
 	_, broken, err := s.matches(URI{Object: u.Object, Type: engine.ClassCertificate})
-	var handles []pkcs11.ObjectHandle
+	return leftAt(u, broken), err
+}
+
+// leftAt picks from the half-written certificates of a label what may be of the
+// writing at a place of ours.
+func leftAt(u URI, broken []match) (handles []pkcs11.ObjectHandle) {
 	for _, m := range broken {
-		if len(m.ID) == 0 || string(m.ID) == u.ID {
+		if ownLabel.MatchString(u.Object) && (len(m.ID) == 0 || string(m.ID) == u.ID) {
 			handles = append(handles, m.handle)
 		}
 	}
-	return handles, err
+	return handles
 }
 
 func (s *session) createCertificate(u URI, cert *x509.Certificate) error {

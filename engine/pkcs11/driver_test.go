@@ -28,6 +28,7 @@ import (
 	p11 "github.com/miekg/pkcs11"
 
 	"estenroll/engine"
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/pkcs11"
 )
@@ -320,11 +321,11 @@ func TestUnsupported(t *testing.T) {
 func TestAnotherTokenInItsPlace(t *testing.T) {
 	f := newFaulty(t)
 	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
-	tokens, err := filepath.Glob(filepath.Join(f.Dir, "*"))
+	tokens, err := filepath.Glob(filepath.Join(f.dir, "*"))
 	if err != nil || len(tokens) != 1 {
 		t.Fatalf("tokens: %v, %v", tokens, err)
 	}
-	if err := errors.Join(os.RemoveAll(tokens[0]), f.Add(f.Label)); err != nil {
+	if err := errors.Join(os.RemoveAll(tokens[0]), f.add(f.Label)); err != nil {
 		t.Fatal(err)
 	}
 	f.set(t, "lose", "C_FindObjectsInit")
@@ -528,7 +529,7 @@ func TestPublicKeyFromCertificate(t *testing.T) {
 		return selfSigned(t, public, issuer{ca}).Raw, nil
 	})
 	if err == nil {
-		_, err = token.Tool("--delete-object", "--type", "pubkey", "--id", softhsm.IDevIDID)
+		_, err = token.Tool("--delete-object", "--type", "pubkey", "--id", opensc.IDevIDID)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -714,7 +715,7 @@ func TestTokensOfOneLabel(t *testing.T) {
 	for name, serial := range map[string]string{"two serial numbers": "", "one serial number": "0000000000000000"} {
 		t.Run(name, func(t *testing.T) {
 			f := newFaulty(t)
-			if err := f.Add(f.Label); err != nil {
+			if err := f.add(f.Label); err != nil {
 				t.Fatal(err)
 			}
 			if serial != "" {

@@ -278,7 +278,11 @@ func (e *Engine) once(ctx context.Context, locked, write bool, do func(*session)
 		return engine.ErrTokenReadOnly
 	}
 	s := &session{module: e.module, handle: e.token.session, token: e.label, connection: e.token.connection}
-	if err = do(s); err == nil || !s.lost(err) {
+	err = do(s)
+	switch {
+	case (err == nil || !s.lost(err)) && s.held:
+		return errors.Join(err, e.module.stop())
+	case err == nil || !s.lost(err):
 		return err
 	}
 	// Finalised whatever the count: a module may serve a dead device until then,

@@ -80,7 +80,9 @@ func (e *Engine) pairAddress(at engine.Address) (URI, error) {
 type generation struct {
 	keyType   []byte
 	mechanism uint
-	// parameters go into the template of the public key.
+	// parameters go into the template of the public key, which says nothing of what
+	// that is for: everybody has it. Measured: tpm2-pkcs11 1.9.0 wants a public key's
+	// CKA_VERIFY to be its private key's CKA_DECRYPT, and CKA_ENCRYPT its CKA_SIGN.
 	parameters []*pkcs11.Attribute
 }
 
@@ -106,9 +108,6 @@ func withModulus(bits uint) generation {
 	return generation{keyTypeRSA, pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, []*pkcs11.Attribute{
 		pkcs11.NewAttribute(pkcs11.CKA_MODULUS_BITS, bits),
 		pkcs11.NewAttribute(pkcs11.CKA_PUBLIC_EXPONENT, fermat4),
-		// For signatures only, whichever side: a token's default may be more.
-		pkcs11.NewAttribute(pkcs11.CKA_ENCRYPT, false),
-		pkcs11.NewAttribute(pkcs11.CKA_WRAP, false),
 	}}
 }
 
@@ -125,6 +124,7 @@ func (e *Engine) GenerateKey(ctx context.Context, at engine.Address, spec engine
 		return nil, fail(op, at, e.uri.ModulePath, err)
 	}
 	var public crypto.PublicKey
+	refused := false
 	err = e.write(ctx, op, u, func(s *session) error {
 		taken, err := s.find(URI{ID: u.ID})
 		if err != nil {
@@ -134,15 +134,13 @@ func (e *Engine) GenerateKey(ctx context.Context, at engine.Address, spec engine
 			return engine.ErrExists
 		}
 		public, err = s.generate(u, algorithm, how)
-		if err == nil || s.lost(err) {
-			return err
-		}
-		// The id is fresh: what carries it is of this attempt.
-		if cleaning := s.destroyID(u.ID); cleaning != nil {
-			err = errors.Join(err, fmt.Errorf("remove what it left: %w", cleaning))
-		}
+		refused = err != nil && !s.lost(err)
 		return err
 	})
+	if refused { // the id is fresh: what carries it is of this attempt
+		cleaning := e.write(context.WithoutCancel(ctx), "remove what is left of", u, func(s *session) error { return s.destroyID(u.ID) })
+		err = errors.Join(err, cleaning)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -159,7 +157,6 @@ func (s *session) generate(u URI, algorithm engine.Algorithm, how generation) (c
 		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY),
 		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true),
 		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_VERIFY, true),
 	}, how.parameters, named)
 	private := append([]*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY)}, named...)
 	for _, policy := range privatePolicy {
@@ -173,20 +170,56 @@ func (s *session) generate(u URI, algorithm engine.Algorithm, how generation) (c
 	if err := s.checkPolicy(privateHandle); err != nil {
 		return nil, err
 	}
-	key, err := s.publicKey(match{handle: publicHandle, keyType: how.keyType})
-	if err == nil && engine.AlgorithmOf(key) != algorithm {
+	key, err := s.publicKey(match{handle: publicHandle, value: how.keyType})
+	switch {
+	case err != nil && s.lost(err):
+		return nil, err
+	case err != nil:
+		// Measured: tpm2-pkcs11 1.9.0 writes a point of P-521 that it cannot read itself.
+		return nil, fmt.Errorf("%s: %w: %w", algorithm, engine.ErrUnsupported, err)
+	case engine.AlgorithmOf(key) != algorithm:
 		return nil, fmt.Errorf("the token made another key than it was asked for, %s and not %s: it is destroyed", engine.AlgorithmOf(key), algorithm)
+	case how.mechanism == pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN:
+		// Measured: tpm2-pkcs11 1.9.0 makes an RSA key for signing only, but signs by
+		// decrypting, which such a key may not.
+		if err := s.testSignature(privateHandle, key); err != nil && !s.lost(err) {
+			return nil, fmt.Errorf("%s for signing only: %w: a test signature: %w", algorithm, engine.ErrUnsupported, err)
+		} else if err != nil {
+			return nil, err
+		}
 	}
-	return key, err
+	return key, nil
+}
+
+// testSignature finds out whether a private key signs, for a public key.
+func (s *session) testSignature(private pkcs11.ObjectHandle, public crypto.PublicKey) error {
+	nonce := make([]byte, sha256.Size)
+	if _, err := rand.Read(nonce); err != nil {
+		return err
+	}
+	how, err := signingWith(public, nonce, crypto.SHA256)
+	if err != nil {
+		return err
+	}
+	_, err = s.sign(private, how)
+	// Measured: tpm2-pkcs11 1.9.0 does not destroy a key of which a signature has
+	// failed (CKR_FUNCTION_FAILED).
+	s.held = err != nil
+	return err
 }
 
 // checkPolicy reads back what a private key is.
 func (s *session) checkPolicy(private pkcs11.ObjectHandle) error {
-	for _, policy := range privatePolicy {
-		got, err := s.flag(private, policy.kind)
-		if err != nil {
-			return err
-		}
+	kinds := make([]uint, len(privatePolicy))
+	for i, policy := range privatePolicy {
+		kinds[i] = policy.kind
+	}
+	flags, err := s.flags(private, kinds...)
+	if err != nil {
+		return err
+	}
+	for i, policy := range privatePolicy {
+		got := flags[i]
 		switch {
 		case got == nil && !policy.optional:
 			return fmt.Errorf("the token does not say whether the key is %s: it is destroyed", policy.name)
@@ -197,17 +230,19 @@ func (s *session) checkPolicy(private pkcs11.ObjectHandle) error {
 	return nil
 }
 
-// flag reads a boolean attribute; nil is one that the token does not report.
-func (s *session) flag(handle pkcs11.ObjectHandle, kind uint) (*bool, error) {
-	value, err := s.value(handle, kind)
-	if err != nil && !errors.Is(err, errUnreadable) {
+// flags reads boolean attributes; nil is one that the token does not report.
+func (s *session) flags(handle pkcs11.ObjectHandle, kinds ...uint) ([]*bool, error) {
+	values, err := s.values(handle, kinds...)
+	if values == nil {
 		return nil, err
 	}
-	if err != nil || len(value) != 1 {
-		return nil, nil
+	flags := make([]*bool, len(kinds))
+	for i, value := range values {
+		if len(value) == 1 {
+			flags[i] = new(value[0] != 0)
+		}
 	}
-	set := value[0] != 0
-	return &set, nil
+	return flags, nil
 }
 
 // RecoverKey implements engine.KeyRecoverer.
@@ -218,23 +253,24 @@ func (e *Engine) RecoverKey(ctx context.Context, at engine.Address) (crypto.Publ
 		return nil, fail(op, at, e.uri.ModulePath, err)
 	}
 	var public crypto.PublicKey
+	var reason error // why the pair is not kept
 	err = e.write(ctx, op, u, func(s *session) error {
-		key, reason := s.wholePair(u)
-		if reason == nil {
-			public = key
-			return nil
-		}
-		if s.lost(reason) {
+		if public, reason = s.wholePair(u); reason != nil && s.lost(reason) {
 			return reason
 		}
-		if err := s.destroyID(u.ID); err != nil {
-			return fmt.Errorf("remove what a crash left: %w", err)
-		}
-		if errors.Is(reason, engine.ErrNotFound) {
-			return reason
-		}
-		return fmt.Errorf("%w: %w", engine.ErrNotFound, reason)
+		return nil
 	})
+	if err == nil && reason != nil {
+		err = e.write(ctx, op, u, func(s *session) error {
+			if err := s.destroyID(u.ID); err != nil {
+				return fmt.Errorf("remove what a crash left: %w", err)
+			}
+			if errors.Is(reason, engine.ErrNotFound) {
+				return reason
+			}
+			return fmt.Errorf("%w: %w", engine.ErrNotFound, reason)
+		})
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -261,16 +297,7 @@ func (s *session) wholePair(u URI) (crypto.PublicKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	nonce := make([]byte, sha256.Size)
-	if _, err := rand.Read(nonce); err != nil {
-		return nil, err
-	}
-	how, err := signingWith(key, nonce, crypto.SHA256)
-	if err != nil {
-		return nil, err
-	}
-	_, err = s.sign(private.handle, how)
-	return key, err
+	return key, s.testSignature(private.handle, key)
 }
 
 // RemoveKey implements engine.Engine.
@@ -316,15 +343,14 @@ func (e *Engine) KeyAttributes(ctx context.Context, at engine.Address) (engine.K
 		if err != nil {
 			return err
 		}
-		for kind, field := range map[uint]**bool{
-			pkcs11.CKA_PRIVATE: &attributes.Private, pkcs11.CKA_SENSITIVE: &attributes.Sensitive, pkcs11.CKA_EXTRACTABLE: &attributes.Extractable,
-			pkcs11.CKA_ALWAYS_SENSITIVE: &attributes.AlwaysSensitive, pkcs11.CKA_NEVER_EXTRACTABLE: &attributes.NeverExtractable,
-			pkcs11.CKA_LOCAL: &attributes.Local, pkcs11.CKA_SIGN: &attributes.Sign, pkcs11.CKA_DECRYPT: &attributes.Decrypt,
-			pkcs11.CKA_UNWRAP: &attributes.Unwrap, pkcs11.CKA_DERIVE: &attributes.Derive,
-		} {
-			if *field, err = s.flag(private.handle, kind); err != nil {
-				return err
-			}
+		flags, err := s.flags(private.handle, pkcs11.CKA_PRIVATE, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_ALWAYS_SENSITIVE,
+			pkcs11.CKA_NEVER_EXTRACTABLE, pkcs11.CKA_LOCAL, pkcs11.CKA_SIGN, pkcs11.CKA_DECRYPT, pkcs11.CKA_UNWRAP, pkcs11.CKA_DERIVE)
+		if err != nil {
+			return err
+		}
+		attributes = engine.KeyAttributes{
+			Private: flags[0], Sensitive: flags[1], Extractable: flags[2], AlwaysSensitive: flags[3],
+			NeverExtractable: flags[4], Local: flags[5], Sign: flags[6], Decrypt: flags[7], Unwrap: flags[8], Derive: flags[9],
 		}
 		return nil
 	})

@@ -47,13 +47,13 @@ var (
 // on many tokens a private one.
 func (s *session) publicKey(object match) (crypto.PublicKey, error) {
 	kinds := []uint{pkcs11.CKA_EC_PARAMS, pkcs11.CKA_EC_POINT}
-	if bytes.Equal(object.keyType, keyTypeRSA) {
+	if bytes.Equal(object.value, keyTypeRSA) {
 		kinds = []uint{pkcs11.CKA_MODULUS, pkcs11.CKA_PUBLIC_EXPONENT}
 	}
 	values, err := s.values(object.handle, kinds...)
 	if err == nil {
 		var key crypto.PublicKey
-		if key, err = parsePublicKey(object.keyType, values[0], values[1]); err == nil {
+		if key, err = parsePublicKey(object.value, values[0], values[1]); err == nil {
 			return key, nil
 		}
 	}

@@ -23,6 +23,8 @@ type session struct {
 	// changed says that the token was asked to change something: what is not
 	// repeated after the loss of the device.
 	changed bool
+	// held says that the module may hold on to an object until it starts anew.
+	held bool
 }
 
 func (s *session) lost(err error) bool { return s.module.lost(s.handle, err) }
@@ -129,10 +131,15 @@ var essential = map[engine.Class]uint{
 	engine.ClassCertificate: pkcs11.CKA_VALUE,
 }
 
-// describe reads what can be read of an object.
-func (s *session) describe(handle pkcs11.ObjectHandle) (match, error) {
+// describe reads what can be read of an object: in one call where the search was
+// for its class.
+func (s *session) describe(handle pkcs11.ObjectHandle, class engine.Class) (match, error) {
 	object := match{handle: handle}
-	values, err := s.values(handle, pkcs11.CKA_CLASS, pkcs11.CKA_LABEL)
+	kinds := []uint{pkcs11.CKA_CLASS, pkcs11.CKA_LABEL}
+	if kind, known := essential[class]; known { // and has a CKA_ID
+		kinds = append(kinds, pkcs11.CKA_ID, kind)
+	}
+	values, err := s.values(handle, kinds...)
 	if values == nil {
 		return object, err
 	}
@@ -144,19 +151,19 @@ func (s *session) describe(handle pkcs11.ObjectHandle) (match, error) {
 		}
 	}
 	object.Label = string(values[1])
-	if kind, known := essential[object.Class]; known { // and has a CKA_ID
-		values, err := s.values(handle, pkcs11.CKA_ID, kind)
-		if values == nil {
-			return object, err
+	if kind, known := essential[object.Class]; known {
+		rest := values[2:]
+		if len(rest) == 0 {
+			if rest, err = s.values(handle, pkcs11.CKA_ID, kind); rest == nil {
+				return object, err
+			}
+			if object.Err == nil {
+				object.Err = err
+			}
 		}
-		if object.ID = values[0]; object.Err == nil {
-			object.Err = err
-		}
-		if len(values[1]) == 0 && object.Err == nil {
+		object.ID, object.value = rest[0], rest[1]
+		if len(object.value) == 0 && object.Err == nil {
 			object.Err = errUnreadable
-		}
-		if kind == pkcs11.CKA_KEY_TYPE {
-			object.keyType = values[1]
 		}
 	}
 	object.Address = s.address(object.Object)
@@ -183,7 +190,7 @@ func (s *session) address(object engine.Object) engine.Address {
 type match struct {
 	handle pkcs11.ObjectHandle
 	engine.Object
-	keyType []byte // CKA_KEY_TYPE as the module writes it; of a key only
+	value []byte // of the essential attribute of its class, as the module writes it
 }
 
 // matches returns the objects that an address names, the half-written ones apart.
@@ -193,7 +200,7 @@ func (s *session) matches(u URI) (whole, broken []match, err error) {
 		return nil, nil, err
 	}
 	for _, handle := range handles {
-		object, err := s.describe(handle)
+		object, err := s.describe(handle, u.Type)
 		switch {
 		case err != nil:
 			return nil, nil, err

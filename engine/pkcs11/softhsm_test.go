@@ -15,27 +15,33 @@ import (
 
 	"estenroll/engine"
 	"estenroll/engine/enginetest"
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/p11crash"
 	"estenroll/engine/enginetest/p11fault"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/pkcs11"
 )
 
-// faulty is a fresh SoftHSM token behind two modules: p11crash, which records
-// the calls, and p11fault, which misbehaves on request. Each test has files of its
-// own of them, for a module is loaded once a process and keeps its environment.
+// faulty is a fresh token behind two modules: p11crash, which records the calls,
+// and p11fault, which misbehaves on request. Each test has files of its own of
+// them, for a module is loaded once a process and keeps its environment.
 type faulty struct {
-	*softhsm.Token
+	opensc.Token
 	module string // path of p11crash
 	log    string
 	faults string // directory
 	locks  string
+
+	dir    string                   // of the token's files
+	add    func(label string) error // makes one more token
+	damage func(t *testing.T, label string)
 }
 
+// newFaulty is one of SoftHSM.
 func newFaulty(t *testing.T) *faulty {
 	t.Helper()
 	token := softhsm.New(t, softhsm.WithPIN("marker-7d20"))
-	return behindFaults(t, token, token.ModulePath)
+	return faultySoftHSM(t, token, token.ModulePath)
 }
 
 // newRemoteFaulty is a faulty token whose real module is p11-kit's client: when its
@@ -43,13 +49,21 @@ func newFaulty(t *testing.T) *faulty {
 func newRemoteFaulty(t *testing.T) *faulty {
 	t.Helper()
 	r := newRemote(t, softhsm.New(t, softhsm.WithPIN("marker-7d20")))
-	f := behindFaults(t, r.token, remoteModule(t))
+	f := faultySoftHSM(t, r.token, remoteModule(t))
 	name, value, _ := strings.Cut(p11fault.KillsChildrenOf(r.server.Process.Pid), "=")
 	t.Setenv(name, value)
 	return f
 }
 
-func behindFaults(t *testing.T, token *softhsm.Token, realModule string) *faulty {
+func faultySoftHSM(t *testing.T, token *softhsm.Token, realModule string) *faulty {
+	t.Helper()
+	f := makeFaulty(t, token.Token, realModule)
+	f.dir, f.add = token.Dir, token.Add
+	f.damage = func(t *testing.T, label string) { t.Helper(); damage(t, token.Dir, label) }
+	return f
+}
+
+func makeFaulty(t *testing.T, token opensc.Token, realModule string) *faulty {
 	t.Helper()
 	f := &faulty{Token: token}
 	f.Use(t)
@@ -149,9 +163,9 @@ func (f *faulty) inject(t *testing.T, fault enginetest.Fault) {
 
 // damage cuts the file of a certificate off before its value, as a SIGKILL
 // inside SoftHSM's writing of it does: the attributes stand there in order.
-func (f *faulty) damage(t *testing.T, label string) {
+func damage(t *testing.T, dir, label string) {
 	t.Helper()
-	path, content := objectFile(t, f.Dir, label)
+	path, content := objectFile(t, dir, label)
 	value := bytes.Index(content, []byte{0x30, 0x82}) // the certificate's SEQUENCE
 	if value < 0 {
 		t.Fatalf("%s: no certificate", path)
@@ -189,7 +203,7 @@ func (f *faulty) token() enginetest.Token {
 		WithoutPIN: f.uri(f.Label, ""), WithPIN: f.uri(f.Label, "&pin-value="+f.PIN),
 		Calls: f.calls, Inject: f.inject, Damage: f.damage,
 		LoseAfter:  func(t *testing.T, function string) { t.Helper(); f.set(t, "lose", function) },
-		Algorithms: []engine.Algorithm{engine.ECP256, engine.ECP384, engine.ECP521, engine.RSA2048, engine.RSA3072, engine.RSA4096},
+		Algorithms: engine.Algorithms(),
 		GenerateEC: f.GenerateEC, WriteCertificate: f.WriteCertificate,
 		GenerateForeign: func(label, id string) error {
 			_, err := f.Tool("--keypairgen", "--key-type", "EC:edwards25519", "--usage-sign", "--label", label, "--id", id)
@@ -203,13 +217,11 @@ func (f *faulty) token() enginetest.Token {
 	}
 	token.Another = func(t *testing.T) enginetest.Token {
 		t.Helper()
-		if err := f.Add("another"); err != nil {
+		if err := f.add("another"); err != nil {
 			t.Fatal(err)
 		}
 		another := *f
-		anotherToken := *f.Token
-		anotherToken.Label = "another"
-		another.Token = &anotherToken
+		another.Label = "another"
 		return another.token()
 	}
 	return token
@@ -221,13 +233,7 @@ func TestSoftHSM(t *testing.T) {
 }
 
 // TestRemoteSoftHSM holds the driver to the same rules where the token is behind
-// p11-kit's remoting, and what is lost is the server's child, by a signal. Of the
-// algorithms there are those whose parameters the remoting has to carry; the large
-// keys are SoftHSM's work either way.
+// p11-kit's remoting, and what is lost is the server's child, by a signal.
 func TestRemoteSoftHSM(t *testing.T) {
-	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token {
-		token := newRemoteFaulty(t).token()
-		token.Algorithms = []engine.Algorithm{engine.ECP384, engine.RSA2048}
-		return token
-	}})
+	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token { return newRemoteFaulty(t).token() }})
 }

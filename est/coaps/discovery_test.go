@@ -148,6 +148,38 @@ func TestDiscovery(t *testing.T) {
 	}
 }
 
+// What is this server: the name in any case, an address in brackets, the default
+// port said or not.
+func TestDiscoveryOrigin(t *testing.T) {
+	for _, c := range []struct {
+		server, target string
+		here           bool
+	}{
+		{"coaps://est.example", "coaps://est.example/x", true},
+		{"coaps://est.example", "coaps://EST.example:5684/x", true},
+		{"coaps://est.example", "COAPS://est.example/x", true},
+		{"coaps://est.example", "coaps://est.example:5685/x", false},
+		{"coaps://est.example:5685", "coaps://est.example/x", false},
+		{"coaps://est.example:5685", "//est.example:5685/x", true},
+		{"coaps://est.example", "coaps://est.example./x", false},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8::1]/x", true},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8::2]/x", false},
+		{"coaps://est.example", "x", true},
+		{"coaps://est.example", "coaps:x", false},
+		{"coaps://est.example", "", false},
+		{"coaps://est.example", "/" + strings.Repeat("x/", 600) + "x", false},
+	} {
+		uri, err := coaps.ParseURI(c.server)
+		if err != nil {
+			t.Fatal(err)
+		}
+		paths, ignored := coaps.Candidates(uri, []est.Link{{Target: c.target, Parameters: []est.LinkParameter{{Name: "rt", Value: "ace.est.crts"}}}})
+		if here := slices.Equal(paths, []string{"/x"}); here != c.here || here != (len(ignored) == 0) {
+			t.Errorf("%.60s at %s: got %q, ignored %q", c.target, c.server, paths, ignored)
+		}
+	}
+}
+
 // Without discovery nothing is asked that was not asked for; a label is a segment
 // after the root, and the error names the resource.
 func TestLabel(t *testing.T) {
@@ -195,13 +227,17 @@ func TestDiscoveryInBlocks(t *testing.T) {
 // A server that is silent about its resources is asked at the default root; one
 // that ends, or a caller that gives up, is no session.
 func TestDiscoveryUnanswered(t *testing.T) {
-	asked, ended := make(chan struct{}, 1), make(chan struct{})
-	w := newWorld(t, nil, func(_ context.Context, req *coap.Request) *coap.Response {
+	asked, closed, ended := make(chan struct{}, 1), make(chan struct{}, 3), make(chan struct{})
+	w := newWorld(t, nil, func(ctx context.Context, req *coap.Request) *coap.Response {
 		if req.Path != "/.well-known/core" {
 			return &coap.Response{Code: codes.Content, ContentFormat: number(281), Body: []byte(req.Path)}
 		}
 		asked <- struct{}{}
-		<-ended
+		select {
+		case <-ctx.Done(): // with the connection
+			closed <- struct{}{}
+		case <-ended:
+		}
 		return &coap.Response{Code: codes.NotFound}
 	})
 	t.Cleanup(func() { close(ended) })
@@ -216,7 +252,6 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer session.Close()
 		<-asked
 		response, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts})
 		if err != nil || string(response.Body) != "/.well-known/est/crts" {
@@ -225,6 +260,10 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if len(warnings) != 1 || !strings.Contains(warnings[0], "no answer") {
 			t.Errorf("warnings %q", warnings)
 		}
+		if err := session.Close(); err != nil {
+			t.Error(err)
+		}
+		<-closed
 	})
 	t.Run("cancelled", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -232,6 +271,7 @@ func TestDiscoveryUnanswered(t *testing.T) {
 		if _, err := coaps.Dial(ctx, cfg); !errors.Is(err, context.Canceled) || errors.Is(err, est.ErrUnreachable) {
 			t.Errorf("got %v, want context.Canceled", err)
 		}
+		<-closed // what is no session does not stay open
 	})
 	t.Run("the server ends", func(t *testing.T) {
 		go func() { <-asked; w.stop() }()

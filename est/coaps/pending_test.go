@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -106,61 +107,85 @@ func TestPendingInBlocks(t *testing.T) {
 	}
 }
 
-// So it is with the bundled server, which issues once.
+// So it is with the bundled server, which issues once, in an answer of its own.
 func TestPendingAtBundledServer(t *testing.T) {
+	week := 7 * 24 * time.Hour
 	for _, size := range []int{16, 64} {
-		t.Run(fmt.Sprint(size), func(t *testing.T) {
-			t.Parallel()
-			key := newParty(t, nil, "key", nil).key
-			server, err := testserver.New(testserver.Config{
-				BlockSize: size, AnswerChain: true, ProcessingDelay: time.Millisecond,
-				Faults: testserver.Faults{Defer: 1, Delay: 20 * time.Millisecond, LongDetail: true},
+		for name, maxAge := range map[string]*time.Duration{"none": nil, "a week": &week} {
+			t.Run(fmt.Sprintf("%d bytes, Max-Age %s", size, name), func(t *testing.T) {
+				t.Parallel()
+				// While it is armed the clock of the server, which an issuance asks, stands
+				// until the client was told that the answer comes later.
+				var armed atomic.Bool
+				acked, told := make(chan struct{}), sync.Once{}
+				server, err := testserver.New(testserver.Config{
+					BlockSize: size, AnswerChain: true, ProcessingDelay: time.Millisecond,
+					Faults: testserver.Faults{Defer: 1, DeferMaxAge: maxAge, LongDetail: true},
+					Now: func() time.Time {
+						if armed.Load() {
+							<-acked
+						}
+						return time.Now()
+					},
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer server.Close()
+				proxy := coaptest.NewProxy(t, server.Addr().String(), coaptest.Faults{Hook: func(d coaptest.Datagram) coaptest.Action {
+					if armed.Load() && d.Direction == coaptest.ToClient && len(d.Payload) == emptyACK {
+						told.Do(func() { close(acked) })
+					}
+					return coaptest.Pass
+				}})
+				key := newParty(t, nil, "key", nil).key
+				subject, err := csr.ParseSubject("serialNumber=4711")
+				if err != nil {
+					t.Fatal(err)
+				}
+				idevid, err := server.IssueIDevID(testserver.IDevIDRequest{PublicKey: key.Public(), RawSubject: subject})
+				if err != nil {
+					t.Fatal(err)
+				}
+				trust, err := est.NewTrustAnchors([]*x509.Certificate{server.Root()})
+				if err != nil {
+					t.Fatal(err)
+				}
+				uri, err := coaps.ParseURI("coaps://" + proxy.Addr())
+				if err != nil {
+					t.Fatal(err)
+				}
+				session, err := coaps.Dial(t.Context(), coaps.Config{URI: uri, Certificate: [][]byte{idevid.Raw}, Key: opaque{key}, Trust: trust, BlockSize: size})
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer session.Close()
+				request, err := csr.Build(nil, csr.Template{RawSubject: subject}, key)
+				if err != nil {
+					t.Fatal(err)
+				}
+				client := est.Client{Session: session}
+				want := time.Minute
+				if maxAge != nil {
+					want = *maxAge
+				}
+				var pending *est.PendingError
+				if _, err := client.SimpleEnroll(t.Context(), request); !errors.As(err, &pending) || pending.RetryAfter != want || !strings.Contains(pending.Detail, "the server has much to say") {
+					t.Fatalf("got %v, want to wait %s", err, want)
+				}
+				if len(server.Issuances()) != 0 {
+					t.Error("issued before it was decided")
+				}
+				armed.Store(true)
+				answer, err := client.SimpleEnroll(t.Context(), request)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if chain, err := trust.VerifyIssued(answer, key.Public(), time.Now()); err != nil || len(chain) != 2 || len(server.Issuances()) != 1 {
+					t.Errorf("got a chain of %d, %v, %d issued", len(chain), err, len(server.Issuances()))
+				}
 			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer server.Close()
-			subject, err := csr.ParseSubject("serialNumber=4711")
-			if err != nil {
-				t.Fatal(err)
-			}
-			idevid, err := server.IssueIDevID(testserver.IDevIDRequest{PublicKey: key.Public(), RawSubject: subject})
-			if err != nil {
-				t.Fatal(err)
-			}
-			trust, err := est.NewTrustAnchors([]*x509.Certificate{server.Root()})
-			if err != nil {
-				t.Fatal(err)
-			}
-			uri, err := coaps.ParseURI(server.URI())
-			if err != nil {
-				t.Fatal(err)
-			}
-			session, err := coaps.Dial(t.Context(), coaps.Config{URI: uri, Certificate: [][]byte{idevid.Raw}, Key: opaque{key}, Trust: trust, BlockSize: size})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer session.Close()
-			request, err := csr.Build(nil, csr.Template{RawSubject: subject}, key)
-			if err != nil {
-				t.Fatal(err)
-			}
-			client := est.Client{Session: session}
-			var pending *est.PendingError
-			if _, err := client.SimpleEnroll(t.Context(), request); !errors.As(err, &pending) || pending.RetryAfter != time.Minute || !strings.Contains(pending.Detail, "the server has much to say") {
-				t.Fatalf("got %v, want to wait a minute", err)
-			}
-			if len(server.Issuances()) != 0 {
-				t.Error("issued before it was decided")
-			}
-			answer, err := client.SimpleEnroll(t.Context(), request)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if chain, err := trust.VerifyIssued(answer, key.Public(), time.Now()); err != nil || len(chain) != 2 || len(server.Issuances()) != 1 {
-				t.Errorf("got a chain of %d, %v, %d issued", len(chain), err, len(server.Issuances()))
-			}
-		})
+		}
 	}
 }
 

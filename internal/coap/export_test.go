@@ -38,6 +38,9 @@ func DecodeBlock(value []byte) (num int, more bool, size int, ok bool) {
 	return b.num, b.more, b.size, ok
 }
 
+// HasClearRecord looks for a record of epoch 0.
+var HasClearRecord = hasClearRecord
+
 // Remembered is the number of messages whose replies are kept.
 func (c *Conn) Remembered() int {
 	c.mu.Lock()

@@ -40,6 +40,31 @@ func FuzzBlockOption(f *testing.F) {
 	})
 }
 
+// Records of a later epoch hide none in the clear that follows them, and are
+// none themselves; whatever else comes is walked through to its end.
+func FuzzClearRecord(f *testing.F) {
+	record := func(epoch byte, content []byte) []byte {
+		return append([]byte{23, 0xfe, 0xfd, 0, epoch, 0, 0, 0, 0, 0, 1, byte(len(content) >> 8), byte(len(content))}, content...)
+	}
+	f.Add([]byte{}, []byte{})
+	f.Add([]byte("content"), []byte{22, 0xfe, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff})
+	f.Add(bytes.Repeat([]byte{0}, 300), bytes.Repeat([]byte{0}, 12))
+	f.Fuzz(func(t *testing.T, content, rest []byte) {
+		coap.HasClearRecord(rest)
+		content = content[:min(len(content), 1<<16-1)]
+		encrypted := record(1, content)
+		if coap.HasClearRecord(encrypted) {
+			t.Errorf("%x is in the clear", encrypted)
+		}
+		if hidden := append(bytes.Clone(encrypted), record(0, content)...); !coap.HasClearRecord(hidden) {
+			t.Errorf("%x hides a record in the clear", hidden)
+		}
+		if got, want := coap.HasClearRecord(append(encrypted, rest...)), coap.HasClearRecord(rest); got != want {
+			t.Errorf("%x after a record: got %t, want %t", rest, got, want)
+		}
+	})
+}
+
 // split cuts fuzzed input into datagrams, each after a byte with its length
 // (0xff: the rest). It returns at most 64.
 func split(input []byte) [][]byte {

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 )
 
@@ -42,7 +43,7 @@ func TestToken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"Private Key Object; EC", "Public Key Object; EC", "Certificate Object", softhsm.IDevIDLabel} {
+	for _, want := range []string{"Private Key Object; EC", "Public Key Object; EC", "Certificate Object", opensc.IDevIDLabel} {
 		if !strings.Contains(objects, want) {
 			t.Errorf("no %q among\n%s", want, objects)
 		}
