@@ -49,9 +49,9 @@ deps:
 loss: deps
 	$(GO) test -timeout 30m -count 1 -run '^TestLoss$$' -v . -args -loss.n 200 -loss.small 20 $(LOSS)
 
-# The program killed before and after every PKCS#11 call of first boot and renewal.
+# The program killed before and after every PKCS#11 call of first boot, renewal and reset.
 crash: deps
-	$(GO) test -timeout 60m -count 1 -run '^TestCrash$$' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
+	$(GO) test -timeout 60m -count 1 -run '^TestCrash' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
 
 # The program at servers and on networks that get something wrong, each case in
 # each situation of the device; the token before and after, in the eyes of others.

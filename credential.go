@@ -159,30 +159,33 @@ func (c *Credential) checkUse() error {
 
 // pointSecurityAt makes the Security object refer to a pair: the commit point.
 func (c *Credential) pointSecurityAt(key, cert engine.Address, serverCertificate []byte) error {
-	next := c.securityWith(key, cert, serverCertificate)
-	if err := next.Save(filepath.Join(c.cfg.StateDir, securityName)); err != nil {
+	return c.saveSecurity(c.securityWith(c.security, key, cert, serverCertificate))
+}
+
+func (d *shared) saveSecurity(next *lwm2m.SecurityObject) error {
+	if err := next.Save(filepath.Join(d.cfg.StateDir, securityName)); err != nil {
 		return fmt.Errorf("write Security object: %w", err)
 	}
-	c.security = next
+	d.security = next
 	return nil
 }
 
 // checkSecurity judges the Security object as the commit will make it, before
 // anything is created or asked that a wrong setting would waste.
 func (c *Credential) checkSecurity() error {
-	if err := c.securityWith(c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil).Validate(); err != nil {
+	if err := c.securityWith(c.security, c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil).Validate(); err != nil {
 		return fmt.Errorf("check Security object: %w", err)
 	}
 	return nil
 }
 
-// securityWith returns the Security object with our instance pointing at a pair.
-func (c *Credential) securityWith(key, cert engine.Address, serverCertificate []byte) *lwm2m.SecurityObject {
+// securityWith returns a Security object with our instance pointing at a pair.
+func (c *Credential) securityWith(object *lwm2m.SecurityObject, key, cert engine.Address, serverCertificate []byte) *lwm2m.SecurityObject {
 	next := new(lwm2m.SecurityObject)
-	for id, instance := range c.security.All() {
+	for id, instance := range object.All() {
 		next.Set(id, instance)
 	}
-	instance, _ := c.security.Instance(c.cfg.Security.Instance)
+	instance, _ := object.Instance(c.cfg.Security.Instance)
 	instance.ServerURI = c.cfg.Security.ServerURI
 	instance.ShortServerID = c.cfg.Security.ShortServerID
 	instance.Mode = lwm2m.ModeEST

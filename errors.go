@@ -37,6 +37,8 @@ var (
 	ErrOwner = errors.New("the state directory is another user's")
 	// ErrGivenUp says that a pending request passed its deadline and was dropped.
 	ErrGivenUp = errors.New("the request was pending for too long and is given up")
+	// ErrWrongToken says that the token holds nothing of what the journal names.
+	ErrWrongToken = errors.New("the token holds nothing of this credential")
 	// ErrKey says that the existing key that was named is missing, not one key, or
 	// cannot sign.
 	ErrKey = errors.New("the key that was named is not usable")

@@ -37,6 +37,7 @@ const (
 	StepCommit   Step = "commit"   // the Security object points at the new pair
 	StepRetire   Step = "retire"   // what is older than the previous pair goes
 	StepDiscard  Step = "discard"  // what a refused or failed operation created goes
+	StepReset    Step = "reset"    // all that is ours goes
 )
 
 // Kind is the kind of an operation.
@@ -46,6 +47,7 @@ type Kind string
 const (
 	KindEnroll Kind = "enroll" // first certificate, authenticated by the IDevID
 	KindRenew  Kind = "renew"  // new certificate for the same key
+	KindReset  Kind = "reset"  // back to the factory state
 )
 
 // reference is an engine address in the journal: text on disk, typed in memory.
@@ -86,7 +88,7 @@ type operation struct {
 	// is that of a renewal.
 	NewKey      bool      `json:"new_key"`
 	ExistingKey bool      `json:"existing_key,omitempty"`
-	Key         reference `json:"key"`
+	Key         reference `json:"key,omitzero"` // none where a reset began on its own
 	// KeyType of a new key. Default: EC P-256, the only one there was once.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
 	// Wanted is the digest of what the CSR asks for; another one in the
@@ -302,14 +304,17 @@ func (r *record) resolve(parse addressParser) error {
 		return nil
 	}
 	switch op.Kind {
-	case KindEnroll, KindRenew:
+	case KindEnroll, KindRenew, KindReset:
 	default:
 		return fmt.Errorf("operation: unknown kind %q", op.Kind)
 	}
 	switch op.Step {
-	case StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard:
+	case StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard, StepReset:
 	default:
 		return fmt.Errorf("operation: unknown step %q", op.Step)
+	}
+	if (op.Kind == KindReset) != (op.Step == StepReset) {
+		return fmt.Errorf("operation: %s at step %q", op.Kind, op.Step)
 	}
 	if op.NewKey && op.ExistingKey {
 		return errors.New("operation: its key is both new and an existing one")
@@ -332,7 +337,11 @@ func (r *record) resolve(parse addressParser) error {
 	if err := checkFileName(op.ExplicitTA); err != nil {
 		return fmt.Errorf("operation: %w", err)
 	}
-	return typed("operation", append(pointers(op.Certificates), &op.Key)...)
+	refs := pointers(op.Certificates)
+	if op.Kind != KindReset || op.Key.text != "" {
+		refs = append(refs, &op.Key)
+	}
+	return typed("operation", refs...)
 }
 
 func pointers(refs []reference) []*reference {

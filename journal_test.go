@@ -62,7 +62,7 @@ func TestJournalOfEachStep(t *testing.T) {
 			}
 		}
 	}
-	for _, step := range []Step{StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard} {
+	for _, step := range []Step{StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard, StepReset} {
 		if !steps[step] {
 			t.Errorf("no journal of step %s", step)
 		}
@@ -96,29 +96,31 @@ func TestJournalRefused(t *testing.T) {
 		return strings.Replace(proving, old, replacement, 1)
 	}
 	for name, c := range map[string]struct{ text, why string }{
-		"empty":              {"", "not JSON"},
-		"null":               {"null", "version 0"},
-		"version":            {replace(`"version": 2`, `"version": 3`), "this program reads versions 1 to 2"},
-		"unknown field":      {replace(`"version": 2`, `"version": 2, "more": 1`), "unknown field"},
-		"field of version 1": {replace(`"version": 2`, `"version": 2, "operation": {}`), "unknown field"},
-		"field of version 2": {`{"version": 1, "credentials": {}}`, "cannot unmarshal"},
-		"no record":          {`{"version": 2, "credentials": {"device": null}}`, "no record"},
-		"no name":            {`{"version": 2, "credentials": {"": {}}}`, "want a name"},
-		"a path for a name":  {`{"version": 2, "credentials": {"../device": {}}}`, "want a name"},
-		"too many names":     {`{"version": 2, "credentials": {` + manyRecords() + `}}`, "17 credentials"},
-		"more data":          {proving + "{}", "after top-level value"},
-		"more than allowed":  {proving + strings.Repeat(" ", journalLimit), "too large"},
-		"unknown step":       {replace(`"step": "prove"`, `"step": "guess"`), "unknown step"},
-		"unknown kind":       {replace(`"kind": "enroll"`, `"kind": "rekey"`), "unknown kind"},
-		"unknown key type":   {replace(`"new_key": true`, `"new_key": true, "key_type": "RSA 1024"`), "unknown key_type"},
-		"a key of two kinds": {replace(`"new_key": true`, `"new_key": true, "existing_key": true`), "both new and an existing one"},
-		"a path":             {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
-		"negative wait":      {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
-		"another scheme":     {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},
-		"no address":         {replace(`"key": "pkcs11:`, `"key": "`), "no driver"},
-		"an empty chain":     {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "store", "key": "pkcs11:id=%01"}}}}`, "no certificate at step"},
-		"too many":           {`{"version": 2, "credentials": {"device": {"pairs": [` + strings.Repeat(`{},`, maxPairs) + `{}]}}}`, "17 pairs"},
-		"a bare pair":        {`{"version": 2, "credentials": {"device": {"pairs": [{"key": "pkcs11:id=%01"}]}}}`, "0 certificates"},
+		"empty":               {"", "not JSON"},
+		"null":                {"null", "version 0"},
+		"version":             {replace(`"version": 2`, `"version": 3`), "this program reads versions 1 to 2"},
+		"unknown field":       {replace(`"version": 2`, `"version": 2, "more": 1`), "unknown field"},
+		"field of version 1":  {replace(`"version": 2`, `"version": 2, "operation": {}`), "unknown field"},
+		"field of version 2":  {`{"version": 1, "credentials": {}}`, "cannot unmarshal"},
+		"no record":           {`{"version": 2, "credentials": {"device": null}}`, "no record"},
+		"no name":             {`{"version": 2, "credentials": {"": {}}}`, "want a name"},
+		"a path for a name":   {`{"version": 2, "credentials": {"../device": {}}}`, "want a name"},
+		"too many names":      {`{"version": 2, "credentials": {` + manyRecords() + `}}`, "17 credentials"},
+		"more data":           {proving + "{}", "after top-level value"},
+		"more than allowed":   {proving + strings.Repeat(" ", journalLimit), "too large"},
+		"unknown step":        {replace(`"step": "prove"`, `"step": "guess"`), "unknown step"},
+		"unknown kind":        {replace(`"kind": "enroll"`, `"kind": "rekey"`), "unknown kind"},
+		"unknown key type":    {replace(`"new_key": true`, `"new_key": true, "key_type": "RSA 1024"`), "unknown key_type"},
+		"a key of two kinds":  {replace(`"new_key": true`, `"new_key": true, "existing_key": true`), "both new and an existing one"},
+		"a path":              {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
+		"negative wait":       {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
+		"another scheme":      {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},
+		"no address":          {replace(`"key": "pkcs11:`, `"key": "`), "no driver"},
+		"an empty chain":      {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "store", "key": "pkcs11:id=%01"}}}}`, "no certificate at step"},
+		"too many":            {`{"version": 2, "credentials": {"device": {"pairs": [` + strings.Repeat(`{},`, maxPairs) + `{}]}}}`, "17 pairs"},
+		"a bare pair":         {`{"version": 2, "credentials": {"device": {"pairs": [{"key": "pkcs11:id=%01"}]}}}`, "0 certificates"},
+		"a reset that renews": {replace(`"kind": "enroll"`, `"kind": "reset"`), "reset at step"},
+		"no key":              {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "request"}}}}`, "no driver"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()

@@ -258,6 +258,8 @@ func (c *Credential) proceed(ctx context.Context, resumed bool) (*Result, error)
 			err = c.commit()
 		case StepRetire:
 			return c.retire(ctx)
+		case StepReset:
+			return nil, c.reset(ctx)
 		case StepDiscard:
 			c.say(StepDiscard, "removing what the failed %s created: %s", op.Kind, op.Reason)
 			return nil, c.discard(ctx, nil)

@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,7 +31,7 @@ func TestCrash(t *testing.T) {
 	points, recovered, orphans := 0, 0, 0
 	for _, story := range []crashStory{
 		{name: "enroll", args: []string{"enroll"}, leaves: 1},
-		{name: "renew", args: []string{"renew", "--force"}, leaves: 2, before: []string{"enroll"}},
+		{name: "renew", args: []string{"renew", "--force"}, leaves: 2, before: [][]string{{"enroll"}}},
 	} {
 		template := m.prepare(t, story)
 		recorded := m.record(t, story, template)
@@ -44,11 +46,87 @@ func TestCrash(t *testing.T) {
 	fmt.Printf("points %d, recovered %d, orphans %d\n", points, recovered, orphans)
 }
 
+// TestCrashReset does the same with a reset. Once it is begun, the next run goes on
+// with it, and an enrolment is a first boot then; before that nothing is changed.
+func TestCrashReset(t *testing.T) {
+	m := newMatrix(t)
+	story := crashStory{name: "reset", args: []string{"reset", "--yes"}, before: [][]string{{"enroll"}, {"renew", "--force"}}, leaves: 1}
+	template := m.prepare(t, story)
+	before := readJournal(t, template)
+	points, finished, begun := 0, 0, 0
+	recorded := m.record(t, story, template)
+	for i := 0; i < len(recorded); i += *crashEvery {
+		points++
+		d, at := m.copyOf(t, template, fmt.Sprintf("reset-%d", i)), recorded[i]
+		log := filepath.Join(d.dir, "calls")
+		killed, err := d.run(t, m.module.Path, m.module.Env(m.token.ModulePath, log, at), story.args...)
+		if err := at.Hit(err, log); err != nil {
+			t.Errorf("reset: %v\n%s", err, killed)
+			continue
+		}
+		args, judge := story.args, d.judgeFactory
+		switch journal, err := d.journal(); {
+		case errors.Is(err, fs.ErrNotExist):
+			finished++
+		case err != nil:
+			t.Error(err)
+		case strings.Contains(string(journal.Operation), `"reset"`):
+			begun++
+			if begun%2 == 0 {
+				issuedBefore := len(m.issuances(t))
+				args, judge = []string{"enroll"}, func(t *testing.T) *findings { return d.judge(t, story, m.issuances(t)[issuedBefore:]) }
+			}
+		case len(journal.Pairs) != len(before.Pairs):
+			t.Errorf("reset killed at %s: the journal names %d pairs and no reset", at, len(journal.Pairs))
+		}
+		out, err := d.run(t, m.token.ModulePath, nil, args...)
+		if err != nil {
+			t.Errorf("reset killed at %s, then %s: %v\n%s%s", at, args, err, killed, out)
+			continue
+		}
+		if wrong := judge(t); len(wrong.text) > 0 {
+			t.Errorf("reset killed at %s, then %s:\n%s\nthe killed run:\n%sthe next run:\n%s", at, args, strings.Join(wrong.text, "\n"), killed, out)
+		}
+	}
+	t.Logf("reset: %d points of %d, %d of them in a reset that was begun, %d after one", points, len(recorded), begun, finished)
+	if begun < 2 || points == begun+finished {
+		t.Errorf("of %d points %d are in a reset that was begun and %d after one", points, begun, finished)
+	}
+}
+
+// judgeFactory wants of the token and the state directory what the factory left.
+func (d *crashDevice) judgeFactory(t *testing.T) *findings {
+	t.Helper()
+	wrong := new(findings)
+	for _, object := range d.list(t) {
+		if object.label != opensc.IDevIDLabel {
+			wrong.add("in the token: %v", object)
+		}
+	}
+	entries, err := os.ReadDir(filepath.Join(d.dir, "state"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, entry := range entries {
+		if name := entry.Name(); name != "lock" && name != "security.json" {
+			wrong.add("in the state directory: %s", name)
+		}
+	}
+	security, err := os.ReadFile(filepath.Join(d.dir, "state", "security.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := bytes.Count(security, []byte("object="+opensc.IDevIDLabel)); n != 2 || bytes.Count(security, []byte("object=")) != 2 {
+		wrong.add("the Security object is %s", security)
+	}
+	return wrong
+}
+
 // crashStory is a command that is killed, and what came before it.
 type crashStory struct {
 	name   string
 	args   []string
-	before []string
+	before [][]string
 	leaves int // certificates of the device's key, in the end
 }
 
@@ -131,8 +209,10 @@ func (m *matrix) prepare(t *testing.T, story crashStory) string {
 		return base
 	}
 	d := m.copyOf(t, base, story.name+"-template")
-	if out, err := d.run(t, m.token.ModulePath, nil, story.before...); err != nil {
-		t.Fatalf("%s: %v\n%s", story.before, err, out)
+	for _, args := range story.before {
+		if out, err := d.run(t, m.token.ModulePath, nil, args...); err != nil {
+			t.Fatalf("%s: %v\n%s", args, err, out)
+		}
 	}
 	return d.dir
 }
@@ -208,15 +288,21 @@ type crashRecord struct {
 
 func readJournal(t *testing.T, dir string) crashRecord {
 	t.Helper()
-	data, err := os.ReadFile(filepath.Join(dir, "state", "journal.json"))
+	journal, err := (&crashDevice{dir: dir}).journal()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var journal struct{ Credentials map[string]crashRecord }
-	if err := json.Unmarshal(data, &journal); err != nil {
-		t.Fatal(err)
+	return journal
+}
+
+func (d *crashDevice) journal() (crashRecord, error) {
+	data, err := os.ReadFile(filepath.Join(d.dir, "state", "journal.json"))
+	if err != nil {
+		return crashRecord{}, err
 	}
-	return journal.Credentials["device"]
+	var journal struct{ Credentials map[string]crashRecord }
+	err = json.Unmarshal(data, &journal)
+	return journal.Credentials["device"], err
 }
 
 // complete reports whether the killed run had recorded its success.

@@ -85,7 +85,7 @@ func judge(err error, interrupted bool) judgement {
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	case errors.Is(err, agent.ErrExport):
-		return judgement{exitTryLater, "the credential itself is in place: make export-dir writable for this user, and the next run writes the files"}
+		return judgement{exitTryLater, "the token and the state are right: make export-dir writable for this user, and the next run puts the files right"}
 	}
 	for _, known := range fileJudgements {
 		if errors.Is(err, known.is) {
@@ -150,7 +150,9 @@ var judgements = []struct {
 	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
 	{estenroll.ErrOwner, judgement{exitUsage, "run as that user, or name another directory with --state-dir"}},
 	{estenroll.ErrConfig, judgement{exitUsage, "give each credential a name and a security-instance of its own; one that is renamed begins anew, in another instance"}},
-	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or look at it with est-enroll status"}},
+	{errDeclined, judgement{exitInterrupted, ""}},
+	{estenroll.ErrWrongToken, judgement{exitToken, "connect the token that holds it; if it was cleared on purpose, the state directory is all that is left: remove it"}},
+	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or destroy what is left of it: est-enroll reset --credential NAME"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
 	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
 	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},

@@ -83,6 +83,9 @@ func (o *output) named(text string) string {
 
 func (o *output) warning(text string) { o.progress(estenroll.Event{Warning: true, Message: text}) }
 
+// ask prints a part of a question, whatever else is said.
+func (o *output) ask(text string) { _, _ = fmt.Fprint(o.stderr, text) }
+
 // result prints a line of the outcome.
 func (o *output) result(format string, args ...any) {
 	if o.quiet {

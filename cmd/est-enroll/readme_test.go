@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -157,6 +158,7 @@ func TestInstall(t *testing.T) {
 		"/usr/share/man/man1/est-enroll-config.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-enroll.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-renew.1":               "-rw-r--r--",
+		"/usr/share/man/man1/est-enroll-reset.1":               "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-status.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver.1":                 "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-serve.1":           "-rw-r--r--",
@@ -181,5 +183,22 @@ func TestInstall(t *testing.T) {
 	mk("uninstall")
 	if diff := cmp.Diff(map[string]string{"/etc/est-enroll/config.yaml": "-rw-------"}, installed()); diff != "" || read(t, config) != "# mine\n" {
 		t.Errorf("uninstalled (-want +got)\n%s", diff)
+	}
+}
+
+// Who is not root is told the command that installs what is missing, and no more.
+func TestDeps(t *testing.T) {
+	t.Parallel()
+	const nobody = 65534
+	script := strings.NewReader(read(t, "../../packaging/deps"))
+	cmd := exec.CommandContext(t.Context(), "sh", "-s", "--", "libc6", "no-such-package")
+	cmd.Dir, cmd.Stdin = "/", script
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+	}
+	out, err := cmd.CombinedOutput()
+	want := "packages are missing. Run this, then try again:\n  sudo apt-get update && sudo apt-get install -y --no-install-recommends no-such-package\n"
+	if err == nil || string(out) != want {
+		t.Errorf("%v\n%s", err, out)
 	}
 }

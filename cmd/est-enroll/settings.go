@@ -70,7 +70,7 @@ type settings struct {
 	// credentials are the settings of each credential of the file, nil where
 	// there is the one that these settings name.
 	credentials []*settings
-	// chosen says that --credential, or its variable, names one of several.
+	// chosen says that --credential, or its variable, names the one to treat.
 	chosen bool
 }
 
@@ -95,7 +95,7 @@ const (
 )
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "json": true, "uri": true, "example": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "uri": true, "example": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -156,6 +156,7 @@ func (s *settings) complete(flags *pflag.FlagSet, lookupEnv func(string) (string
 	if err := s.fromEnvironment(flags, given, lookupEnv); err != nil {
 		return err
 	}
+	s.chosen = given["credential"]
 	return s.fromFile(flags, given)
 }
 
@@ -243,7 +244,6 @@ func (s *settings) eachCredential(file configFile, given map[string]bool) error 
 			return fmt.Errorf("line %d: credential: the names are those below credentials; --credential chooses one", entry.line)
 		}
 	}
-	s.chosen = given["credential"]
 	for _, entry := range file.credentials {
 		for _, own := range entry.entries {
 			if deviceWide[own.key] {

@@ -57,13 +57,19 @@ func newRemoteFaulty(t *testing.T) *faulty {
 
 func faultySoftHSM(t *testing.T, token *softhsm.Token, realModule string) *faulty {
 	t.Helper()
-	f := makeFaulty(t, token.Token, realModule)
+	f := makeFaultyBefore(t, token.Token, realModule)
 	f.dir, f.add = token.Dir, token.Add
 	f.damage = func(t *testing.T, label string) { t.Helper(); damage(t, token.Dir, label) }
 	return f
 }
 
-func makeFaulty(t *testing.T, token opensc.Token, realModule string) *faulty {
+func makeFaulty(t *testing.T, token opensc.Token) *faulty {
+	t.Helper()
+	return makeFaultyBefore(t, token, token.ModulePath)
+}
+
+// makeFaultyBefore puts the two modules before another than the token's own.
+func makeFaultyBefore(t *testing.T, token opensc.Token, realModule string) *faulty {
 	t.Helper()
 	f := &faulty{Token: token}
 	f.Use(t)

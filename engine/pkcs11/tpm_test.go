@@ -26,7 +26,7 @@ func TestTPM(t *testing.T) {
 	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token {
 		t.Helper()
 		made := chip.New(t, tpm.WithPIN("marker-7d20"))
-		f := makeFaulty(t, made.Token, made.ModulePath)
+		f := makeFaulty(t, made.Token)
 		f.add = made.Add
 		f.damage = func(t *testing.T, label string) { t.Helper(); damageRow(t, made.Store, label) }
 		token := f.token()
