@@ -36,6 +36,7 @@ var rooms = map[string][]string{
 	"estenroll/engine/enginetest/nss":      {"estenroll/engine/enginetest/opensc"},
 	"estenroll/engine/enginetest/opensc":   {},
 	"estenroll/engine/enginetest/p11crash": {},
+	"estenroll/engine/enginetest/p11fault": {},
 	"estenroll/engine/enginetest/softhsm":  {"estenroll/engine/enginetest/opensc"},
 	"estenroll/engine/enginetest/tpm":      {"estenroll/engine/enginetest/opensc"},
 	"estenroll/internal/coap/coaptest":     {},
