@@ -451,6 +451,38 @@ func TestRawPoint(t *testing.T) {
 	}
 }
 
+// What finding an object by its id takes does not grow with the token: how long the
+// module searches is its own affair (make bench).
+func TestFindByIDAmongMany(t *testing.T) {
+	f := newFaulty(t)
+	e := open(t, f.uri(f.Label, "&pin-source="+f.PINFile), f.options())
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, at := selfSigned(t, key.Public(), key), parse(t, "pkcs11:id=%01;type=cert")
+	var calls [2][]string
+	for i, first := range []int{1, 2} {
+		for id := first; id <= 1+20*i; id++ {
+			if err := f.WriteCertificate(cert.Raw, "one of many", fmt.Sprintf("%02x", id)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before := len(f.calls(t))
+		if found, err := e.Certificate(t.Context(), at); err != nil || !found.Equal(cert) {
+			t.Fatal(err)
+		}
+		calls[i] = f.calls(t)[before:]
+	}
+	objects, err := e.List(t.Context(), nil)
+	if err != nil || len(objects) != 21 {
+		t.Fatalf("%d objects: %v", len(objects), err)
+	}
+	if len(calls[0]) == 0 || !slices.Equal(calls[0], calls[1]) {
+		t.Errorf("alone: %v\namong 21: %v", calls[0], calls[1])
+	}
+}
+
 func generateAs(t *testing.T, e *pkcs11.Engine, algorithm engine.Algorithm) (engine.Address, crypto.PublicKey) {
 	t.Helper()
 	at, err := e.NewKeyAddress("name")
