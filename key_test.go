@@ -105,6 +105,12 @@ func TestExistingKey(t *testing.T) {
 				t.Errorf("status %+v", status.Current)
 			}
 
+			// Whose key it is, a lost journal does not know, nor which certificates of
+			// the IDevID's key are not the factory's.
+			d.remove("journal.json")
+			d.cfg.IDevID = site.idevid
+			d.mustRenew()
+
 			// A new key takes its place, and its certificates go.
 			d.hook = nil
 			existing := d.cfg.Key

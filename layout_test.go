@@ -33,8 +33,10 @@ var rooms = map[string][]string{
 	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap", "github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 
 	// Test tools: imported by tests only, which the next test holds.
+	"estenroll/engine/enginetest/nss":      {"estenroll/engine/enginetest/opensc"},
 	"estenroll/engine/enginetest/opensc":   {},
 	"estenroll/engine/enginetest/p11crash": {},
+	"estenroll/engine/enginetest/p11fault": {},
 	"estenroll/engine/enginetest/softhsm":  {"estenroll/engine/enginetest/opensc"},
 	"estenroll/engine/enginetest/tpm":      {"estenroll/engine/enginetest/opensc"},
 	"estenroll/internal/coap/coaptest":     {},

@@ -25,6 +25,7 @@ var (
 	ErrLocked         = errors.New("another process writes to the token")
 	ErrBuild          = errors.New("this build of the program cannot open it")
 	ErrModule         = errors.New("the module cannot be loaded")
+	ErrModuleNotFound = errors.New("there is no such module")
 )
 
 // Error is a failure of an engine.

@@ -41,7 +41,7 @@ var examples = map[string][]string{
 	"label":                       {"factory-2"},
 	"key":                         {"pkcs11:object=idevid;type=private"},
 	"key-usage":                   {"digitalSignature"},
-	"ext-key-usage":               {"clientAuth"},
+	"ext-key-usage":               {"clientAuth", "serverAuth"},
 	"idevid-chain":                {"/etc/est-enroll/idevid-chain.pem"},
 	"subject":                     {"CN=dev-17,O=Example"},
 	"san":                         {"DNS:dev-17.example.com", "IP:192.0.2.17"},

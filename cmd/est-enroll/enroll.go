@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 
 	"github.com/spf13/cobra"
 )
@@ -22,7 +21,7 @@ it does nothing and exits 0. It first finishes what an interrupted run left.`,
 				if err == nil {
 					out.outcome(result)
 				}
-				return errors.Join(err, t.export(ctx, t.credential, out))
+				return t.export(ctx, t.credential, out, err)
 			})
 		},
 	}

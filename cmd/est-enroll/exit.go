@@ -85,7 +85,7 @@ func judge(err error, interrupted bool) judgement {
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	case errors.Is(err, agent.ErrExport):
-		return judgement{exitTryLater, "the credential itself is in place: make export-dir writable for this user, and the next run writes the files"}
+		return judgement{exitTryLater, "the token and the state are right: make export-dir writable for this user, and the next run puts the files right"}
 	}
 	for _, known := range fileJudgements {
 		if errors.Is(err, known.is) {
@@ -163,10 +163,13 @@ var judgements = []struct {
 	{engine.ErrPINFinalTry, judgement{exitToken, "log in once by hand with the right PIN: pkcs11-tool --login --list-objects"}},
 	{engine.ErrPINMissing, judgement{exitToken, "name the PIN's file in the engine's address: …?pin-source=file:/path; or give systemd's credential " + pinCredential + ", or type the PIN on a terminal"}},
 	{engine.ErrBuild, judgement{exitToken, "build it again with CGO_ENABLED=1 and a C compiler: make build"}},
-	{engine.ErrModule, judgement{exitToken, "install the HSM's PKCS#11 module and name its file as module-path in the engine's address"}},
+	{engine.ErrDeviceLost, judgement{exitTryLater, "connect the device again and run the same command: it goes on"}},
+	{engine.ErrModuleNotFound, judgement{exitToken, "install the HSM's PKCS#11 module and name its file as module-path in the engine's address, or p11-kit's name of it as module-name: p11-kit list-modules"}},
+	{engine.ErrModule, judgement{exitToken, "name another file as module-path in the engine's address: this one is no PKCS#11 module for this machine, or lacks something"}},
+	{engine.ErrTokenReadOnly, judgement{exitToken, "take off the write protection of the token or of its reader, or name another token in the engine's address"}},
+	{engine.ErrTokenFull, judgement{exitToken, "make room in the token: pkcs11-tool --login --delete-object …; the next run goes on from here"}},
 	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots; a token whose files a power cut has emptied is gone, and with it its keys"}},
 	{engine.ErrLocked, judgement{exitTryLater, "wait for the other program"}},
-	{engine.ErrDeviceLost, judgement{exitTryLater, "connect the device again"}},
 	{estenroll.ErrKeyPolicy, judgement{exitToken, "leave key out, and a key that is not extractable is generated; or insist on this one with --allow-extractable"}},
 	{estenroll.ErrKey, judgement{exitToken, "check key against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{engine.ErrUnsupported, judgement{exitToken, "another key-type or rsa-padding may be what this token has: pkcs11-tool --module MODULE --list-mechanisms"}},

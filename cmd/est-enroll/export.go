@@ -11,18 +11,20 @@ import (
 )
 
 // export gives the other programs of the device the credential that is in place,
-// whatever the run itself has come to: an earlier one may have been killed before
-// it could. Where nothing is enrolled, what they have is left to them.
-func (s *settings) export(ctx context.Context, credential *estenroll.Credential, out *output) error {
+// whatever the run itself has come to, which it returns: an earlier one may have
+// been killed before it could. Where nothing is enrolled, what they have is left to
+// them.
+func (s *settings) export(ctx context.Context, credential *estenroll.Credential, out *output, outcome error) error {
 	if s.exportDir == "" {
-		return nil
+		return outcome
 	}
 	// Ctrl-C does not stop this: it is short, and what it writes is true.
 	public, err := credential.Public(context.WithoutCancel(ctx))
-	if errors.Is(err, estenroll.ErrNotEnrolled) {
-		return nil
-	}
-	if err != nil {
+	switch {
+	case err == nil:
+	case errors.Is(err, estenroll.ErrNotEnrolled), outcome != nil: // the token's error is said already
+		return outcome
+	default:
 		return err
 	}
 	export := agent.Export{
@@ -31,10 +33,21 @@ func (s *settings) export(ctx context.Context, credential *estenroll.Credential,
 		Chain: public.Chain, TrustAnchors: public.TrustAnchors,
 	}
 	changed, err := export.Write()
-	if err == nil && changed {
+	if err != nil {
+		return errors.Join(outcome, err)
+	}
+	if changed {
 		out.progress(estenroll.Event{Step: "export", Message: "wrote " + s.exportDir + "/" + credential.Name() + " for other programs"})
 	}
-	return err
+	return outcome
+}
+
+// removeExport takes away what names a key that is destroyed.
+func (s *settings) removeExport(credential *estenroll.Credential) error {
+	if s.exportDir == "" {
+		return nil
+	}
+	return agent.Remove(s.exportDir, credential.Name())
 }
 
 // forPrograms is the address of an object as other programs take it.

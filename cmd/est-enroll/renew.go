@@ -26,7 +26,7 @@ now, whatever the age of the certificate: scheduling is not there yet, so
 				if err == nil {
 					out.outcome(result)
 				}
-				return errors.Join(err, t.export(ctx, t.credential, out))
+				return t.export(ctx, t.credential, out, err)
 			})
 		},
 	}

@@ -30,7 +30,7 @@ and asks on the terminal; without a terminal --yes is required. With --credentia
 one credential is reset alone.
 
 A reset that is interrupted is gone on with by the next run. What --export-dir
-holds for other programs stays.`,
+holds of a credential for other programs goes with it.`,
 		Args: noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !yes && !term.IsTerminal(int(os.Stdin.Fd())) {
@@ -60,7 +60,7 @@ holds for other programs stays.`,
 						return err
 					}
 					out.wasReset(plan)
-					return nil
+					return t.removeExport(t.credential)
 				})
 			})
 		},

@@ -134,6 +134,8 @@ func newSession(t *testing.T, script string) *session {
 
 // session is one script's device and server.
 type session struct {
+	remote   *exec.Cmd // p11-kit's server
+	socket   string    // of it
 	token    *opensc.Token
 	addToken func(label string) error // beside it
 	bin      string
@@ -222,7 +224,10 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"fault":         plain(s.setFaults),
 		"issued":        plain(s.checkIssued),
 		"same-csr":      plain(sameCSR),
-		"spy":           plain(s.spy),
+		"spy":           plain(func(ts *testscript.TestScript, _ []string) error { return s.through(ts, []string{"spy"}) }),
+		"through":       plain(s.through),
+		"token-fault":   plain(s.tokenFault),
+		"remote-again":  plain(s.startRemote),
 		"type":          plain(s.typeAt),
 		"without-pin":   plain(withoutPIN),
 		"token-serial":  plain(s.tokenSerial),
@@ -395,18 +400,6 @@ func sameCSR(ts *testscript.TestScript, args []string) error {
 	return nil
 }
 
-// spy puts OpenSC's pkcs11-spy between the program and the module.
-func (s *session) spy(ts *testscript.TestScript, _ []string) error {
-	ts.Setenv("PKCS11SPY", s.token.ModulePath)
-	ts.Setenv("PKCS11SPY_OUTPUT", filepath.Join(s.work, "spy.log"))
-	found, err := filepath.Glob("/usr/lib/*/pkcs11-spy.so")
-	if err != nil || len(found) == 0 {
-		return errors.New("pkcs11-spy.so is missing: make deps")
-	}
-	ts.Setenv("EST_ENROLL_ENGINE", strings.Replace(s.token.URI(), s.token.ModulePath, found[0], 1))
-	return nil
-}
-
 // withoutPIN takes the PIN's source from the engine's address.
 func withoutPIN(ts *testscript.TestScript, _ []string) error {
 	address, _, found := strings.Cut(ts.Getenv("EST_ENROLL_ENGINE"), "&pin-source=")
@@ -468,10 +461,7 @@ func (s *session) withCredentials(ts *testscript.TestScript, args []string) erro
 // interrupt starts est-enroll, sends it SIGINT when the server has its CSR (the
 // journal names step "request" and the server is thinking), and wants exit 130.
 func (s *session) interrupt(ts *testscript.TestScript, args []string) error {
-	cmd := exec.Command(filepath.Join(s.bin, "est-enroll"), append(args, "-v")...)
-	for _, name := range []string{"SOFTHSM2_CONF", "EST_ENROLL_CONFIG", "EST_ENROLL_STATE_DIR", "EST_ENROLL_LOCK_DIR", "PATH"} {
-		cmd.Env = append(cmd.Env, name+"="+ts.Getenv(name))
-	}
+	cmd := s.command(ts, "est-enroll", append(args, "-v")...)
 	var output bytes.Buffer
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
@@ -501,6 +491,20 @@ func (s *session) interrupt(ts *testscript.TestScript, args []string) error {
 		return err
 	}
 	return ts.Exec("sh", "-c", "cat "+path+" >&2")
+}
+
+// command is one of the programs as it ships, with the script's environment.
+func (s *session) command(ts *testscript.TestScript, name string, args ...string) *exec.Cmd {
+	cmd := exec.Command(filepath.Join(s.bin, name), args...)
+	cmd.Dir = s.work
+	for _, variable := range []string{
+		"PATH", "PKCS11SPY", "PKCS11SPY_OUTPUT", "P11FAULT_MODULE", "P11FAULT_DIR", "P11FAULT_SERVER", "P11_KIT_SERVER_ADDRESS",
+		"CREDENTIALS_DIRECTORY", "EST_ENROLL_CONFIG", "EST_ENROLL_STATE_DIR", "EST_ENROLL_LOCK_DIR", "EST_ENROLL_ENGINE",
+	} {
+		cmd.Env = append(cmd.Env, variable+"="+ts.Getenv(variable))
+	}
+	cmd.Env = append(cmd.Env, s.token.Env()...)
+	return cmd
 }
 
 // holdLock holds the state directory as another run would, to the script's end.

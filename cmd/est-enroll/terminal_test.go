@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -63,12 +62,7 @@ func (s *session) typeAt(ts *testscript.TestScript, args []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, p.master.Close()) }()
-	cmd := exec.Command(filepath.Join(s.bin, args[2]), args[3:]...)
-	cmd.Dir = s.work
-	for _, name := range []string{"SOFTHSM2_CONF", "PKCS11SPY", "PKCS11SPY_OUTPUT", "P11FAULT_MODULE", "P11FAULT_DIR", "CREDENTIALS_DIRECTORY",
-		"EST_ENROLL_CONFIG", "EST_ENROLL_STATE_DIR", "EST_ENROLL_LOCK_DIR", "EST_ENROLL_ENGINE", "PATH"} {
-		cmd.Env = append(cmd.Env, name+"="+ts.Getenv(name))
-	}
+	cmd := s.command(ts, args[2], args[3:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = p.terminal, p.terminal, p.terminal
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	before, err := p.echoes()

@@ -129,7 +129,14 @@ var certificateRules = []rule{
 		keyID := s.objectAt(e, key).ID
 		// not even where a factory gave it to one
 		e = s.elsewhere(e, func() error { return s.WriteCertificate(c.cert.Raw, "factory", hex.EncodeToString(keyID)) })
-		at := s.store(e, key, s.leaf(c, public), c.cert)
+		leaf := s.leaf(c, public)
+		if s.Unique { // the factory's is not taken for it all the same
+			chain := []*x509.Certificate{leaf, c.cert}
+			s.wants(e.StoreCertificates(s.Context(), s.place(e, key, chain...), chain), nil)
+			s.holds(e, 1, 1, 1)
+			return
+		}
+		at := s.store(e, key, leaf, c.cert)
 		if slices.Equal(s.objectAt(e, at[1]).ID, keyID) {
 			s.Errorf("%s has the key's id", at[1])
 		}
@@ -164,6 +171,12 @@ var certificateRules = []rule{
 		s.holds(e, 1, 1, 2)
 		s.remove(e, at)
 		s.holds(e, 1, 1, 1)
+		if s.Unique {
+			if err := s.WriteCertificate(c.cert.Raw, "of the factory", "c0ffee"); err == nil {
+				s.Error("the token holds twins")
+			}
+			return
+		}
 		// twins, which no reference tells apart, are not shared
 		e = s.elsewhere(e, func() error { return s.WriteCertificate(c.cert.Raw, "of the factory", "c0ffee") })
 		at = s.store(e, key, s.leaf(c, public), c.cert)

@@ -72,6 +72,9 @@ type Token struct {
 	// Stale says that the module shows what another program has done to the token
 	// only when it starts anew. One that suddenly does at once fails the suite.
 	Stale bool
+	// Unique says that the token refuses a certificate that it holds already: one
+	// that suddenly takes it fails the suite.
+	Unique bool
 	// The foreign tool: another program that uses the token. Identifiers are hexadecimal.
 	GenerateEC func(label, id string) (publicKeyDER []byte, err error)
 	// GenerateForeign makes a pair of a kind that no engine has: Ed25519, RSA 1024.

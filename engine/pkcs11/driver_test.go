@@ -677,7 +677,7 @@ func TestOpenRefused(t *testing.T) {
 		name, path string
 		want       error
 	}{
-		{"missing", filepath.Join(dir, "missing.so"), engine.ErrModule},
+		{"missing", filepath.Join(dir, "missing.so"), engine.ErrModuleNotFound},
 		{"missing, and the file system says so", filepath.Join(dir, "missing.so"), os.ErrNotExist},
 		{"directory", dir, engine.ErrModule},
 		{"text", write("text.so", []byte("not a module\n")), engine.ErrModule},
@@ -697,8 +697,8 @@ func TestOpenRefused(t *testing.T) {
 		})
 	}
 	t.Run("no module", func(t *testing.T) {
-		if _, err := pkcs11.Driver.Open(t.Context(), parse(t, "pkcs11:token=device"), options(t)); !errors.Is(err, engine.ErrModule) {
-			t.Errorf("got %v, want ErrModule", err)
+		if _, err := pkcs11.Driver.Open(t.Context(), parse(t, "pkcs11:token=device"), options(t)); !errors.Is(err, engine.ErrModuleNotFound) {
+			t.Errorf("got %v, want ErrModuleNotFound", err)
 		}
 	})
 	t.Run("a vendor's attribute that selects", func(t *testing.T) {
@@ -745,6 +745,22 @@ func TestTokensOfOneLabel(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// p11-kit's trust module is a token that is write-protected by itself and asks for
+// no PIN.
+func TestWriteProtectedToken(t *testing.T) {
+	e := open(t, "pkcs11:model=p11-kit-trust?module-name=p11-kit-trust", options(t))
+	if _, err := e.List(t.Context(), nil); err != nil {
+		t.Error(err)
+	}
+	at, err := e.NewKeyAddress("name")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.GenerateKey(t.Context(), at, engine.KeySpec{}); !errors.Is(err, engine.ErrTokenReadOnly) {
+		t.Errorf("got %v, want ErrTokenReadOnly", err)
 	}
 }
 

@@ -31,6 +31,7 @@ import (
 	"debug/elf"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -85,6 +86,9 @@ type tokenID struct {
 // loadModule loads the module at a path, or returns the one that is loaded.
 func loadModule(path string) (*module, error) {
 	resolved, err := filepath.EvalSymlinks(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: %w", engine.ErrModuleNotFound, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", engine.ErrModule, err)
 	}

@@ -52,7 +52,7 @@ func systemPlaces() places {
 // §2.4). "Only those modules found matching these query attributes" are used.
 func (p places) findModule(u URI) (string, error) {
 	if u.ModulePath == "" && u.ModuleName == "" {
-		return "", fmt.Errorf("%w: module-path or module-name is missing", engine.ErrModule)
+		return "", fmt.Errorf("%w: module-path or module-name is missing", engine.ErrModuleNotFound)
 	}
 	if u.ModuleName == "" {
 		return u.ModulePath, nil
@@ -60,6 +60,8 @@ func (p places) findModule(u URI) (string, error) {
 	if u.ModulePath != "" {
 		info, err := os.Stat(u.ModulePath)
 		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return "", fmt.Errorf("%w: %w", engine.ErrModuleNotFound, err)
 		case err != nil:
 			return "", fmt.Errorf("%w: %w", engine.ErrModule, err)
 		case info.IsDir():
@@ -105,7 +107,7 @@ func (p places) configured(name string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", fmt.Errorf("%w: %s names %s, which is in none of %s: %w", engine.ErrModule, files[0], module, strings.Join(p.directories, ", "), fs.ErrNotExist)
+	return "", fmt.Errorf("%w: %s names %s, which is in none of %s", engine.ErrModuleNotFound, files[0], module, strings.Join(p.directories, ", "))
 }
 
 // configuration returns what the first file with a name says of its module.
@@ -163,7 +165,7 @@ func oneModule(name string, directories []string) (string, error) {
 	}
 	switch len(paths) {
 	case 0:
-		return "", fmt.Errorf("%w: there is no %s.so nor lib%s.so in %s: %w", engine.ErrModule, name, name, strings.Join(directories, ", "), fs.ErrNotExist)
+		return "", fmt.Errorf("%w: there is no %s.so nor lib%s.so in %s", engine.ErrModuleNotFound, name, name, strings.Join(directories, ", "))
 	case 1:
 		return paths[0], nil
 	}

@@ -115,7 +115,7 @@ func selected(t *testing.T, token *softhsm.Token, uri string, opts engine.Option
 	}
 	e, err := Driver.Open(t.Context(), at, opts)
 	switch {
-	case errors.Is(err, engine.ErrTokenNotFound), errors.Is(err, engine.ErrModule):
+	case errors.Is(err, engine.ErrTokenNotFound), errors.Is(err, engine.ErrModuleNotFound):
 		// Nor does the address of an object select anything in a token that was opened by another.
 		at = URI{ModulePath: token.ModulePath, PINSource: token.PINFile}
 		if e, err = Driver.Open(t.Context(), at, opts); err != nil {
@@ -247,8 +247,8 @@ func TestFindModule(t *testing.T) {
 			if err != nil || got != want {
 				t.Errorf("%s: %s, %v, want %s", query, got, err, want)
 			}
-		} else if !errors.Is(err, engine.ErrModule) || !strings.Contains(fmt.Sprint(err), want) {
-			t.Errorf("%s: %s, %v, want ErrModule: %s", query, got, err, want)
+		} else if errors.Is(err, engine.ErrModule) == errors.Is(err, engine.ErrModuleNotFound) || !strings.Contains(fmt.Sprint(err), want) {
+			t.Errorf("%s: %s, %v, want that of a module: %s", query, got, err, want)
 		}
 	}
 }

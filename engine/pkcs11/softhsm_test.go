@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,6 +17,7 @@ import (
 	"estenroll/engine/enginetest"
 	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/p11crash"
+	"estenroll/engine/enginetest/p11fault"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/pkcs11"
 )
@@ -41,13 +41,35 @@ type faulty struct {
 func newFaulty(t *testing.T) *faulty {
 	t.Helper()
 	token := softhsm.New(t, softhsm.WithPIN("marker-7d20"))
-	f := makeFaulty(t, token.Token)
+	return faultySoftHSM(t, token, token.ModulePath)
+}
+
+// newRemoteFaulty is a faulty token whose real module is p11-kit's client: when its
+// device is lost, the server's child has been killed.
+func newRemoteFaulty(t *testing.T) *faulty {
+	t.Helper()
+	r := newRemote(t, softhsm.New(t, softhsm.WithPIN("marker-7d20")))
+	f := faultySoftHSM(t, r.token, remoteModule(t))
+	name, value, _ := strings.Cut(p11fault.KillsChildrenOf(r.server.Process.Pid), "=")
+	t.Setenv(name, value)
+	return f
+}
+
+func faultySoftHSM(t *testing.T, token *softhsm.Token, realModule string) *faulty {
+	t.Helper()
+	f := makeFaultyBefore(t, token.Token, realModule)
 	f.dir, f.add = token.Dir, token.Add
 	f.damage = func(t *testing.T, label string) { t.Helper(); damage(t, token.Dir, label) }
 	return f
 }
 
 func makeFaulty(t *testing.T, token opensc.Token) *faulty {
+	t.Helper()
+	return makeFaultyBefore(t, token, token.ModulePath)
+}
+
+// makeFaultyBefore puts the two modules before another than the token's own.
+func makeFaultyBefore(t *testing.T, token opensc.Token, realModule string) *faulty {
 	t.Helper()
 	f := &faulty{Token: token}
 	f.Use(t)
@@ -62,9 +84,7 @@ func makeFaulty(t *testing.T, token opensc.Token) *faulty {
 	if err := errors.Join(os.WriteFile(fault, modules.fault, 0o700), os.WriteFile(f.module, modules.crash, 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	t.Setenv("P11FAULT_MODULE", f.ModulePath)
-	t.Setenv("P11FAULT_DIR", f.faults)
-	for _, pair := range (p11crash.Module{}).Env(fault, f.log, p11crash.Point{}) {
+	for _, pair := range append(p11fault.Env(realModule, f.faults), (p11crash.Module{}).Env(fault, f.log, p11crash.Point{})...) {
 		name, value, _ := strings.Cut(pair, "=")
 		t.Setenv(name, value)
 	}
@@ -82,20 +102,14 @@ func builtModules(t *testing.T) binaries {
 	if built.fault != nil {
 		return built
 	}
-	headers, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/miekg/pkcs11").Output()
+	fault, err := p11fault.Build(t.TempDir())
+	if err == nil {
+		built.fault, err = os.ReadFile(fault)
+	}
+	if err == nil {
+		built.crash, err = os.ReadFile(p11crash.Build(t).Path)
+	}
 	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(t.TempDir(), "p11fault.so")
-	compile := exec.CommandContext(t.Context(), "gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra",
-		"-I", strings.TrimSpace(string(headers)), "-o", path, filepath.Join("testdata", "p11fault.c"), "-ldl")
-	if out, err := compile.CombinedOutput(); err != nil || len(out) > 0 {
-		t.Fatalf("compile p11fault (make deps installs gcc): %v\n%s", err, out)
-	}
-	if built.crash, err = os.ReadFile(p11crash.Build(t).Path); err != nil {
-		t.Fatal(err)
-	}
-	if built.fault, err = os.ReadFile(path); err != nil {
 		t.Fatal(err)
 	}
 	return built
@@ -222,4 +236,10 @@ func (f *faulty) token() enginetest.Token {
 // TestSoftHSM holds the driver to the rules, on SoftHSM2.
 func TestSoftHSM(t *testing.T) {
 	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token { return newFaulty(t).token() }})
+}
+
+// TestRemoteSoftHSM holds the driver to the same rules where the token is behind
+// p11-kit's remoting, and what is lost is the server's child, by a signal.
+func TestRemoteSoftHSM(t *testing.T) {
+	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token { return newRemoteFaulty(t).token() }})
 }

@@ -39,10 +39,11 @@ const (
 	AlertInsufficientSecurity Alert = 71
 )
 
-// ErrKeyUnsuitable is a server that accepts no signature of a kind that our key
-// makes. Measured: in DTLS 1.2 pion v3.1.15 has an RSA key sign with PKCS #1 v1.5
-// only, never with PSS.
-var ErrKeyUnsuitable = errors.New("the server accepts no signature that our key can make in DTLS 1.2")
+// ErrKeyUnsuitable is a server that does not work with the kind of our key. It
+// accepts no signature that the key makes: measured, in DTLS 1.2 pion v3.1.15 has
+// an RSA key sign with PKCS #1 v1.5 only, never with PSS. Or it chose P-521 for the
+// key exchange, which our hello names for such a key's sake and pion does not have.
+var ErrKeyUnsuitable = errors.New("our kind of key does not work with this server in DTLS 1.2")
 
 // HandshakeError is a handshake that did not succeed. Err is ErrTimeout when it
 // took too long, Verify's own error when it refused the peer, ErrKeyUnsuitable
@@ -78,12 +79,17 @@ type handshake struct {
 	// received counts the peer's datagrams.
 	received atomic.Int64
 	done     atomic.Bool
+	// p521 tells that our hello names P-521, and chosen that the server chose it.
+	p521   bool
+	chosen atomic.Bool
 }
 
 // watchedConn is a client's socket. It counts what arrives, and loses what is in
 // the clear after the handshake. Measured: pion v3.1.15 answers a record of
 // application data in the clear with a fatal alert, on which the server ends the
-// session: one forged datagram would do.
+// session: one forged datagram would do. And it
+// ends a handshake in which the server chose P-521, a message that pion drops to
+// wait for another one.
 type watchedConn struct {
 	net.PacketConn
 	shake *handshake
@@ -99,6 +105,10 @@ func (c watchedConn) ReadFrom(p []byte) (int, net.Addr, error) {
 		if err == nil {
 			c.shake.received.Add(1)
 		}
+		if err == nil && c.shake.p521 && !c.shake.done.Load() && choosesP521(p[:n]) {
+			c.shake.chosen.Store(true)
+			return 0, from, net.ErrClosed
+		}
 		return n, from, err
 	}
 }
@@ -112,6 +122,33 @@ func hasClearRecord(datagram []byte) bool {
 			return true
 		}
 		datagram = datagram[min(header+int(datagram[11])<<8+int(datagram[12]), len(datagram)):]
+	}
+	return false
+}
+
+// choosesP521 reports a ServerKeyExchange with that curve in the clear:
+//
+//	record:    type(1) version(2) epoch(2) sequence_number(6) length(2), RFC 6347 §4.1
+//	handshake: msg_type(1) length(3) message_seq(2) fragment_offset(3) fragment_length(3), RFC 6347 §4.2.2
+//	body:      curve_type(1) namedcurve(2), RFC 8422 §5.4
+func choosesP521(datagram []byte) bool {
+	const (
+		recordHeader, header = 13, 12
+		handshakeRecord      = 22
+		serverKeyExchange    = 12
+		namedCurve           = 3
+	)
+	for len(datagram) >= recordHeader {
+		record := datagram[:min(recordHeader+int(datagram[11])<<8+int(datagram[12]), len(datagram))]
+		datagram = datagram[len(record):]
+		if record[0] != handshakeRecord || record[3] != 0 || record[4] != 0 || len(record) < recordHeader+header+3 {
+			continue
+		}
+		message, body := record[recordHeader:], record[recordHeader+header:]
+		first := message[6] == 0 && message[7] == 0 && message[8] == 0
+		if message[0] == serverKeyExchange && first && body[0] == namedCurve && int(body[1])<<8+int(body[2]) == int(groupP521) {
+			return true
+		}
 	}
 	return false
 }
@@ -218,7 +255,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	if err != nil {
 		return nil, &HandshakeError{Addr: addr, Err: timedOut(err)}
 	}
-	shake := new(handshake)
+	shake := &handshake{p521: slices.Contains(groups(&cfg), groupP521)}
 	options := dtlsOptions(&cfg, func(state *dtls.State) (err error) {
 		if shake.peer, err = parsePeer(state); err == nil {
 			err = cfg.Verify(shake.peer)
@@ -285,9 +322,11 @@ func handshakeError(addr string, shake *handshake, err error) *HandshakeError {
 		}
 	}
 	switch {
+	case shake.chosen.Load():
+		result.Err = fmt.Errorf("%w: it chose secp521r1 for the key exchange, which is not there", ErrKeyUnsuitable)
 	case result.Alert != nil, shake.ours.Load(), isOutside(result.Err):
 	case errors.Is(err, errNoScheme):
-		result.Err = ErrKeyUnsuitable
+		result.Err = fmt.Errorf("%w: it takes no signature that this key makes", ErrKeyUnsuitable)
 	default:
 		result.Refused, result.Err = true, ofPeer(result.Err)
 	}

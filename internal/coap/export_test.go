@@ -41,6 +41,9 @@ func DecodeBlock(value []byte) (num int, more bool, size int, ok bool) {
 // HasClearRecord looks for a record of epoch 0.
 var HasClearRecord = hasClearRecord
 
+// ChoosesP521 looks for a ServerKeyExchange with that curve.
+var ChoosesP521 = choosesP521
+
 // Remembered is the number of messages whose replies are kept.
 func (c *Conn) Remembered() int {
 	c.mu.Lock()

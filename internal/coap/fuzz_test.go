@@ -65,6 +65,29 @@ func FuzzClearRecord(f *testing.F) {
 	})
 }
 
+// A choice of P-521 is seen behind any whole record, and none in what is too
+// short for one; whatever else comes is walked through to its end.
+func FuzzServerCurve(f *testing.F) {
+	choice := []byte{22, 0xfe, 0xfd, 0, 0, 0, 0, 0, 0, 0, 4, 0, 15, 12, 0, 0, 3, 0, 2, 0, 0, 0, 0, 0, 3, 3, 0, 25}
+	f.Add([]byte{}, []byte{})
+	f.Add([]byte("content"), choice)
+	f.Add(bytes.Repeat([]byte{0}, 300), choice[:27])
+	f.Fuzz(func(t *testing.T, content, rest []byte) {
+		found := coap.ChoosesP521(rest)
+		if found && len(rest) < len(choice) {
+			t.Errorf("found in %x", rest)
+		}
+		content = content[:min(len(content), 1<<16-1)]
+		record := append([]byte{23, 0xfe, 0xfd, 0, 0, 0, 0, 0, 0, 0, 1, byte(len(content) >> 8), byte(len(content))}, content...)
+		if got := coap.ChoosesP521(append(bytes.Clone(record), rest...)); got != found {
+			t.Errorf("%x behind a record: got %t, want %t", rest, got, found)
+		}
+		if !coap.ChoosesP521(append(record, choice...)) {
+			t.Error("not found behind a record")
+		}
+	})
+}
+
 // split cuts fuzzed input into datagrams, each after a byte with its length
 // (0xff: the rest). It returns at most 64.
 func split(input []byte) [][]byte {

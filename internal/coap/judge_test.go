@@ -398,6 +398,8 @@ func TestUnsuitableKey(t *testing.T) {
 		// pion has no PSS in DTLS 1.2.
 		"PSS only": {"RSA", []string{"-client_sigalgs", "rsa_pss_rsae_sha256"}},
 		"RSA only": {"P-384", []string{"-client_sigalgs", "RSA+SHA256"}},
+		// Nor has it P-521 for the key exchange, which this server prefers.
+		"P-521 first": {"P-521", []string{"-groups", "P-521:P-256", "-serverpref"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

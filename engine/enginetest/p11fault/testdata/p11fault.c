@@ -1,6 +1,8 @@
 // A PKCS #11 module for tests that stands before a real one and misbehaves.
 //
 //   P11FAULT_MODULE  the real module
+//   P11FAULT_SERVER  the process whose children are killed when the device is lost;
+//                    without it the loss is only said
 //   P11FAULT_DIR     a directory in which each file is a fault:
 //
 //     extractable  every generated key is extractable and not sensitive
@@ -12,8 +14,13 @@
 //                  called, or is, and returns the value. Once: the file goes
 //     lose         content: "<function>": it is called, and then the device is gone
 //                  until C_Finalize. Once: the file goes
+//     kill         content: "<function>" or "<function> server": before it is called the
+//                  children of P11FAULT_SERVER are killed, or that too. Once: the file goes
+//     kill         content: "<function>" or "<function> server": before it is called the
+//                  children of P11FAULT_SERVER are killed, or that too. Once: the file goes
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,6 +72,24 @@ static int returns(const char *name, const char *when, CK_RV *value)
 	return 1;
 }
 
+// Kills what the real module talks to, and perhaps what would start it again.
+static void lose(const char *server, int all)
+{
+	char path[64];
+	long pid;
+	if (all)
+		kill(atol(server), SIGSTOP); // that it starts no other meanwhile
+	snprintf(path, sizeof path, "/proc/%s/task/%s/children", server, server);
+	FILE *children = fopen(path, "r");
+	if (!children)
+		return;
+	while (fscanf(children, "%ld", &pid) == 1)
+		kill(pid, SIGKILL);
+	fclose(children);
+	if (all)
+		kill(atol(server), SIGKILL);
+}
+
 static CK_RV after(const char *name, CK_RV rv)
 {
 	char content[256];
@@ -72,7 +97,10 @@ static CK_RV after(const char *name, CK_RV rv)
 		dead = 0;
 	if (fault("lose", content, sizeof content) && !strcmp(content, name)) {
 		over("lose");
-		dead = 1;
+		if (getenv("P11FAULT_SERVER"))
+			lose(getenv("P11FAULT_SERVER"), 0);
+		else
+			dead = 1;
 		return CKR_DEVICE_REMOVED;
 	}
 	CK_RV value;
@@ -107,7 +135,12 @@ static void prepare(const char *name, CK_ULONG *a)
 	static CK_BBOOL yes = CK_TRUE, no = CK_FALSE;
 	static CK_ULONG bits = 2048;
 	static CK_BYTE p256[] = {0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07};
-	char content[16];
+	char content[256], wanted[64], server[16];
+	int words = fault("kill", content, sizeof content) ? sscanf(content, "%63s %15s", wanted, server) : 0;
+	if (words > 0 && !strcmp(wanted, name)) {
+		over("kill");
+		lose(getenv("P11FAULT_SERVER"), words > 1);
+	}
 	if (strcmp(name, "C_GenerateKeyPair"))
 		return;
 	CK_ATTRIBUTE *public = (CK_ATTRIBUTE *)a[2];
