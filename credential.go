@@ -40,13 +40,27 @@ func samePublicKey(a, b crypto.PublicKey) bool {
 	return ok && key.Equal(b)
 }
 
+// signer opens a key, once a run: finding one costs more calls than a signature.
+// It finds the key itself again when the token was lost and is back.
+func (s *shared) signer(ctx context.Context, at engine.Address) (crypto.Signer, error) {
+	if opened, known := s.signers[at]; known {
+		return opened, nil
+	}
+	opened, err := s.engine.Signer(ctx, at)
+	if err != nil {
+		return nil, err
+	}
+	s.signers[at] = opened
+	return opened, nil
+}
+
 // openIDevID opens the factory credential and checks that it is a pair, once a run.
 func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
 	if c.idevid != nil {
 		return c.idevid, nil
 	}
 	at := c.cfg.IDevID
-	signer, err := c.engine.Signer(ctx, at.Key)
+	signer, err := c.signer(ctx, at.Key)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
 	}
@@ -67,7 +81,7 @@ func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair
 	if c.opened != nil && kept.sameLeaf(c.opened.certificate) {
 		return c.opened, nil
 	}
-	signer, err := c.engine.Signer(ctx, kept.Key.Address)
+	signer, err := c.signer(ctx, kept.Key.Address)
 	if err != nil {
 		return nil, err
 	}

@@ -180,6 +180,7 @@ type shared struct {
 	security    *lwm2m.SecurityObject
 	clockWarned bool
 	credentials []*Credential
+	signers     map[engine.Address]crypto.Signer // that this run has opened
 }
 
 // Credential is one credential of an open device.
@@ -281,7 +282,7 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 	if err := cfg.checkCredentials(); err != nil {
 		return nil, err
 	}
-	d := &Device{&shared{cfg: cfg}}
+	d := &Device{&shared{cfg: cfg, signers: map[engine.Address]crypto.Signer{}}}
 	if err := d.open(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}

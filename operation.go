@@ -283,7 +283,7 @@ func (c *Credential) hopeless(ctx context.Context, op *operation) (why string, e
 	default:
 		return "", nil
 	}
-	if _, err := c.engine.Signer(ctx, op.Key.Address); errors.Is(err, engine.ErrNotFound) {
+	if _, err := c.signer(ctx, op.Key.Address); errors.Is(err, engine.ErrNotFound) {
 		return "its key is not in the token any more", nil
 	} else if err != nil {
 		return "", err

@@ -108,7 +108,7 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 		return nil
 	}
 	return c.timed(StepRequest, func() (string, error) {
-		signer, err := c.engine.Signer(ctx, op.Key.Address)
+		signer, err := c.signer(ctx, op.Key.Address)
 		if err != nil {
 			return "", err
 		}

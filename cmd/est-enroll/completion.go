@@ -29,7 +29,7 @@ func completeFlags(command *cobra.Command, flags *pflag.FlagSet) {
 		case "directory":
 			directive = cobra.ShellCompDirectiveFilterDirs
 		}
-		// It fails for a flag that has one already, or is not the command's.
+		// It fails for the root's flags, which are each command's, after the first.
 		_ = command.RegisterFlagCompletionFunc(f.Name, func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			return slices.Clone(words), directive
 		})

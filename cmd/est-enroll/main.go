@@ -131,7 +131,6 @@ func command(s *settings, out *output, began func()) *cobra.Command {
 			c.ValidArgsFunction = cobra.NoFileCompletions
 		}
 	}
-	completeFlags(root, root.PersistentFlags())
 	return root
 }
 

@@ -288,7 +288,7 @@ func (b *bareEnrolment) parts(ctx context.Context) []part {
 			b.leaf = issued[0]
 			return b.session.Close()
 		}},
-		{"fsync: trust anchors, journal", "request", b.files("anchors", "journal")},
+		{"fsync: trust anchors, journal", "store", b.files("anchors", "journal")},
 		{"store", "store", func() error {
 			// The issuing CA is the one that is no root.
 			return errors.Join(b.token.store(b.caCerts[1], "issuing", []byte("issuing")), b.token.store(b.leaf, "device", b.id))
@@ -340,7 +340,7 @@ func (b *bareEnrolment) dial(ctx context.Context, key crypto.Signer, chain ...*x
 }
 
 // fileSize is about that of the journal at its longest.
-const fileSize = 6 << 10
+const fileSize = 3 << 10
 
 // files puts as many files on the disk as it is given names, whole or not at all.
 func (b *bareEnrolment) files(names ...string) func() error {

@@ -98,14 +98,18 @@ func (e *Engine) CertificateAddresses(ctx context.Context, key engine.Address, c
 	}
 	var at []engine.Address
 	err = e.read(ctx, op, u, func(s *session) error {
-		private, err := s.one(u)
-		if err != nil {
-			return err
+		label, id := u.Object, u.ID
+		if label == "" || id == "" { // the token knows
+			private, err := s.one(u)
+			if err != nil {
+				return err
+			}
+			label, id = private.Label, string(private.ID)
 		}
-		if len(private.ID) == 0 {
+		if id == "" {
 			return errors.New("the key has no CKA_ID, by which its certificate is found")
 		}
-		leaf := URI{Token: e.label, Object: fmt.Sprintf("%s-%x", private.Label, fingerprint(chain[0])), ID: string(private.ID), Type: engine.ClassCertificate}
+		leaf := URI{Token: e.label, Object: fmt.Sprintf("%s-%x", label, fingerprint(chain[0])), ID: id, Type: engine.ClassCertificate}
 		if len(leaf.Object) > maxText {
 			return fmt.Errorf("the key's label is too long for its certificate's: more than %d bytes", maxText)
 		}
@@ -115,7 +119,7 @@ func (e *Engine) CertificateAddresses(ctx context.Context, key engine.Address, c
 			return err
 		}
 		for _, cert := range chain[1:] {
-			at = append(at, e.chainAddress(cert, all, private.ID))
+			at = append(at, e.chainAddress(cert, all, []byte(id)))
 		}
 		return nil
 	})
