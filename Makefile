@@ -11,13 +11,16 @@ export BIN SHARE PREFIX DESTDIR
 
 .PHONY: demo test build docs install uninstall build-arm64 build-armhf lint deps loss crash hostile bench figures fuzz
 
-demo: deps build
+demo:
+	@packaging/deps gcc libc6-dev openssl softhsm2 opensc
+	@$(MAKE) --no-print-directory build
 	@examples/demo
 
 test: deps lint
 	$(GO) test -race -timeout 15m ./...
 
-build: deps
+build:
+	@packaging/deps gcc libc6-dev
 	$(GO) build -trimpath -o $(BIN)/ ./cmd/...
 
 # For other machines, with Debian's cross compilers, which this installs as root.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -48,6 +49,24 @@ func TestExitCodes(t *testing.T) {
 		}
 		if !strings.Contains(all.String(), reached) {
 			t.Errorf("no script has %q", reached)
+		}
+	}
+}
+
+// The order of the exit codes of several credentials is said as it is.
+func TestWorstExitCode(t *testing.T) {
+	t.Parallel()
+	order := strings.Trim(strings.ReplaceAll(fmt.Sprint(worstFirst), " ", ", "), "[]") + "."
+	for name, text := range map[string]string{"README.md": read(t, "../../README.md"), "--help": exitCodeHelp} {
+		if !strings.Contains(text, order) {
+			t.Errorf("%s does not say %q", name, order)
+		}
+	}
+	for i, bad := range worstFirst {
+		for _, better := range worstFirst[i:] {
+			if worse(bad, better) != bad || worse(better, bad) != bad {
+				t.Errorf("of %d and %d the worse is %d, %d", bad, better, worse(bad, better), worse(better, bad))
+			}
 		}
 	}
 }
