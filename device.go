@@ -6,9 +6,10 @@
 // the rooms below it.
 //
 // [Open] locks a state directory and opens the token, once for all credentials
-// of the device. [Credential.Enroll] is the first boot of one, [Credential.Renew]
-// its renewal, [Credential.Recover] finishes what a killed run left, and each of
-// the first two begins with it. [Credential.Status] changes nothing.
+// of the device. [Credential.Enroll] is the first boot of one, [Credential.RenewDue]
+// its renewal when the [Policy] says so and [Credential.Renew] at once,
+// [Credential.Recover] finishes what a killed run left, and each of the others
+// begins with it. [Credential.Status] changes nothing.
 //
 // What holds at every moment, whatever is killed (DESIGN.md §7): the Security
 // object points at a usable credential, and the next run reaches the state that
@@ -144,6 +145,8 @@ type CredentialConfig struct {
 	// NoFallback forbids the return to the IDevID when the server refuses both
 	// the new and the previous pair.
 	NoFallback bool
+	// Policy says when the certificate is renewed by RenewDue.
+	Policy Policy
 	// PendingLimit ends the polling of a request that the server keeps pending.
 	// Default: 7 days.
 	PendingLimit time.Duration
@@ -242,6 +245,9 @@ func (c *Config) checkCredentials() error {
 	for i, one := range c.Credentials {
 		if err := CheckName(one.Name); err != nil {
 			return fmt.Errorf("credential %d: %w: %w", i+1, err, ErrConfig)
+		}
+		if err := one.Policy.check(); err != nil {
+			return fmt.Errorf("credential %q: %w: %w", one.Name, err, ErrConfig)
 		}
 		for _, other := range c.Credentials[:i] {
 			switch {

@@ -100,6 +100,9 @@ type operation struct {
 	RetryAfter time.Duration `json:"retry_after,omitempty"`
 	Detail     string        `json:"detail,omitempty"`
 	Force      bool          `json:"force,omitempty"`
+	// Tried says that a run has ended without completing it; one that was killed
+	// does not say so.
+	Tried bool `json:"tried,omitempty"`
 	// Chain and the rest are the accepted answer: what is stored where.
 	Chain             [][]byte    `json:"chain,omitempty"`
 	Certificates      []reference `json:"certificates,omitempty"`

@@ -61,12 +61,18 @@ func (c *Credential) Enroll(ctx context.Context) (*Result, error) {
 // end or not. ErrNotEnrolled, also where the token has lost the key or the
 // certificate, ErrExpired, and as Enroll.
 func (c *Credential) Renew(ctx context.Context) (*Result, error) {
+	return c.renew(ctx, true)
+}
+
+// renew begins a renewal. One that is not forced is a renewal only if the new
+// certificate expires later.
+func (c *Credential) renew(ctx context.Context, force bool) (*Result, error) {
 	return c.attempt(KindRenew, func() (*Result, error) {
 		recovered, err := c.recover(ctx)
 		if err != nil || recovered != nil && recovered.Kind == KindRenew {
 			return recovered, err
 		}
-		if err := c.startRenew(ctx); err != nil {
+		if err := c.startRenew(ctx, force); err != nil {
 			return nil, &StepError{Step: StepPrepare, Err: err}
 		}
 		return c.proceed(ctx, false)
@@ -117,6 +123,9 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 		last.Result = "pending"
 	case err != nil:
 		last.Result, last.Error = "failed", truncate(err.Error(), maxRecorded)
+		if op := c.journal.Operation; op != nil {
+			op.Tried = !errors.Is(err, context.Canceled) // interrupted: the next run goes on
+		}
 	case result == nil || result.Kind == "":
 		return result, nil // nothing was tried
 	case !result.Changed:
@@ -193,7 +202,7 @@ func (c *Credential) startEnroll(ctx context.Context) error {
 	return c.save()
 }
 
-func (c *Credential) startRenew(ctx context.Context) error {
+func (c *Credential) startRenew(ctx context.Context, force bool) error {
 	if err := c.checkSecurity(); err != nil {
 		return err
 	}
@@ -216,7 +225,7 @@ func (c *Credential) startRenew(ctx context.Context) error {
 		return fmt.Errorf("valid until %s: %w", end.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	c.adopt(kept) // the journal may have been lost
-	c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Force: true})
+	c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Force: force})
 	return c.save()
 }
 

@@ -402,6 +402,12 @@ func (d *device) renew() (result *estenroll.Result, err error) {
 	return result, err
 }
 
+func (d *device) renewDue() (result *estenroll.Result, err error) {
+	d.t.Helper()
+	err = d.run(func(c *estenroll.Credential) (err error) { result, err = c.RenewDue(d.ctx); return err })
+	return result, err
+}
+
 func (d *device) status() (status *estenroll.Status) {
 	d.t.Helper()
 	err := d.run(func(c *estenroll.Credential) (err error) { status, err = c.Status(d.ctx); return err })

@@ -29,6 +29,9 @@ type Status struct {
 	// Pending is the operation that the next run goes on with.
 	Pending     *OperationStatus `json:"operation,omitempty"`
 	LastAttempt *Attempt         `json:"last_attempt,omitempty"`
+	// Renewal of the current certificate; nil where there is none, or where the
+	// clock cannot be right and RequireClock is set.
+	Renewal *Renewal `json:"renewal,omitempty"`
 }
 
 // CredentialStatus is one credential as the token shows it.
@@ -87,6 +90,11 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 		}
 		s.Current = shown
 	}
+	renewal, _, err := c.renewal(ctx)
+	if err != nil && !errors.Is(err, ErrClock) {
+		return nil, err
+	}
+	s.Renewal = renewal
 	for _, kept := range c.journal.Pairs {
 		if current.Key.Address != nil && kept.sameLeaf(current.Certificates[0].Address) {
 			continue
