@@ -120,6 +120,9 @@ type Attempt struct {
 	Error  string    `json:"error,omitempty"`
 }
 
+// attemptDone is the Result of an Attempt that reached what it was for.
+const attemptDone = "done"
+
 // journal is everything the lifecycle remembers beside the Security object.
 type journal struct {
 	Version           int       `json:"version"`

@@ -116,7 +116,7 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	}
 	began := c.cfg.Now()
 	result, err := do()
-	last := &Attempt{Kind: kind, Time: began, Result: "done"}
+	last := &Attempt{Kind: kind, Time: began, Result: attemptDone}
 	var pending *PendingError
 	switch {
 	case errors.As(err, &pending):

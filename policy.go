@@ -132,6 +132,13 @@ func (s Schedule) expired() time.Time { return s.NotAfter.Add(time.Second) }
 // again is the next attempt where the schedule has no point for it.
 func (s Schedule) again(last time.Time) time.Time { return last.Add(min(s.Interval, maxPause)) }
 
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
 func later(a, b time.Time) time.Time {
 	if a.After(b) {
 		return a

@@ -96,6 +96,14 @@ func (c *Credential) renewal(ctx context.Context) (*Renewal, *Result, error) {
 func (c *Credential) judge(schedule Schedule, now time.Time) *Renewal {
 	last := c.lastAttempt(now)
 	r := &Renewal{State: RenewalNotDue, Due: schedule.Due.UTC(), NextAttempt: schedule.Next(last).UTC()}
+	if !last.IsZero() && c.journal.LastAttempt.Result == attemptDone {
+		// It got this certificate, and is no attempt to replace it; but one that was due
+		// when it was issued is not replaced in each run.
+		r.NextAttempt = schedule.First.UTC()
+		if !last.Before(schedule.First) {
+			r.NextAttempt = earlier(schedule.Next(last), schedule.expired()).UTC()
+		}
+	}
 	switch op := c.journal.Operation; {
 	case op != nil && (!op.Tried || last.IsZero()):
 		r.State, r.NextAttempt = RenewalUnfinished, now.UTC()

@@ -264,6 +264,19 @@ func TestRenewNotLater(t *testing.T) {
 	}
 }
 
+// A certificate that was due when it was issued is not renewed in each run.
+func TestRenewDueWhenIssued(t *testing.T) {
+	r := newRenewing(t, "when-issued", 10*time.Minute, func(d *device) { d.cfg.Policy = estenroll.Policy{NominalUsage: fraction(t, "1/100"), NoJitter: true} })
+	if renewal := r.renewal(); !renewal.Due.Before(r.clock.now()) {
+		t.Fatalf("renewal %+v", renewal)
+	}
+	r.idle(estenroll.RenewalWaits)
+	end := r.device.status().Current.NotAfter
+	if next := r.renewal().NextAttempt; next.After(end) || next.Before(r.clock.now().Add(30*time.Second)) {
+		t.Errorf("at %s: next attempt at %s, the end is at %s", r.clock.now(), next, end)
+	}
+}
+
 // A Security object that was lost is made up for, and that is no reason to renew.
 func TestRenewDueRestores(t *testing.T) {
 	r := newRenewing(t, "restored", 90*day, nil)

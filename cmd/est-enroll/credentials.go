@@ -105,7 +105,7 @@ type toldError struct{ code int }
 func (e *toldError) Error() string { return "not all credentials are done" }
 
 // worstFirst is the order of the exit codes where a run has several outcomes.
-var worstFirst = []int{exitToken, exitInterrupted, exitRefused, exitUsage, exitTryLater, exitPending, exitDone}
+var worstFirst = []int{exitToken, exitInterrupted, exitRefused, exitUsage, exitTryLater, exitPending, exitRenewed, exitDone}
 
 func worse(a, b int) int {
 	for _, code := range worstFirst {

@@ -82,7 +82,7 @@ func (s *settings) of(one *settings, err error) error {
 
 func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error) {
 	cfg = estenroll.CredentialConfig{
-		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval,
+		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval, Policy: s.policy(),
 		KeySpec: engine.KeySpec{Algorithm: s.algorithm()}, AllowExtractable: s.allowExtractable,
 		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
 	}
@@ -148,6 +148,9 @@ func (s *settings) inRange() error {
 	}
 	if s.tries == 0 {
 		return errors.New("tries: want at least 1")
+	}
+	if s.attempts == 0 || s.attempts > 1000 {
+		return fmt.Errorf("attempts: %d is not from 1 to 1000", s.attempts)
 	}
 	switch {
 	case s.stateDir == "":

@@ -23,6 +23,7 @@ const (
 	exitPending     = 3
 	exitToken       = 4
 	exitRefused     = 5
+	exitRenewed     = 10 // on request
 	exitInterrupted = 130
 )
 
@@ -33,10 +34,11 @@ const exitCodeHelp = `Exit codes:
   3    pending: the server has not decided, run again at the time that is said
   4    token, module or PIN: do not retry, a person must look
   5    the server refused, or its answer is refused: do not retry
+  10   renewed or enrolled again, with --detailed-exit-code alone, which tells it from 0
   130  interrupted; the next run goes on
 
 With several credentials the code is the worst of theirs, in this order:
-4, 130, 5, 2, 1, 3, 0.`
+4, 130, 5, 2, 1, 3, 10, 0.`
 
 type judgement struct {
 	code int

@@ -17,10 +17,10 @@ func (c *oneOf) Type() string   { return strings.Join(c.allowed, "|") }
 
 func (c *oneOf) Set(word string) error {
 	if !slices.Contains(c.allowed, word) {
-		return errors.New("want " + c.wanted())
+		return errors.New("want " + c.wants())
 	}
 	c.word = word
 	return nil
 }
 
-func (c *oneOf) wanted() string { return "one of " + strings.Join(c.allowed, ", ") }
+func (c *oneOf) wants() string { return "one of " + strings.Join(c.allowed, ", ") }

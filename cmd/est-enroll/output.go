@@ -173,6 +173,14 @@ func (o *output) status(s *estenroll.Status) {
 		o.result("previous:")
 		o.credential("  ", previous)
 	}
+	if r := s.Renewal; r != nil {
+		o.result("renewal due:  %s", stamp(r.Due))
+		next := stamp(r.NextAttempt)
+		if r.State != estenroll.RenewalNotDue && r.State != estenroll.RenewalWaits {
+			next = "at the next run"
+		}
+		o.result("next attempt: %s (%s)", next, r.State)
+	}
 	if op := s.Pending; op != nil {
 		o.result("unfinished:   %s at step %s, begun %s", op.Kind, op.Step, stamp(op.StartedAt))
 		if !op.NotBefore.IsZero() {

@@ -239,7 +239,8 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"hold-lock":     plain(s.holdLock),
 		"other-ca":      plain(otherCA),
 		"status-uris":   plain(statusURIs),
-		"until-expired": plain(untilExpired),
+		"until-expired": plain(untilStatus("next attempt: at the next run (expired)")),
+		"until-due":     plain(untilStatus("next attempt: at the next run (due)")),
 		"block":         plain(writeBlock),
 		"ports":         plain(freePorts),
 		"start":         plain(s.startProgram),
@@ -557,16 +558,18 @@ func statusURIs(ts *testscript.TestScript, _ []string) error {
 	return nil
 }
 
-// untilExpired waits for what status says, not for a time: at most twenty seconds.
-func untilExpired(ts *testscript.TestScript, _ []string) error {
-	for range 200 {
-		if err := ts.Exec("est-enroll", "status"); err != nil {
-			return err
+// untilStatus waits for what status says, not for a time: at most twenty seconds.
+func untilStatus(says string) func(*testscript.TestScript, []string) error {
+	return func(ts *testscript.TestScript, args []string) error {
+		for range 200 {
+			if err := ts.Exec("est-enroll", append([]string{"status"}, args...)...); err != nil {
+				return err
+			}
+			if strings.Contains(ts.ReadFile("stdout"), says) {
+				return nil
+			}
+			<-time.After(100 * time.Millisecond)
 		}
-		if strings.Contains(ts.ReadFile("stdout"), "expired") {
-			return nil
-		}
-		<-time.After(100 * time.Millisecond)
+		return fmt.Errorf("status does not say %q", says)
 	}
-	return errors.New("the certificate does not expire")
 }

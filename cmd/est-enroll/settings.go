@@ -53,6 +53,10 @@ type settings struct {
 	securityServerCert     string
 	shortServerID          uint16
 	noFallback             bool
+	nominalUsage           parsed[estenroll.Fraction]
+	maxMargin              parsed[time.Duration]
+	attempts               uint
+	noJitter               bool
 	pendingLimit, lockWait time.Duration
 	tries                  uint
 	retryInterval          time.Duration
@@ -95,7 +99,7 @@ const (
 )
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "uri": true, "example": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "uri": true, "example": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -128,6 +132,12 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.securityServerCert, "security-server-certificate", "", "`file` with that server's certificate (default: the one the EST server shows)")
 	flags.Uint16Var(&s.shortServerID, "short-server-id", 0, "short server id of that instance (default: its number and 1)")
 	flags.BoolVar(&s.noFallback, "no-fallback", false, "never return to the IDevID when the server refuses both enrolled certificates")
+	s.nominalUsage = parsed[estenroll.Fraction]{text: "0.9", parse: estenroll.ParseFraction, kind: "fraction", wanted: "a part of the lifetime, such as 0.9, 90% or 2/3"}
+	flags.Var(&s.nominalUsage, "nominal-usage", "the `part` of its lifetime that a certificate is used for before it is renewed: 0.9, 90% or 2/3")
+	s.maxMargin = parsed[time.Duration]{text: "30d", parse: estenroll.ParseMargin, kind: "duration", wanted: "a duration, such as 30d or 720h"}
+	flags.Var(&s.maxMargin, "max-margin", "the longest `time` before its end that a certificate is renewed: 30d or 720h")
+	flags.UintVar(&s.attempts, "attempts", 10, "how many attempts to renew it are spread over what is left then, no two within 30s")
+	flags.BoolVar(&s.noJitter, "no-jitter", false, "make the first of them when it is due, not at the device's own place before the second")
 	flags.DurationVar(&s.pendingLimit, "pending-limit", 7*24*time.Hour, "give up a request that the server keeps pending for so long")
 	flags.UintVar(&s.tries, "tries", 4, "how often an exchange without an answer is tried in one run, with the same CSR")
 	flags.DurationVar(&s.retryInterval, "retry-interval", time.Second, "first pause between those tries; it doubles")
@@ -269,6 +279,9 @@ var (
 
 // wanted says what kind of value a setting takes.
 func wanted(f *pflag.Flag) string {
+	if known, ok := f.Value.(interface{ wants() string }); ok {
+		return known.wants()
+	}
 	switch f.Value.Type() {
 	case "duration":
 		return "a duration, such as 30s or 1h"
@@ -276,9 +289,6 @@ func wanted(f *pflag.Flag) string {
 		return "true or false"
 	case "uint", "uint16", "int":
 		return "a whole number"
-	}
-	if c, ok := f.Value.(*oneOf); ok {
-		return c.wanted()
 	}
 	return "a text"
 }

@@ -57,7 +57,7 @@ kind alone. Without an enrolled credential it fails.`,
 				})
 			})
 			if asJSON {
-				if lost := s.printJSON(all, out); lost != nil {
+				if lost := printJSON(s, all, out); lost != nil {
 					err = errors.Join(err, lost)
 				}
 			}
@@ -70,8 +70,8 @@ kind alone. Without an enrolled credential it fails.`,
 	return command
 }
 
-// printJSON prints what status has for programs.
-func (s *settings) printJSON(all map[string]*estenroll.Status, out *output) error {
+// printJSON prints what a command has for programs of each credential.
+func printJSON[T any](s *settings, all map[string]*T, out *output) error {
 	if s.byName() {
 		return out.json(all)
 	}
@@ -80,8 +80,8 @@ func (s *settings) printJSON(all map[string]*estenroll.Status, out *output) erro
 			out.warning(fmt.Sprintf("credential %q is not in the configuration and not shown: est-enroll status shows it", name))
 		}
 	}
-	if status := all[s.credential]; status != nil {
-		return out.json(status)
+	if one := all[s.credential]; one != nil {
+		return out.json(one)
 	}
 	return nil
 }
