@@ -105,7 +105,7 @@ func (c *Credential) judge(schedule Schedule, now time.Time) *Renewal {
 		}
 	}
 	switch op := c.journal.Operation; {
-	case op != nil && (!op.Tried || last.IsZero()):
+	case op != nil && !op.Tried:
 		r.State, r.NextAttempt = RenewalUnfinished, now.UTC()
 		return r
 	case op != nil && last.Before(schedule.First):

@@ -4,12 +4,14 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"estenroll"
+	"estenroll/engine"
 	"estenroll/est"
 	"estenroll/testserver"
 )
@@ -235,6 +237,28 @@ func TestRenewUnfinished(t *testing.T) {
 	}
 }
 
+// A renewal that was killed, and slept through until the certificate expired, is
+// given up and the device enrolled again, in one run.
+func TestRenewSlept(t *testing.T) {
+	r := newRenewing(t, "slept", 90*day, nil)
+	reach := r.hook
+	r.hook = func(_, call string) error {
+		if call == "Dial" {
+			panic(killed{"before the request"})
+		}
+		return nil
+	}
+	if _, err := r.renew(); err == nil {
+		t.Fatal("it was not killed")
+	}
+	r.hook = reach
+	r.clock.advance(100 * day)
+	if result := must(t, r.renewDue); result.Kind != estenroll.KindEnroll || !r.warned("given up") || !r.warned("expired") {
+		t.Errorf("result %+v, events %+v", result, r.events)
+	}
+	r.tidy(2)
+}
+
 // A renewal that is due is none if the certificate does not expire later: nothing
 // is changed, a warning, and the server is not asked again before the next attempt.
 func TestRenewNotLater(t *testing.T) {
@@ -264,16 +288,61 @@ func TestRenewNotLater(t *testing.T) {
 	}
 }
 
-// A certificate that was due when it was issued is not renewed in each run.
+// A certificate that was due when it was issued is not renewed in each run, though
+// by its end; one that falls due soon is, then.
 func TestRenewDueWhenIssued(t *testing.T) {
-	r := newRenewing(t, "when-issued", 10*time.Minute, func(d *device) { d.cfg.Policy = estenroll.Policy{NominalUsage: fraction(t, "1/100"), NoJitter: true} })
-	if renewal := r.renewal(); !renewal.Due.Before(r.clock.now()) {
-		t.Fatalf("renewal %+v", renewal)
+	for name, c := range map[string]struct {
+		lifetime time.Duration // and a minute before
+		usage    string
+		state    estenroll.RenewalState
+		next     func(issued, end time.Time) time.Time
+	}{
+		"due before": {20 * time.Minute, "1/100", estenroll.RenewalWaits, func(issued, _ time.Time) time.Time {
+			// The first of ten parts began 47.4s before.
+			return issued.Add(-47400 * time.Millisecond).Add(124740 * time.Millisecond)
+		}},
+		"no time left": {20 * time.Second, "1/100", estenroll.RenewalWaits, func(_, end time.Time) time.Time { return end.Add(time.Second) }},
+		"due soon":     {4 * time.Minute, "7/30", estenroll.RenewalNotDue, func(issued, _ time.Time) time.Time { return issued.Add(10 * time.Second) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRenewing(t, "when-issued", c.lifetime, func(d *device) { d.cfg.Policy = estenroll.Policy{NominalUsage: fraction(t, c.usage), NoJitter: true} })
+			r.idle(c.state)
+			issued, end := r.clock.now(), r.device.status().Current.NotAfter
+			if got, want := r.renewal().NextAttempt, c.next(issued, end); !got.Equal(want) {
+				t.Errorf("issued at %s, next attempt at %s, want %s; the end is at %s", issued, got, want, end)
+			}
+		})
 	}
-	r.idle(estenroll.RenewalWaits)
-	end := r.device.status().Current.NotAfter
-	if next := r.renewal().NextAttempt; next.After(end) || next.Before(r.clock.now().Add(30*time.Second)) {
-		t.Errorf("at %s: next attempt at %s, the end is at %s", r.clock.now(), next, end)
+}
+
+// The jitter is that of the factory certificate, whatever is renewed; without it
+// that of the certificate's names, and no reason not to renew.
+func TestRenewJitter(t *testing.T) {
+	r := newRenewing(t, "jitter", 90*day, nil)
+	store := r.site.engine.(engine.CertificateStore)
+	idevid, err := store.Certificate(t.Context(), r.site.idevid.Certificate)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := func(identity []byte) time.Time {
+		current := r.device.status().Current
+		return estenroll.Policy{}.Schedule(current.NotBefore, current.NotAfter, identity).First
+	}
+	for range 2 {
+		if got, want := r.renewal().NextAttempt, first(idevid.Raw); !got.Equal(want) {
+			t.Errorf("next attempt at %s, want %s", got, want)
+		}
+		r.clock.advance(time.Hour)
+		r.mustRenew()
+	}
+	r.cfg.IDevID.Certificate = r.site.address(t, "pkcs11:object=gone;type=cert")
+	leaf := must(t, r.renewDue).Certificate
+	if got, want := r.renewal().NextAttempt, first(slices.Concat(leaf.RawIssuer, leaf.RawSubject)); !got.Equal(want) {
+		t.Errorf("next attempt at %s, want %s", got, want)
+	}
+	r.clock.set(r.renewal().NextAttempt)
+	if result := must(t, r.renewDue); !result.Changed {
+		t.Errorf("result %+v", result)
 	}
 }
 
