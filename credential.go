@@ -144,7 +144,7 @@ func (c *Credential) instance() (lwm2m.Security, bool) {
 		return c.security.Instance(c.cfg.Security.Instance)
 	}
 	for _, instance := range c.security.All() {
-		if at, ok := instance.ClientCertificate.Engine(); ok && c.journal.has(at) {
+		if at, ok := instance.ClientCertificate.Engine(); ok && c.journal.names(at) {
 			return instance, true
 		}
 	}
@@ -160,11 +160,11 @@ func (c *Credential) checkUse() error {
 	}
 	instance, _ := c.instance()
 	at, ok := instance.ClientCertificate.Engine()
-	if !ok || c.journal.has(at) {
+	if !ok || c.journal.names(at) {
 		return nil
 	}
 	for name, r := range c.shared.journal.Credentials {
-		if r.has(at) {
+		if r.names(at) {
 			return fmt.Errorf("security instance /0/%d is that of credential %q: %w", c.cfg.Security.Instance, name, ErrConfig)
 		}
 	}

@@ -167,12 +167,20 @@ func (c *Credential) certificate(ctx context.Context, at engine.Address) (*x509.
 // isOurs reports whether the journal knows a certificate as one that we stored.
 func (d *shared) isOurs(cert engine.Address) bool {
 	for _, r := range d.journal.Credentials {
-		if r.has(cert) {
-			return true
-		}
-		if op := r.Operation; op != nil && op.credential().sameLeaf(cert) {
+		if r.names(cert) {
 			return true
 		}
 	}
 	return false
+}
+
+// named reports whether an address of the configuration names a key, of which it
+// may have the label or the id alone.
+func (d *shared) named(ctx context.Context, at, key engine.Address) (bool, error) {
+	lister, ok := d.engine.(engine.Lister)
+	if at == nil || at == key || !ok {
+		return at == key, nil
+	}
+	objects, err := lister.List(ctx, at)
+	return slices.ContainsFunc(objects, func(o engine.Object) bool { return o.Address == key }), err
 }

@@ -333,9 +333,13 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	if err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
-	for _, known := range c.journal.Pairs {
-		if known.sameLeaf(addresses[0]) {
-			return c.unchanged(auth) // the previous one, once more
+	if op.Kind == KindRenew && c.journal.has(addresses[0]) {
+		return c.unchanged(auth) // the previous one, once more
+	}
+	for name, r := range c.shared.journal.Credentials {
+		if r != c.journal && r.names(addresses[0]) {
+			// Of one object in the token, the reset of either would be both's.
+			return nil, c.discard(ctx, &StepError{Step: StepStore, Err: fmt.Errorf("the server answered with the certificate of credential %q: %w", name, ErrConfig)})
 		}
 	}
 	op.Chain, op.Certificates = nil, nil
