@@ -182,5 +182,8 @@ func (d *shared) named(ctx context.Context, at, key engine.Address) (bool, error
 		return at == key, nil
 	}
 	objects, err := lister.List(ctx, at)
+	if errors.Is(err, engine.ErrNotFound) { // an address that names nothing in any token
+		err = nil
+	}
 	return slices.ContainsFunc(objects, func(o engine.Object) bool { return o.Address == key }), err
 }
