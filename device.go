@@ -198,6 +198,9 @@ type Credential struct {
 	idevid    *pair           // once it is opened
 	opened    *pair           // the enrolled one that was opened last
 	warned    map[string]bool // what was said of sessions
+	// formerIDevID is an address of the factory certificate that the configuration
+	// had before: the Security object has it.
+	formerIDevID engine.Address
 }
 
 // Name returns the credential's name.
@@ -306,7 +309,15 @@ func (d *Device) open(ctx context.Context) error {
 	if err := d.load(); err != nil {
 		return err
 	}
-	return d.openEngine(ctx)
+	if err := d.openEngine(ctx); err != nil {
+		return err
+	}
+	for _, c := range d.credentials {
+		if err := c.recognizeIDevID(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // checkStateDir refuses a directory of another user and warns of one that others can enter.

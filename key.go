@@ -148,13 +148,21 @@ func (c *Credential) anotherKey(ctx context.Context, op *operation) (why string,
 	return "", err
 }
 
-// certificate finds one certificate. Where an address of the factory certificate
-// names it by its id alone, and its key got certificates of ours (Key), those do
-// not count.
+// certificate finds one certificate.
 func (c *Credential) certificate(ctx context.Context, at engine.Address) (*x509.Certificate, error) {
+	if c.isIDevID(at) {
+		return c.foreignCertificate(ctx, at)
+	}
+	return c.store.Certificate(ctx, at)
+}
+
+// foreignCertificate finds a certificate that is not ours: where an address of the
+// factory certificate names it by its id alone, and its key got certificates of ours
+// (Key), those do not count.
+func (c *Credential) foreignCertificate(ctx context.Context, at engine.Address) (*x509.Certificate, error) {
 	cert, err := c.store.Certificate(ctx, at)
 	var ambiguous *engine.AmbiguousError
-	if at != c.cfg.IDevID.Certificate || !errors.As(err, &ambiguous) {
+	if !errors.As(err, &ambiguous) {
 		return cert, err
 	}
 	foreign := slices.DeleteFunc(slices.Clone(ambiguous.Matches), func(o engine.Object) bool { return o.Address == nil || c.isOurs(o.Address) })
@@ -182,5 +190,8 @@ func (d *shared) named(ctx context.Context, at, key engine.Address) (bool, error
 		return at == key, nil
 	}
 	objects, err := lister.List(ctx, at)
+	if errors.Is(err, engine.ErrNotFound) { // an address that names nothing in any token
+		err = nil
+	}
 	return slices.ContainsFunc(objects, func(o engine.Object) bool { return o.Address == key }), err
 }

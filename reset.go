@@ -98,7 +98,7 @@ func (c *Credential) checkReset(ctx context.Context) error {
 	instance, exists := c.instance()
 	if exists && !c.forgotten {
 		at, ok := instance.ClientCertificate.Engine()
-		if ok && at != c.cfg.IDevID.Certificate && !c.isOurs(at) {
+		if ok && !c.isIDevID(at) && !c.isOurs(at) {
 			return fmt.Errorf("the Security object points at %s, which the journal does not name: %w", at, ErrState)
 		}
 	}
