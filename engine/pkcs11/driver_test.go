@@ -753,7 +753,7 @@ func TestTokensOfOneLabel(t *testing.T) {
 			if serial != "" {
 				f.set(t, "serial", serial)
 			}
-			_, err := pkcs11.Driver.Open(t.Context(), parse(t, f.uri(f.Label, "")), f.options())
+			_, err := pkcs11.Driver.Open(t.Context(), parse(t, f.uri(f.Label, "&pin-source="+f.PINFile)), f.options())
 			var ambiguous *engine.AmbiguousError
 			if !errors.As(err, &ambiguous) || !errors.Is(err, engine.ErrTokenAmbiguous) || len(ambiguous.Matches) != 2 || strings.Count(err.Error(), `serial "`) != 2 {
 				t.Fatalf("got %v, want an *engine.AmbiguousError with both serial numbers", err)
