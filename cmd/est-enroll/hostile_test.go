@@ -149,17 +149,17 @@ var hostileCases = []hostileCase{
 	{name: "unknown critical option", faults: []string{"message=critical-option"}, effect: final, code: exitRefused,
 		says: `answer: .*: option 2049 .*: critical and unknown$`, issued: 1},
 	{name: "message truncated", faults: []string{"message=truncated"}, effect: open, code: exitTryLater,
-		says: `no answer: .*, but \d malformed messages$`, issued: 1, again: true},
+		says: `no answer, but \d malformed messages$`, issued: 1, again: true},
 	{name: "message with a marker of no payload", faults: []string{"message=trailing"}, effect: open, code: exitTryLater,
-		says: `no answer: .*, but \d malformed messages$`, issued: 1, again: true},
+		says: `no answer, but \d malformed messages$`, issued: 1, again: true},
 	{name: "wrong token", faults: []string{"message=wrong-token"}, effect: open, code: exitTryLater,
-		says: `no answer: .*, but \d with another token$`, issued: 1, again: true},
+		says: `no answer, but \d with another token$`, issued: 1, again: true},
 	{name: "Reset", faults: []string{"message=reset"}, effect: open, code: exitTryLater,
 		says: `reset by the peer$`, issued: 1, again: true},
 	{name: "silence after an ACK", faults: []string{"message=acknowledged-only"}, effect: open, code: exitTryLater,
-		says: `sr?en: acknowledged: no answer: context deadline exceeded$`, issued: 1, again: true},
+		says: `sr?en: acknowledged: no answer$`, issued: 1, again: true},
 	{name: "silence after the request", faults: []string{"message=silent"}, effect: open, code: exitTryLater,
-		says: `sr?en: no answer: context deadline exceeded$`, issued: 1, again: true},
+		says: `sr?en: no answer$`, issued: 1, again: true},
 	// The certificate of the server.
 	{name: "server of another name", faults: []string{"server-certificate=other-name"}, effect: open, code: exitRefused,
 		says: `server certificate .*: it is not for "127\.0\.0\.1": .*: not trusted$`},
@@ -189,21 +189,21 @@ var hostileCases = []hostileCase{
 	{name: "certificate_expired instead of Finished", link: alerted(6, coap.AlertCertificateExpired), effect: open, code: exitTryLater,
 		says: `alert 45 \(CertificateExpired\): our certificate is not valid by the server's clock$`},
 	{name: "silence instead of HelloVerifyRequest", link: silence(ofFlight(2)), effect: open, code: exitTryLater,
-		says: `handshake: [^ ]*: no answer: context deadline exceeded$`},
+		says: `handshake: [^ ]*: no answer$`},
 	{name: "silence instead of ServerHello", link: silence(ofFlight(4)), effect: open, code: exitTryLater,
-		says: `handshake: .*: no answer: .*, after \d+ datagrams$`},
+		says: `handshake: .*: no answer, after \d+ datagrams$`},
 	{name: "silence instead of Finished", link: silence(ofFlight(6)), effect: open, code: exitTryLater,
-		says: `handshake: .*: no answer: .*, after our certificate$`},
+		says: `handshake: .*: no answer, after our certificate$`},
 	{name: "silence after the handshake", link: silence(isApplicationData), effect: open, code: exitTryLater,
-		says: `crts: no answer: context deadline exceeded$`},
+		says: `crts: no answer$`},
 	{name: "record of the handshake truncated", link: cut(ofFlight(4)), effect: open, code: exitTryLater,
-		says: `handshake: .*: no answer: .*, after \d+ datagrams$`},
+		says: `handshake: .*: no answer, after \d+ datagrams$`},
 	{name: "record of the handshake with trailing bytes", link: extended(ofFlight(4)), effect: open, code: exitTryLater,
-		says: `handshake: .*: no answer: .*, after \d+ datagrams$`},
+		says: `handshake: .*: no answer, after \d+ datagrams$`},
 	{name: "record of the exchange truncated", link: cut(isApplicationData), effect: open, code: exitTryLater,
-		says: `crts: no answer: context deadline exceeded$`},
+		says: `crts: no answer$`},
 	{name: "record of the exchange with trailing bytes", link: extended(isApplicationData), effect: open, code: exitTryLater,
-		says: `crts: no answer: context deadline exceeded$`},
+		says: `crts: no answer$`},
 	{name: "suite that was not offered", link: withSuite(0xc02c), effect: forged, code: exitRefused,
 		says: `invalid or unknown cipher suite: no secure session$`},
 	{name: "suite of a pre-shared key", link: withSuite(0xc0a8), effect: forged, code: exitRefused,
@@ -346,7 +346,11 @@ func (s *hostileSite) began(t *testing.T, faults []string, link tamper, code int
 	d := s.copyOf(t, s.factory)
 	s.turn(t, faults, link)
 	defer s.turn(t, nil, nil)
-	if run := d.run(t, link != nil, "enroll"); run.code != code {
+	settings := honest
+	if link != nil {
+		settings = impatient
+	}
+	if run := d.run(t, settings, "enroll"); run.code != code {
 		t.Fatalf("prepare a device: %s", run)
 	}
 	return d.look(t)
@@ -422,27 +426,32 @@ const (
 	hostileMemory = 32 << 10         // KiB; measured: 17 MiB, and 22 MiB for endless blocks
 )
 
-// run runs the program as it ships. Impatient, its timeouts are short: what is
-// shown is that it ends by them.
-func (d *hostileDevice) run(t *testing.T, impatient bool, args ...string) hostileRun {
+// How the program is run: at a hostile server once, by its own timeouts or, where
+// it is shown that it ends by them, by short ones. An honest server is tried again:
+// pion's does not answer (v3.1.15) when the port is that of a client which it has not
+// seen close, as those of the hostile runs (RFC 6347 §4.2.8 wants an answer).
+var (
+	once      = []string{"EST_ENROLL_TRIES=1"}
+	impatient = append(once, "EST_ENROLL_ACK_TIMEOUT=500ms", "EST_ENROLL_MAX_RETRANSMIT=1",
+		"EST_ENROLL_EXCHANGE_TIMEOUT=3s", "EST_ENROLL_HANDSHAKE_TIMEOUT=3s")
+	honest = []string{"EST_ENROLL_HANDSHAKE_TIMEOUT=5s"}
+)
+
+// run runs the program as it ships.
+func (d *hostileDevice) run(t *testing.T, settings []string, args ...string) hostileRun {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), hostileTime)
 	defer cancel()
 	token := d.site.token
 	cmd := exec.CommandContext(ctx, filepath.Join(d.site.bin, "est-enroll"), args...)
-	cmd.Env = []string{
+	cmd.Env = append([]string{
 		"SOFTHSM2_CONF=" + filepath.Join(d.dir, "softhsm2.conf"),
 		"EST_ENROLL_STATE_DIR=" + filepath.Join(d.dir, "state"),
 		"EST_ENROLL_LOCK_DIR=" + filepath.Join(d.dir, "locks"),
 		"EST_ENROLL_ENGINE=" + token.URI(),
 		"EST_ENROLL_SERVER=" + d.site.uri,
 		"EST_ENROLL_TRUST_ANCHORS=" + d.site.anchors,
-		"EST_ENROLL_TRIES=1",
-	}
-	if impatient {
-		cmd.Env = append(cmd.Env, "EST_ENROLL_ACK_TIMEOUT=500ms", "EST_ENROLL_MAX_RETRANSMIT=1",
-			"EST_ENROLL_EXCHANGE_TIMEOUT=3s", "EST_ENROLL_HANDSHAKE_TIMEOUT=3s")
-	}
+	}, settings...)
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
 	err := cmd.Start()
@@ -570,7 +579,11 @@ func (s *hostileSite) meet(t *testing.T, c hostileJob, report *hostileReport) {
 	}
 	issued, sent := len(s.server.Issuances()), s.proxy.Counters().ToClient.Bytes
 	s.turn(t, c.faults, c.link)
-	run := d.run(t, c.code == exitTryLater, command...)
+	settings := once
+	if c.code == exitTryLater {
+		settings = impatient
+	}
+	run := d.run(t, settings, command...)
 	s.turn(t, nil, nil)
 	sent = s.proxy.Counters().ToClient.Bytes - sent
 
@@ -608,8 +621,8 @@ func (s *hostileSite) meet(t *testing.T, c hostileJob, report *hostileReport) {
 	if c.code == exitPending {
 		d.wait(t)
 	}
-	if honest := d.run(t, false, command...); honest.code != exitDone {
-		complain("then, at the honest server: %s", honest)
+	if again := d.run(t, honest, command...); again.code != exitDone {
+		complain("then, at the honest server: %s", again)
 	}
 	total := c.issued + 1
 	if c.again {
@@ -741,7 +754,7 @@ func TestForgedRecords(t *testing.T) {
 				}
 				return [][]byte{forge(records[0]), joined(records)}, true
 			})
-			run := d.run(t, false, "enroll")
+			run := d.run(t, once, "enroll")
 			site.turn(t, nil, nil)
 			if got := len(site.server.Issuances()) - issued; run.code != exitDone || got != 1 {
 				t.Errorf("issued %d, %s", got, run)
