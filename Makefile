@@ -12,7 +12,7 @@ PREFIX ?= /usr/local
 BUILDVCS := $(shell git status >/dev/null 2>&1 && echo true || echo false)
 export BIN SHARE PREFIX DESTDIR BUILDVCS
 
-.PHONY: demo test build docs install uninstall build-arm64 build-armhf lint deps loss crash hostile bench figures fuzz
+.PHONY: demo test build docs install uninstall build-arm64 build-armhf lint deps loss crash hostile fleet bench figures fuzz
 
 demo:
 	@packaging/deps gcc libc6-dev openssl softhsm2 opensc
@@ -63,6 +63,11 @@ crash: deps
 # each situation of the device; the token before and after, in the eyes of others.
 hostile: deps
 	$(GO) test -C cmd/est-enroll -timeout 30m -count 1 -run '^TestHostile$$' -args -hostile.all $(HOSTILE)
+
+# 100,000 devices that renew by the policy, through outages of a day and of a week;
+# the plot is the README's.
+fleet:
+	$(GO) test -count 1 -run '^TestFleet$$' -v . -args -fleet.plot testdata/fleet.svg $(FLEET)
 
 # What an enrolment costs beside what it cannot do without: each figure beside its
 # target. "make figures" also writes them to testdata/figures.json and README.md.

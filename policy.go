@@ -64,9 +64,13 @@ type Schedule struct {
 	Due time.Time
 	// First is the first attempt: Due, and the device's jitter.
 	First time.Time
+	// Second is the second attempt, which the others follow. It has a jitter of its
+	// own: devices that an outage has kept waiting would come together with those
+	// that fell due at its end.
+	Second time.Time
 	// NotAfter is the certificate's.
 	NotAfter time.Time
-	// Interval is the time between two attempts.
+	// Interval is the time between two later attempts.
 	Interval time.Duration
 }
 
@@ -78,13 +82,19 @@ func (p Policy) Schedule(notBefore, notAfter time.Time, identity []byte) Schedul
 	s := Schedule{Due: notAfter.Add(-margin), NotAfter: notAfter}
 	space := margin / time.Duration(cmp.Or(p.Attempts, defaultAttempts))
 	s.Interval = max(space, minPause)
-	s.First = s.Due
+	s.First, s.Second = s.Due, s.Due.Add(s.Interval)
 	if !p.NoJitter {
 		digest := sha256.Sum256(identity)
-		jitter, _ := bits.Mul64(binary.BigEndian.Uint64(digest[:]), uint64(space)) // uniform, below space
-		s.First = s.Due.Add(time.Duration(jitter))
+		s.First = s.First.Add(within(space, digest[:8]))
+		s.Second = s.Second.Add(within(space, digest[8:]))
 	}
 	return s
+}
+
+// within returns a time below a bound, all alike probable.
+func within(bound time.Duration, random []byte) time.Duration {
+	part, _ := bits.Mul64(binary.BigEndian.Uint64(random), uint64(bound))
+	return time.Duration(part)
 }
 
 // margin is what is left of the lifetime when the certificate is due.
@@ -105,7 +115,7 @@ func (p Policy) margin(notBefore, notAfter time.Time) time.Duration {
 }
 
 // Next returns when the attempt after the last one is to be made; a zero last
-// means that there was none. Attempts are due at fixed points, First and each
+// means that there was none. Attempts are due at fixed points, First, Second and each
 // Interval after it, and not a while after the last one: a job that runs daily
 // would miss every second of them for a second's delay. A run that comes late makes
 // up for the points that it missed with one attempt. The certificate's end is
@@ -118,7 +128,10 @@ func (s Schedule) Next(last time.Time) time.Time {
 	case !last.Before(expired):
 		return s.again(last)
 	}
-	next := s.First.Add((last.Sub(s.First)/s.Interval + 1) * s.Interval)
+	next := s.Second
+	if !last.Before(next) {
+		next = next.Add((last.Sub(next)/s.Interval + 1) * s.Interval)
+	}
 	next = later(next, last.Add(max(s.Interval/2, minPause)))
 	if !next.Before(s.NotAfter) {
 		return later(expired, last.Add(minPause))

@@ -140,8 +140,8 @@ func TestScheduleJitter(t *testing.T) {
 		identity := fmt.Append(nil, n)
 		s := policy.Schedule(begin, begin.Add(90*day), identity)
 		again := policy.Schedule(begin.Add(81*day), begin.Add(171*day), identity)
-		if s.First.Sub(s.Due) != again.First.Sub(again.Due) {
-			t.Fatalf("device %d: jitter %s, then %s", n, s.First.Sub(s.Due), again.First.Sub(again.Due))
+		if s.First.Sub(s.Due) != again.First.Sub(again.Due) || s.Second.Sub(s.Due) != again.Second.Sub(again.Due) {
+			t.Fatalf("device %d: %+v, then %+v", n, s, again)
 		}
 		in[int(parts*s.First.Sub(s.Due)/s.Interval)]++
 	}
