@@ -75,6 +75,33 @@ func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
 	return c.idevid, nil
 }
 
+func (c *Credential) isIDevID(cert engine.Address) bool {
+	return cert == c.cfg.IDevID.Certificate || c.formerIDevID != nil && cert == c.formerIDevID
+}
+
+// recognizeIDevID finds out whether the Security object has the factory certificate
+// by an address that the configuration has changed since: it would be taken for an
+// enrolled one of a journal that was lost, never replaced, and retired in the end.
+func (c *Credential) recognizeIDevID(ctx context.Context) error {
+	instance, _ := c.instance()
+	at, ok := instance.ClientCertificate.Engine()
+	if !ok || c.forgotten || c.isIDevID(at) || c.isOurs(at) {
+		return nil
+	}
+	referred, err := c.foreignCertificate(ctx, at)
+	if err == nil {
+		var factory *x509.Certificate
+		if factory, err = c.foreignCertificate(ctx, c.cfg.IDevID.Certificate); err == nil && factory.Equal(referred) {
+			c.formerIDevID = at
+		}
+	}
+	var ambiguous *engine.AmbiguousError
+	if errors.Is(err, engine.ErrNotFound) || errors.As(err, &ambiguous) {
+		return nil // which its use says
+	}
+	return err
+}
+
 // openCredential opens an enrolled credential, or gives the one again that was
 // opened last in this run.
 func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair, error) {
@@ -120,7 +147,7 @@ func (c *Credential) current() (credential, bool) {
 		return credential{}, false
 	}
 	cert, ok := instance.ClientCertificate.Engine()
-	if !ok || cert == c.cfg.IDevID.Certificate {
+	if !ok || c.isIDevID(cert) {
 		return credential{}, false
 	}
 	for _, kept := range c.journal.Pairs {
@@ -144,7 +171,7 @@ func (c *Credential) instance() (lwm2m.Security, bool) {
 		return c.security.Instance(c.cfg.Security.Instance)
 	}
 	for _, instance := range c.security.All() {
-		if at, ok := instance.ClientCertificate.Engine(); ok && c.journal.has(at) {
+		if at, ok := instance.ClientCertificate.Engine(); ok && c.journal.names(at) {
 			return instance, true
 		}
 	}
@@ -160,11 +187,11 @@ func (c *Credential) checkUse() error {
 	}
 	instance, _ := c.instance()
 	at, ok := instance.ClientCertificate.Engine()
-	if !ok || c.journal.has(at) {
+	if !ok || c.journal.names(at) {
 		return nil
 	}
 	for name, r := range c.shared.journal.Credentials {
-		if r.has(at) {
+		if r.names(at) {
 			return fmt.Errorf("security instance /0/%d is that of credential %q: %w", c.cfg.Security.Instance, name, ErrConfig)
 		}
 	}

@@ -17,6 +17,7 @@
 package estenroll
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -199,6 +200,9 @@ type Credential struct {
 	idevid    *pair           // once it is opened
 	opened    *pair           // the enrolled one that was opened last
 	warned    map[string]bool // what was said of sessions
+	// formerIDevID is an address of the factory certificate that the configuration
+	// had before: the Security object has it.
+	formerIDevID engine.Address
 }
 
 // Name returns the credential's name.
@@ -307,7 +311,15 @@ func (d *Device) open(ctx context.Context) error {
 	if err := d.load(); err != nil {
 		return err
 	}
-	return d.openEngine(ctx)
+	if err := d.openEngine(ctx); err != nil {
+		return err
+	}
+	for _, c := range d.credentials {
+		if err := c.recognizeIDevID(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // checkStateDir refuses a directory of another user and warns of one that others can enter.
@@ -392,20 +404,22 @@ func (d *Device) openCredentials() error {
 }
 
 // nameRecord gives the record of a journal of version 1 to the credential whose
-// Security instance points at one of its pairs, else to the first.
+// Security instance points at what it names, else to the first that has one, for
+// there was one only, else to the first.
 func (d *Device) nameRecord() {
 	old, ok := d.journal.Credentials[unnamed]
 	if !ok {
 		return
 	}
-	owner := d.credentials[0]
+	var owner *Credential
 	for _, c := range d.credentials {
-		instance, _ := d.security.Instance(c.cfg.Security.Instance)
-		if at, ok := instance.ClientCertificate.Engine(); ok && old.has(at) {
+		instance, exists := d.security.Instance(c.cfg.Security.Instance)
+		at, ok := instance.ClientCertificate.Engine()
+		if ok && old.names(at) || exists && owner == nil {
 			owner = c
 		}
 	}
-	d.journal.rename(unnamed, owner.Name())
+	d.journal.rename(unnamed, cmp.Or(owner, d.credentials[0]).Name())
 }
 
 // Credential returns the credential with a name; nil if there is none.

@@ -95,10 +95,7 @@ type operation struct {
 	Key         reference `json:"key,omitzero"` // none where a reset began on its own
 	// KeyType of a new key. Default: EC P-256, the only one there was once.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
-	// Wanted is the digest of what the CSR asks for; another one in the
-	// configuration means another CSR.
-	Wanted []byte `json:"wanted,omitempty"`
-	CSR    []byte `json:"csr,omitempty"`
+	CSR     []byte           `json:"csr,omitempty"`
 	// AskedAt, RetryAfter and Detail: the pending answer (RFC 9148 §4.7).
 	AskedAt    time.Time     `json:"asked_at,omitzero"`
 	RetryAfter time.Duration `json:"retry_after,omitempty"`
@@ -150,6 +147,12 @@ func (r *record) has(leaf engine.Address) bool {
 	return slices.ContainsFunc(r.Pairs, func(c credential) bool { return c.sameLeaf(leaf) })
 }
 
+// names reports whether the leaf at an address is that of one of the pairs, or of
+// the operation.
+func (r *record) names(leaf engine.Address) bool {
+	return r.has(leaf) || r.Operation != nil && r.Operation.credential().sameLeaf(leaf)
+}
+
 // journalV1 is version 1 of the journal: one credential, whose name it does not
 // say. It is saved as the version of today.
 type journalV1 struct {
@@ -157,17 +160,27 @@ type journalV1 struct {
 	VerifiedNotBefore time.Time        `json:"verified_not_before"`
 	RefusedPIN        engine.PINSource `json:"refused_pin"`
 	Credentials       []credential     `json:"credentials"`
-	Operation         *operation       `json:"operation"`
+	Operation         *operationV1     `json:"operation"`
 	LastAttempt       *Attempt         `json:"last_attempt"`
+}
+
+// operationV1 has a digest of what the CSR asks for, which the CSR says itself.
+type operationV1 struct {
+	operation
+	Wanted []byte `json:"wanted"`
 }
 
 // unnamed is where the record of a journal of version 1 waits for its name.
 const unnamed = ""
 
 func (old *journalV1) upgrade() *journal {
+	only := &record{Pairs: old.Credentials, LastAttempt: old.LastAttempt}
+	if old.Operation != nil {
+		only.Operation = &old.Operation.operation
+	}
 	return &journal{
 		Version: journalVersion, VerifiedNotBefore: old.VerifiedNotBefore, RefusedPIN: old.RefusedPIN,
-		Credentials: map[string]*record{unnamed: {Pairs: old.Credentials, Operation: old.Operation, LastAttempt: old.LastAttempt}},
+		Credentials: map[string]*record{unnamed: only},
 	}
 }
 

@@ -148,13 +148,21 @@ func (c *Credential) anotherKey(ctx context.Context, op *operation) (why string,
 	return "", err
 }
 
-// certificate finds one certificate. Where an address of the factory certificate
-// names it by its id alone, and its key got certificates of ours (Key), those do
-// not count.
+// certificate finds one certificate.
 func (c *Credential) certificate(ctx context.Context, at engine.Address) (*x509.Certificate, error) {
+	if c.isIDevID(at) {
+		return c.foreignCertificate(ctx, at)
+	}
+	return c.store.Certificate(ctx, at)
+}
+
+// foreignCertificate finds a certificate that is not ours: where an address of the
+// factory certificate names it by its id alone, and its key got certificates of ours
+// (Key), those do not count.
+func (c *Credential) foreignCertificate(ctx context.Context, at engine.Address) (*x509.Certificate, error) {
 	cert, err := c.store.Certificate(ctx, at)
 	var ambiguous *engine.AmbiguousError
-	if at != c.cfg.IDevID.Certificate || !errors.As(err, &ambiguous) {
+	if !errors.As(err, &ambiguous) {
 		return cert, err
 	}
 	foreign := slices.DeleteFunc(slices.Clone(ambiguous.Matches), func(o engine.Object) bool { return o.Address == nil || c.isOurs(o.Address) })
@@ -167,12 +175,23 @@ func (c *Credential) certificate(ctx context.Context, at engine.Address) (*x509.
 // isOurs reports whether the journal knows a certificate as one that we stored.
 func (d *shared) isOurs(cert engine.Address) bool {
 	for _, r := range d.journal.Credentials {
-		if r.has(cert) {
-			return true
-		}
-		if op := r.Operation; op != nil && op.credential().sameLeaf(cert) {
+		if r.names(cert) {
 			return true
 		}
 	}
 	return false
+}
+
+// named reports whether an address of the configuration names a key, of which it
+// may have the label or the id alone.
+func (d *shared) named(ctx context.Context, at, key engine.Address) (bool, error) {
+	lister, ok := d.engine.(engine.Lister)
+	if at == nil || at == key || !ok {
+		return at == key, nil
+	}
+	objects, err := lister.List(ctx, at)
+	if errors.Is(err, engine.ErrNotFound) { // an address that names nothing in any token
+		err = nil
+	}
+	return slices.ContainsFunc(objects, func(o engine.Object) bool { return o.Address == key }), err
 }

@@ -2,10 +2,13 @@ package estenroll_test
 
 import (
 	"crypto"
+	"crypto/x509"
 	"errors"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"estenroll"
 	"estenroll/engine"
@@ -376,4 +379,118 @@ func TestKeyOfAnotherName(t *testing.T) {
 	if got := user.mustEnroll().Key; got != made {
 		t.Errorf("got %s", got)
 	}
+}
+
+// A key that the configuration names is never destroyed, though an operation or a
+// pair of this device has made it: neither when the enrolment that made it is given
+// up for it, nor by a reset, whose plan does not say so either.
+func TestKeyNamed(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "named")
+	site.deferring(t, 1, time.Hour)
+	_, err := d.enroll()
+	d.wantPending(err)
+	site.faults(t, testserver.Faults{})
+	made := d.journal().Operation.Key
+	d.cfg.Key = site.address(t, "pkcs11:object=named;type=private")
+	if result := d.mustEnroll(); result.Key.String() != made || !d.warned("names another key now") {
+		t.Errorf("the key is %s, events %+v", result.Key, d.events)
+	}
+	if _, err := d.reset(); err != nil {
+		t.Error(err)
+	}
+	site.signs(t, d.cfg.Key)
+
+	// The key of one credential, named by another, before and after that one uses it.
+	maker := site.device(t, "maker")
+	user := maker.cfg.CredentialConfig
+	user.Name, user.Security.Instance, user.Key = "user", 1, site.address(t, "pkcs11:object=maker;type=private")
+	maker.others = []estenroll.CredentialConfig{user}
+	for _, enrolled := range []bool{false, true} {
+		maker.name = "maker"
+		made := maker.mustEnroll().Key
+		if enrolled {
+			user.Key = made
+			maker.others = []estenroll.CredentialConfig{user}
+			maker.name = "user"
+			maker.mustEnroll()
+			maker.others = nil // nor where it is forgotten
+		}
+		maker.name = "maker"
+		plan, err := maker.reset()
+		if err != nil || len(plan.Keys) != 0 || len(plan.Certificates) != 1 {
+			t.Errorf("plan %+v, %v", plan, err)
+		}
+		site.signs(t, made)
+	}
+}
+
+// A server may give the certificate once more that it gave for an existing key. One
+// that is lost, or that the Security object points at no more, is taken again; one
+// that is refused then goes on being kept.
+func TestSameCertificate(t *testing.T) {
+	for name, refused := range map[string]bool{"lost": false, "not current": false, "refused": true} {
+		t.Run(name, func(t *testing.T) {
+			site := newSite(t, testserver.Config{})
+			d := site.device(t, "same")
+			d.cfg.Key = site.owned(t, "EC:prime256v1", "owned", "77")
+			given := d.mustEnroll()
+			if name == "lost" {
+				if _, err := site.token.Tool("--delete-object", "--type", "cert", "--id", "77"); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				security := strings.ReplaceAll(d.read("security.json"), given.CertificateAddress.String(), site.idevid.Certificate.String())
+				d.write("security.json", strings.ReplaceAll(security, given.Key.String(), site.idevid.Key.String()))
+			}
+			d.answer = func(operation est.Operation) []*x509.Certificate {
+				if operation == est.SimpleEnroll {
+					return []*x509.Certificate{given.Certificate}
+				}
+				return nil
+			}
+			before := d.objects()
+			if refused {
+				site.faults(t, testserver.Faults{RefuseIssued: true})
+				_, err := d.enroll()
+				wantError(t, err, estenroll.ErrRefused)
+				if diff := cmp.Diff(before, d.objects()); diff != "" {
+					t.Errorf("objects (-before +after):\n%s", diff)
+				}
+				site.faults(t, testserver.Faults{})
+			}
+			if result := d.mustEnroll(); !result.Changed || result.CertificateAddress != given.CertificateAddress {
+				t.Errorf("result %+v", result)
+			}
+			d.tidy(1)
+		})
+	}
+}
+
+// Nor is one certificate that of two credentials: the first one's stays alone.
+func TestSameCertificateOfAnother(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "first")
+	d.cfg.Key = site.owned(t, "EC:prime256v1", "owned", "77")
+	given := d.mustEnroll()
+	second := d.cfg.CredentialConfig
+	second.Name, second.Security.Instance = "second", 1
+	d.others, d.name = []estenroll.CredentialConfig{second}, "second"
+	d.answer = func(operation est.Operation) []*x509.Certificate {
+		if operation == est.SimpleEnroll {
+			return []*x509.Certificate{given.Certificate}
+		}
+		return nil
+	}
+	before := d.objects()
+	_, err := d.enroll()
+	wantError(t, err, estenroll.ErrConfig)
+	if op := d.journal().Operation; op != nil {
+		t.Errorf("operation %+v", op)
+	}
+	if diff := cmp.Diff(before, d.objects()); diff != "" {
+		t.Errorf("objects (-before +after):\n%s", diff)
+	}
+	d.name = "first"
+	d.mustRenew()
 }

@@ -271,6 +271,7 @@ func (c *Credential) proceed(ctx context.Context, resumed bool) (*Result, error)
 				return nil, &StepError{Step: op.Step, Err: err}
 			} else if why != "" {
 				c.warn("the interrupted %s is given up, what it created is removed: %s", op.Kind, why)
+				op.Reason = truncate(why, maxRecorded)
 				return nil, c.discard(ctx, nil)
 			}
 		}

@@ -9,6 +9,7 @@ import (
 
 	"estenroll"
 	"estenroll/csr"
+	"estenroll/engine"
 	"estenroll/testserver"
 )
 
@@ -192,6 +193,30 @@ func TestPendingPastDeadline(t *testing.T) {
 	d.tidy(1)
 	if d.issued() != 1 {
 		t.Errorf("%d certificates issued", d.issued())
+	}
+}
+
+// Another padding is another CSR for an RSA key, and the same one for an EC key.
+func TestPaddingChanged(t *testing.T) {
+	for algorithm, want := range map[engine.Algorithm]bool{engine.RSA2048: true, engine.ECP256: false} {
+		t.Run(string(algorithm), func(t *testing.T) {
+			d := newSite(t, testserver.Config{}).device(t, "padded")
+			d.cfg.KeySpec.Algorithm = algorithm
+			d.site.deferring(t, 1, time.Second)
+			_, err := d.enroll()
+			d.wantPending(err)
+			first := d.csrs()
+			d.cfg.Request.PSS = true
+			d.now = func() time.Time { return time.Now().Add(time.Minute) }
+			if _, err := d.enroll(); want {
+				d.wantPending(err) // it is a question of its own to the server
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			if second := d.csrs(); len(first) != 1 || len(second) != 1 || (first[0] != second[0]) != want {
+				t.Errorf("%d and %d requests, another CSR wanted: %t", len(first), len(second), want)
+			}
+		})
 	}
 }
 

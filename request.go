@@ -1,11 +1,9 @@
 package estenroll
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -100,12 +98,14 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 	case len(template.RawSubject) == 0:
 		template.RawSubject = auth.chain[0].RawSubject
 	}
-	wanted, err := digestOf(template)
-	if err != nil {
-		return err
-	}
-	if len(op.CSR) > 0 && bytes.Equal(wanted, op.Wanted) {
-		return nil
+	if len(op.CSR) > 0 {
+		built, err := op.request()
+		if err != nil {
+			return err
+		}
+		if same, err := template.Describes(built); same || err != nil {
+			return err
+		}
 	}
 	return c.timed(StepRequest, func() (string, error) {
 		signer, err := c.signer(ctx, op.Key.Address)
@@ -121,27 +121,18 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 			return "", err
 		}
 		// Another question: what the server said of the old one does not hold for it.
-		op.Wanted, op.AskedAt, op.RetryAfter, op.Detail = wanted, time.Time{}, 0, ""
+		op.AskedAt, op.RetryAfter, op.Detail = time.Time{}, 0, ""
 		op.Deadline = c.cfg.Now().Add(c.cfg.PendingLimit)
 		return "built the CSR, signed in the token", c.save()
 	})
 }
 
-func digestOf(template csr.Template) ([]byte, error) {
-	extensions, err := template.Extensions()
+func (op *operation) request() (*x509.CertificateRequest, error) {
+	request, err := x509.ParseCertificateRequest(op.CSR)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read the CSR of the journal: %w: %w", err, ErrState)
 	}
-	h := sha256.New()
-	h.Write(template.RawSubject)
-	for _, e := range extensions {
-		fmt.Fprintf(h, "%s %t", e.Id, e.Critical)
-		h.Write(e.Value)
-	}
-	if template.PSS {
-		fmt.Fprint(h, "PSS")
-	}
-	return h.Sum(nil), nil
+	return request, nil
 }
 
 // answer is what the server gave and we judged.
@@ -167,9 +158,9 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	defer c.closeSession(session)
-	request, err := x509.ParseCertificateRequest(op.CSR)
+	request, err := op.request()
 	if err != nil {
-		return nil, fmt.Errorf("read the CSR of the journal: %w: %w", err, ErrState)
+		return nil, err
 	}
 	if known, ok := session.(est.KeyAccepter); ok && !known.AcceptsKey(request.PublicKey) {
 		// The certificate could never be proven: it is not asked for.
@@ -358,9 +349,13 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	if err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
-	for _, known := range c.journal.Pairs {
-		if known.sameLeaf(addresses[0]) {
-			return c.unchanged(ctx, auth) // the previous one, once more
+	if op.Kind == KindRenew && c.journal.has(addresses[0]) {
+		return c.unchanged(ctx, auth) // the previous one, once more
+	}
+	for name, r := range c.shared.journal.Credentials {
+		if r != c.journal && r.names(addresses[0]) {
+			// Of one object in the token, the reset of either would be both's.
+			return nil, c.discard(ctx, &StepError{Step: StepStore, Err: fmt.Errorf("the server answered with the certificate of credential %q: %w", name, ErrConfig)})
 		}
 	}
 	op.Chain, op.Certificates = nil, nil

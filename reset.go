@@ -14,7 +14,7 @@ import (
 
 // ResetPlan is what a Reset destroys for ever.
 type ResetPlan struct {
-	// Keys that were generated for the credential.
+	// Keys that were generated for the credential and that nothing else uses.
 	Keys []engine.Address
 	// Certificates of its keys, and Chain, those below which they were issued: of
 	// these go the ones that this program stored and no other certificate needs.
@@ -37,14 +37,24 @@ func (c *Credential) PlanReset(ctx context.Context) (*ResetPlan, error) {
 		}
 	}
 	pairs := c.journal.Pairs
+	var keys []engine.Address
 	if op := c.journal.Operation; op != nil {
 		pairs = append([]credential{op.credential()}, pairs...)
 		if op.NewKey {
-			add(&plan.Keys, op.Key.Address)
+			add(&keys, op.Key.Address)
 		}
 	}
 	for _, kept := range c.journal.Pairs {
-		add(&plan.Keys, kept.ownKey())
+		add(&keys, kept.ownKey())
+	}
+	for _, key := range keys {
+		used, err := c.usedElsewhere(ctx, key)
+		if err != nil {
+			return nil, err
+		}
+		if !used {
+			add(&plan.Keys, key)
+		}
 	}
 	for _, kept := range pairs {
 		for i, at := range kept.Certificates {
@@ -88,7 +98,7 @@ func (c *Credential) checkReset(ctx context.Context) error {
 	instance, exists := c.instance()
 	if exists && !c.forgotten {
 		at, ok := instance.ClientCertificate.Engine()
-		if ok && at != c.cfg.IDevID.Certificate && !c.isOurs(at) {
+		if ok && !c.isIDevID(at) && !c.isOurs(at) {
 			return fmt.Errorf("the Security object points at %s, which the journal does not name: %w", at, ErrState)
 		}
 	}
@@ -100,12 +110,6 @@ func (c *Credential) checkReset(ctx context.Context) error {
 		return err
 	}
 	return nil
-}
-
-// isOwn reports whether a leaf is that of one of the pairs, or of the operation.
-func (c *Credential) isOwn(leaf engine.Address) bool {
-	op := c.journal.Operation
-	return c.journal.has(leaf) || op != nil && op.credential().sameLeaf(leaf)
 }
 
 // checkToken wants something of what the journal names in the token: where
@@ -170,7 +174,7 @@ func (c *Credential) resetSecurity(ctx context.Context) error {
 	next, changed, configured := new(lwm2m.SecurityObject), false, false
 	for id, instance := range c.security.All() {
 		at, ok := instance.ClientCertificate.Engine()
-		switch own := ok && c.isOwn(at); {
+		switch own := ok && c.journal.names(at); {
 		case own && !c.forgotten && id == c.cfg.Security.Instance:
 			changed, configured = true, true
 			// As before the first boot: the server has not been met.

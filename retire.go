@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 
 	"estenroll/engine"
 )
@@ -61,8 +62,11 @@ func (c *Credential) removeCredential(ctx context.Context, certs []reference, ke
 			return err
 		}
 	}
-	if key == nil || c.keyInUse(key) {
+	if key == nil || slices.ContainsFunc(c.journal.Pairs, func(kept credential) bool { return kept.Key.Address == key }) {
 		return nil
+	}
+	if used, err := c.usedElsewhere(ctx, key); used || err != nil {
+		return err
 	}
 	if err := c.engine.RemoveKey(ctx, key); err != nil && !errors.Is(err, engine.ErrNotFound) {
 		return err
@@ -70,31 +74,35 @@ func (c *Credential) removeCredential(ctx context.Context, certs []reference, ke
 	return nil
 }
 
-// keyInUse reports whether a factory credential, a pair that is kept, a Security
-// instance or an operation that did not make it has the key: of whatever name,
-// since names can share a key.
-func (d *shared) keyInUse(key engine.Address) bool {
-	for _, c := range d.credentials {
-		if key == c.cfg.IDevID.Key {
-			return true
-		}
-	}
-	for _, r := range d.journal.Credentials {
-		for _, c := range r.Pairs {
-			if c.Key.Address == key {
-				return true
+// usedElsewhere reports whether a key is not this credential's alone, whatever made
+// it, for credentials can share one: the configuration names it, for a factory
+// credential or to be used as it is; a pair or an operation was given it; or another
+// credential's pair or Security instance has it.
+func (c *Credential) usedElsewhere(ctx context.Context, key engine.Address) (bool, error) {
+	for _, r := range c.shared.journal.Credentials {
+		for _, kept := range r.Pairs {
+			if kept.Key.Address == key && (kept.ExistingKey || r != c.journal) {
+				return true, nil
 			}
 		}
 		if op := r.Operation; op != nil && op.ExistingKey && op.Key.Address == key {
-			return true
+			return true, nil
 		}
 	}
-	for _, instance := range d.security.All() {
-		if at, ok := instance.PrivateKey.Engine(); ok && at == key {
-			return true
+	for _, instance := range c.security.All() {
+		cert, ok := instance.ClientCertificate.Engine()
+		if at, hasKey := instance.PrivateKey.Engine(); hasKey && at == key && !(ok && c.journal.names(cert)) {
+			return true, nil
 		}
 	}
-	return false
+	for _, one := range c.credentials {
+		for _, at := range []engine.Address{one.cfg.IDevID.Key, one.cfg.Key} {
+			if named, err := c.named(ctx, at, key); named || err != nil {
+				return named, err
+			}
+		}
+	}
+	return false, nil
 }
 
 // discard removes what the operation created, ends it and returns the cause.
@@ -112,7 +120,11 @@ func (c *Credential) discard(ctx context.Context, cause error) error {
 	if op.NewKey {
 		key = op.Key.Address
 	}
-	if err := c.removeCredential(ctx, op.Certificates, key); err != nil {
+	created := op.Certificates
+	if len(created) > 0 && c.journal.has(created[0].Address) {
+		created = nil // a kept pair's, which the server gave once more
+	}
+	if err := c.removeCredential(ctx, created, key); err != nil {
 		return errors.Join(cause, &StepError{Step: StepDiscard, Err: err})
 	}
 	c.journal.Operation = nil

@@ -2,8 +2,10 @@ package estenroll_test
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"estenroll"
 	"estenroll/testserver"
@@ -14,25 +16,56 @@ import (
 func TestStateOfVersion1(t *testing.T) {
 	d := newSite(t, testserver.Config{}).device(t, "veteran")
 	d.mustEnroll()
-	var file map[string]any
-	if err := json.Unmarshal([]byte(d.read("journal.json")), &file); err != nil {
-		t.Fatal(err)
-	}
-	record := file["credentials"].(map[string]any)["veteran"].(map[string]any)
-	file["version"], file["credentials"], file["last_attempt"] = 1, record["pairs"], record["last_attempt"]
-	old, err := json.Marshal(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.write("journal.json", string(old))
-	other := d.cfg.CredentialConfig
-	other.Name, other.Security.Instance = "recruit", 1
-	d.others = []estenroll.CredentialConfig{other}
+	d.ofVersion1()
 	d.mustRenew()
 	d.tidy(2)
 	if journal := d.read("journal.json"); !strings.Contains(journal, `"version": 2`) || strings.Contains(journal, "recruit") {
 		t.Errorf("journal %s", journal)
 	}
+}
+
+// ofVersion1 writes the journal as version 1 would have, which knows no names, and
+// has the configuration name another credential first.
+func (d *device) ofVersion1() {
+	d.t.Helper()
+	var file map[string]any
+	if err := json.Unmarshal([]byte(d.read("journal.json")), &file); err != nil {
+		d.t.Fatal(err)
+	}
+	record := file["credentials"].(map[string]any)["veteran"].(map[string]any)
+	file["version"], file["credentials"], file["last_attempt"] = 1, record["pairs"], record["last_attempt"]
+	if operation, ok := record["operation"].(map[string]any); ok {
+		delete(operation, "key_type")
+		operation["wanted"] = "iFprjoCePBuc0K7vRLOYh1/8LZWZEQRmKGVLyJGit80="
+		file["operation"] = operation
+	}
+	old, err := json.Marshal(file)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.write("journal.json", string(old))
+	other := d.cfg.CredentialConfig
+	other.Name, other.Security.Instance = "recruit", 1
+	d.others = []estenroll.CredentialConfig{other}
+}
+
+// A first boot that waits in a state directory of version 1 is that of the
+// credential that has a Security instance, and sends the same CSR again.
+func TestPendingOfVersion1(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "veteran")
+	d.site.deferring(t, 1, time.Second)
+	_, err := d.enroll()
+	d.wantPending(err)
+	first := d.csrs()
+	d.ofVersion1()
+	d.now = func() time.Time { return time.Now().Add(time.Minute) }
+	if result := d.mustEnroll(); !result.Recovered {
+		t.Errorf("result %+v", result)
+	}
+	if again := d.csrs(); len(first) != 1 || !slices.Equal(first, again) {
+		t.Errorf("%d and %d requests, or other bytes", len(first), len(again))
+	}
+	d.tidy(1)
 }
 
 // A name that takes the Security instance of another one is refused.

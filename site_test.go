@@ -366,9 +366,12 @@ func (d *device) run(do func(*estenroll.Credential) error) (err error) {
 	before := d.opened - d.closed
 	var dev *estenroll.Device
 	defer func() {
-		kill, isKill := recover().(killed)
+		cause := recover()
+		kill, isKill := cause.(killed)
 		if isKill {
 			err = fmt.Errorf("killed %s", kill.at)
+		} else if cause != nil {
+			panic(cause)
 		}
 		// What the end of a process does: locks and sockets go.
 		if dev != nil {

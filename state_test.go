@@ -14,6 +14,7 @@ import (
 
 	"estenroll"
 	"estenroll/engine"
+	"estenroll/est"
 	"estenroll/testserver"
 )
 
@@ -398,5 +399,41 @@ func TestStateDirOpen(t *testing.T) {
 		if !d.warned(fmt.Sprintf("has mode %04o: it is open to others", mode)) {
 			t.Errorf("mode %o: events %+v", mode, d.events)
 		}
+	}
+}
+
+// A configuration that names the IDevID in other words than the Security object,
+// which has it since the first boot: it is not taken for an enrolled credential.
+func TestIDevIDRenamed(t *testing.T) {
+	for name, words := range map[string][2]string{
+		"by more": {"pkcs11:object=idevid;type=", "pkcs11:object=idevid;id=%01;type="},
+		"by less": {"pkcs11:object=idevid;id=%01;type=", "pkcs11:id=%01;type="},
+	} {
+		t.Run(name, func(t *testing.T) {
+			site := newSite(t, testserver.Config{})
+			d := site.device(t, "reworded")
+			use := func(words string) {
+				d.cfg.IDevID.Key, d.cfg.IDevID.Certificate = site.address(t, words+"private"), site.address(t, words+"cert")
+				d.cfg.Key = d.cfg.IDevID.Key
+			}
+			use(words[0])
+			site.faults(t, testserver.Faults{WrongKey: true})
+			_, err := d.enroll()
+			wantError(t, err, est.ErrKeyMismatch)
+			site.faults(t, testserver.Faults{})
+			use(words[1])
+			if status := d.status(); status.Enrolled || status.Current.Problem != "" {
+				t.Errorf("status %+v, %+v", status, status.Current)
+			}
+			_, err = d.renew()
+			wantError(t, err, estenroll.ErrNotEnrolled)
+			if _, err := d.reset(); err != nil {
+				t.Error(err)
+			}
+			if result := d.mustEnroll(); !result.Changed {
+				t.Errorf("result %+v", result)
+			}
+			d.mustRenew()
+		})
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"slices"
 
 	"estenroll/engine"
 )
@@ -59,12 +60,8 @@ func (c *Credential) commit() error {
 	})
 }
 
-// adopt puts a credential at the head of the list, once.
+// adopt puts a credential at the head of the list, once: what is last goes first.
 func (c *Credential) adopt(kept credential) {
-	for _, known := range c.journal.Pairs {
-		if known.sameLeaf(kept.Certificates[0].Address) {
-			return
-		}
-	}
-	c.journal.Pairs = append([]credential{kept}, c.journal.Pairs...)
+	others := slices.DeleteFunc(c.journal.Pairs, func(known credential) bool { return known.sameLeaf(kept.Certificates[0].Address) })
+	c.journal.Pairs = append([]credential{kept}, others...)
 }

@@ -2,6 +2,7 @@ package csr
 
 import (
 	"bytes"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -31,6 +32,21 @@ func CompareNames(request *x509.CertificateRequest, issued *x509.Certificate) []
 		differences = append(differences, Difference{"SAN", formatSAN(asked), formatSAN(got)})
 	}
 	return differences
+}
+
+// Describes reports whether a request is one that Build makes of the template with
+// the request's key: it asks for the same bytes and is signed in the same way.
+func (t Template) Describes(request *x509.CertificateRequest) (bool, error) {
+	extensions, err := t.Extensions()
+	if err != nil {
+		return false, err
+	}
+	_, isRSA := request.PublicKey.(*rsa.PublicKey)
+	isPSS := request.SignatureAlgorithm == x509.SHA256WithRSAPSS
+	return bytes.Equal(t.subject(), request.RawSubject) && isPSS == (isRSA && t.PSS) &&
+		slices.EqualFunc(extensions, request.Extensions, func(a, b pkix.Extension) bool {
+			return a.Id.Equal(b.Id) && a.Critical == b.Critical && bytes.Equal(a.Value, b.Value)
+		}), nil
 }
 
 // EqualSubject compares two names in DER: their bytes, or else RDN by RDN in

@@ -1,6 +1,9 @@
 package csr_test
 
 import (
+	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -127,4 +130,45 @@ func FuzzCompareNames(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What Build makes of a template is what the template describes, and of another it
+// is not.
+func TestDescribes(t *testing.T) {
+	sans, err := csr.ParseSAN("DNS:device.example")
+	if err != nil {
+		t.Fatal(err)
+	}
+	clientAuth, err := csr.ParseExtKeyUsage([]string{"clientAuth"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	templates := map[string]csr.Template{
+		"nothing":   {},
+		"a subject": {RawSubject: mustSubject(t, "CN=a")},
+		"case":      {RawSubject: mustSubject(t, "CN=A")},
+		"a SAN":     {SANs: []csr.SAN{sans}},
+		"both":      {RawSubject: mustSubject(t, "CN=a"), SANs: []csr.SAN{sans}},
+		"a usage":   {KeyUsage: x509.KeyUsageDigitalSignature},
+		"a purpose": {ExtKeyUsage: clientAuth},
+		"PSS":       {PSS: true},
+	}
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for kind, signer := range map[string]crypto.Signer{"EC": newKey(t), "RSA": rsaKey} {
+		for name, template := range templates {
+			request, err := x509.ParseCertificateRequest(build(t, template, signer))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for other, described := range templates {
+				want := other == name || kind == "EC" && (name+other == "PSSnothing" || name+other == "nothingPSS") // which only RSA has
+				if got, err := described.Describes(request); got != want || err != nil {
+					t.Errorf("%s: %s describes a request for %s: %t, %v", kind, other, name, got, err)
+				}
+			}
+		}
+	}
 }
