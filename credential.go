@@ -220,10 +220,14 @@ func (c *Credential) checkSecurity() error {
 	return nil
 }
 
-// securityWith returns a Security object with our instance pointing at a pair.
+// securityWith returns a Security object with our instance pointing at a pair. One
+// that the configuration had before points at a pair that will be retired: it goes.
 func (c *Credential) securityWith(object *lwm2m.SecurityObject, key, cert engine.Address, serverCertificate []byte) *lwm2m.SecurityObject {
 	next := new(lwm2m.SecurityObject)
 	for id, instance := range object.All() {
+		if at, ok := instance.ClientCertificate.Engine(); ok && id != c.cfg.Security.Instance && c.journal.names(at) {
+			continue
+		}
 		next.Set(id, instance)
 	}
 	instance, _ := object.Instance(c.cfg.Security.Instance)

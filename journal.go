@@ -18,7 +18,7 @@ import (
 const (
 	journalName    = "journal.json"
 	journalVersion = 2
-	journalLimit   = 1 << 20 // bytes
+	journalLimit   = 8 << 20 // bytes: of all credentials, each with the longest answers
 	maxCredentials = 16      // names on one device
 	maxPairs       = 16      // kept ones are two or three; more is not ours
 	maxChain       = 8       // certificates of one pair

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -88,6 +89,31 @@ func TestJournalOfVersion1(t *testing.T) {
 		if diff := cmp.Diff(today[name], saved(t, j)); diff != "" {
 			t.Errorf("%s is saved otherwise (-version 2 +saved):\n%s", name, diff)
 		}
+	}
+}
+
+// What this program can write it can read: all credentials that a device may have,
+// each with as many pairs and with a chain as long as two answers of 64 KiB can give.
+func TestJournalLargest(t *testing.T) {
+	at, err := parseAddress("pkcs11:token=" + strings.Repeat("t", 32) + ";object=" + strings.Repeat("o", 64) + ";id=" + strings.Repeat("%00", 32) + ";type=cert")
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := &journal{Version: journalVersion, Credentials: map[string]*record{}}
+	places := slices.Repeat([]reference{{Address: at}}, maxChain)
+	pair := credential{Key: places[0], Certificates: places, ExplicitTA: "explicit-ta-0123456789abcdef.pem"}
+	for i := range maxCredentials {
+		j.Credentials[fmt.Sprint("device", i)] = &record{
+			Pairs: slices.Repeat([]credential{pair}, maxPairs),
+			Operation: &operation{
+				Kind: KindEnroll, Step: StepStore, Key: places[0], CSR: make([]byte, 8<<10), Certificates: places,
+				Chain: slices.Repeat([][]byte{make([]byte, 2*64<<10/maxChain)}, maxChain), ServerCertificate: make([]byte, 64<<10),
+			},
+			LastAttempt: &Attempt{Error: strings.Repeat("\x00", maxRecorded)},
+		}
+	}
+	if _, err := parseJournal([]byte(saved(t, j)), parseAddress); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -178,3 +178,20 @@ func TestSeveral(t *testing.T) {
 	d.others = []estenroll.CredentialConfig{mqtt}
 	all(func(c *estenroll.Credential) error { _, err := c.Renew(t.Context()); return err })
 }
+
+// A credential that is given another Security instance leaves none behind that would
+// point at what is retired, or stand in another credential's way.
+func TestInstanceMoved(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "moved")
+	d.mustEnroll()
+	d.cfg.Security.Instance = 5
+	d.mustRenew()
+	if security := d.read("security.json"); strings.Contains(security, `"id": 0`) || !strings.Contains(security, `"id": 5`) {
+		t.Errorf("Security object %s", security)
+	}
+	d.tidy(2)
+	heir := d.cfg.CredentialConfig
+	heir.Name, heir.Security.Instance, heir.Request.RawSubject = "heir", 0, subject(t, "CN=heir")
+	d.others, d.name = []estenroll.CredentialConfig{heir}, "heir"
+	d.mustEnroll()
+}

@@ -130,6 +130,9 @@ func (c *Credential) credentialStatus(ctx context.Context, kept credential) (*Cr
 func (s *CredentialStatus) describe(cert *x509.Certificate) {
 	s.Subject, s.Issuer = csr.FormatSubject(cert.RawSubject), csr.FormatSubject(cert.RawIssuer)
 	s.Serial = fmt.Sprintf("%x", cert.SerialNumber)
+	if len(s.Serial)%2 == 1 {
+		s.Serial = "0" + s.Serial // whole bytes, as OpenSSL and p11tool print it
+	}
 	s.NotBefore, s.NotAfter = cert.NotBefore.UTC(), cert.NotAfter.UTC()
 	s.KeyType = engine.AlgorithmOf(cert.PublicKey)
 }

@@ -64,7 +64,11 @@ func (d *shared) loadExplicitTA(name string) (*est.TrustAnchors, error) {
 // ParseTrustAnchors parses certificates in PEM, or one or more in DER.
 func ParseTrustAnchors(data []byte) ([]*x509.Certificate, error) {
 	if !bytes.Contains(data, []byte("-----BEGIN")) {
-		return x509.ParseCertificates(data)
+		certs, err := x509.ParseCertificates(data)
+		if err != nil {
+			return nil, errors.New("neither PEM nor DER of a certificate") // what else it is, the parser cannot know
+		}
+		return certs, nil
 	}
 	var certs []*x509.Certificate
 	for {

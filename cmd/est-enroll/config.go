@@ -54,7 +54,7 @@ var examples = map[string][]string{
 const exampleHead = `# est-enroll: every setting, with its default or an example.
 # Flags go before the environment, which goes before this file: --state-dir, then
 # EST_ENROLL_STATE_DIR, then state-dir.
-# What stands behind a "#" without a space is a setting.
+# What stands behind a "#" without a space is a setting, with the indented lines below it.
 `
 
 const exampleCredentials = `

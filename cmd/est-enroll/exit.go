@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -59,6 +60,10 @@ func judge(err error, interrupted bool) judgement {
 	if hint := pinHint(err); hint != "" {
 		return judgement{exitToken, hint}
 	}
+	var ambiguous *engine.AmbiguousError
+	if errors.As(err, &ambiguous) {
+		return judgement{exitToken, "say which one is meant: " + alternatives(ambiguous)}
+	}
 	for _, known := range judgements {
 		if errors.Is(err, known.is) {
 			return known.judgement
@@ -67,25 +72,24 @@ func judge(err error, interrupted bool) judgement {
 	var status *est.StatusError
 	var response *est.ResponseError
 	var engineErr *engine.Error
-	var ambiguous *engine.AmbiguousError
 	var security lwm2m.ValidationError
 	switch {
-	case errors.As(err, &ambiguous):
-		return judgement{exitToken, "say which one is meant: " + alternatives(ambiguous)}
 	case errors.As(err, &security):
 		return judgement{exitUsage, "check security-instance, security-server, security-server-certificate and short-server-id"}
+	case isUsage(err) && isOfFile(err):
+		return judgement{exitUsage, "check the name of that file, and that this user can read it"}
 	case isUsage(err):
 		return judgement{exitUsage, "est-enroll --help shows every setting"}
-	case errors.As(err, &engineErr) && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission)):
-		return judgement{exitToken, "check that this user can read the file that pin-source names, and can write to lock-dir"}
+	case errors.As(err, &engineErr) && isOfFile(err):
+		return judgement{exitToken, "check that pin-source names a file that this user can read, and lock-dir a directory that it can write to"}
 	case errors.As(err, &engineErr):
 		return judgement{exitToken, "look at the token: pkcs11-tool --module MODULE --list-token-slots"}
 	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts:
-		return judgement{exitRefused, "EST is not at that path: --discovery on asks the server where it is, or name the path in --server"}
+		return judgement{exitRefused, "EST is not at that path: check label and the path in server; --discovery on asks the server where it is"}
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	case errors.Is(err, agent.ErrExport):
-		return judgement{exitTryLater, "the token and the state are right: make export-dir writable for this user, and the next run puts the files right"}
+		return judgement{exitTryLater, "the token and the state are right: make export-dir a directory that this user can write to, with room, and move away what else has the credential's name there; the next run puts the files right"}
 	}
 	for _, known := range fileJudgements {
 		if errors.Is(err, known.is) {
@@ -93,6 +97,14 @@ func judge(err error, interrupted bool) judgement {
 		}
 	}
 	return judgement{exitTryLater, "run it again with -v; if it fails alike, it is a defect of this program or of the machine"}
+}
+
+// isOfFile reports an error of a file that the settings name, such as the PIN's, or
+// of the token's lock file.
+func isOfFile(err error) bool {
+	return slices.ContainsFunc([]error{
+		fs.ErrNotExist, fs.ErrPermission, fs.ErrExist, syscall.ENOTDIR, syscall.EROFS, durable.ErrNotRegular, durable.ErrNotLockFile,
+	}, func(is error) bool { return errors.Is(err, is) })
 }
 
 // pinHint says what to do about a PIN that no file of the person's own holds.
@@ -110,13 +122,14 @@ func pinHint(err error) string {
 	return ""
 }
 
-// alternatives lists addresses that tell the matches apart, to be pasted.
+// alternatives lists addresses that tell the matches apart, to be pasted into a
+// shell or a configuration file: an address has no quote that is not encoded.
 func alternatives(ambiguous *engine.AmbiguousError) string {
 	const most = 8
 	var addresses []string
 	for _, match := range ambiguous.Matches {
 		if match.Address != nil {
-			addresses = append(addresses, match.Address.String())
+			addresses = append(addresses, "'"+match.Address.String()+"'")
 		}
 	}
 	if len(addresses) > most {
@@ -162,7 +175,7 @@ var judgements = []struct {
 	{engine.ErrPINIncorrect, judgement{exitToken, "correct the PIN at its source; it is not tried again until the source changes or with --retry-pin"}},
 	{engine.ErrPINLocked, judgement{exitToken, "the security officer must unlock the token: pkcs11-tool --init-pin --login --login-type so; a TPM that has locked all PINs: tpm2_dictionarylockout --clear-lockout"}},
 	{engine.ErrPINFinalTry, judgement{exitToken, "log in once by hand with the right PIN: pkcs11-tool --login --list-objects"}},
-	{engine.ErrPINMissing, judgement{exitToken, "name the PIN's file in the engine's address: …?pin-source=file:/path; or give systemd's credential " + pinCredential + ", or type the PIN on a terminal"}},
+	{engine.ErrPINMissing, judgement{exitToken, "write the PIN to a file and name it in the engine's address: …?pin-source=file:/path; or give systemd's credential " + pinCredential + ", or type the PIN on a terminal"}},
 	{engine.ErrBuild, judgement{exitToken, "build it again with CGO_ENABLED=1 and a C compiler: make build"}},
 	{engine.ErrDeviceLost, judgement{exitTryLater, "connect the device again and run the same command: it goes on"}},
 	{engine.ErrModuleNotFound, judgement{exitToken, "install the HSM's PKCS#11 module and name its file as module-path in the engine's address, or p11-kit's name of it as module-name: p11-kit list-modules"}},

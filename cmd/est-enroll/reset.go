@@ -85,11 +85,15 @@ func (o *output) confirm(ctx context.Context, turns []turn, plans map[string]*es
 	o.ask("This is destroyed and cannot be brought back. Type yes to go on: ")
 	answer := make(chan string, 1)
 	go func() {
-		line, _ := bufio.NewReader(os.Stdin).ReadString('\n') // an end of it is a no
+		line, err := bufio.NewReader(os.Stdin).ReadString('\n') // an end of it is a no
+		if err != nil {
+			o.ask("\n")
+		}
 		answer <- strings.TrimSpace(line)
 	}()
 	select {
 	case <-ctx.Done():
+		o.ask("\n")
 		return ctx.Err()
 	case line := <-answer:
 		if line != "yes" {

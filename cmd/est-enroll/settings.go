@@ -274,7 +274,9 @@ func wanted(f *pflag.Flag) string {
 		return "a duration, such as 30s or 1h"
 	case "bool":
 		return "true or false"
-	case "uint", "uint16", "int":
+	case "uint16":
+		return "a whole number up to 65535"
+	case "uint", "int":
 		return "a whole number"
 	}
 	if c, ok := f.Value.(*oneOf); ok {

@@ -31,6 +31,7 @@ import (
 	"debug/elf"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -127,8 +128,12 @@ func checkModule(path string) error {
 		return nil
 	}
 	library, err := elf.Open(path)
-	if err != nil {
-		return fmt.Errorf("it is not a library, or is cut short: %w", err)
+	var format *elf.FormatError
+	switch {
+	case errors.As(err, &format), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return errors.New("it is not a library, or is cut short") // debug/elf quotes its bytes
+	case err != nil:
+		return err
 	}
 	return library.Close()
 }
@@ -298,11 +303,14 @@ func (m *module) slot(at URI, known tokenID) (slot, tokenID, error) {
 }
 
 // ambiguousToken lists the tokens that match, each with the shortest address that
-// tells it from the others.
+// tells it from the others and can stand in the place of the one that was given.
 func ambiguousToken(at URI, found []slot) error {
 	err := &engine.AmbiguousError{Address: at}
 	for _, s := range found {
-		address := URI{Token: s.uri.Token, Serial: s.uri.Serial}
+		address := URI{
+			Token: s.uri.Token, Serial: s.uri.Serial,
+			ModulePath: at.ModulePath, ModuleName: at.ModuleName, PINSource: at.PINSource,
+		}
 		for _, other := range found {
 			if other.number != s.number && address.differs(other.uri) == "" {
 				address.SlotID = s.uri.SlotID

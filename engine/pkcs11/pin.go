@@ -16,6 +16,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"estenroll/engine"
+	"estenroll/internal/durable"
 )
 
 const maxPINFile = 1024 // bytes
@@ -92,7 +93,7 @@ func readPINFile(path string) (pin []byte, source engine.PINSource, err error) {
 	}
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	if !ok || !info.Mode().IsRegular() {
-		return nil, source, fmt.Errorf("%s: not a regular file", path)
+		return nil, source, fmt.Errorf("%s: %w", path, durable.ErrNotRegular)
 	}
 	source = engine.PINSource{Path: path, Inode: stat.Ino, Size: info.Size(), ChangedAt: time.Unix(stat.Ctim.Unix()).UTC()}
 	buffer := make([]byte, maxPINFile+1)

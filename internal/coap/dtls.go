@@ -299,6 +299,10 @@ func handshakeError(addr string, shake *handshake, err error) *HandshakeError {
 	if errors.As(err, &pionError) {
 		result.Err = pionError.Err
 	}
+	var temporary *dtls.TemporaryError
+	if errors.As(result.Err, &temporary) {
+		result.Err = temporary.Err // the socket's, without "dtls temporary"
+	}
 	result.Err = timedOut(result.Err)
 	// pion's error of a received alert is unexported, but encodes itself like
 	// the alert it embeds: level, description.

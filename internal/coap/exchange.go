@@ -23,12 +23,18 @@ import (
 var (
 	// ErrTimeout is an exchange or a handshake that was given up. It wraps
 	// context.DeadlineExceeded.
-	ErrTimeout = fmt.Errorf("no answer: %w", context.DeadlineExceeded)
+	ErrTimeout error = timeoutError{}
 	// ErrReset is a request that the peer rejected with a Reset (RFC 7252 §4.2).
 	ErrReset = errors.New("reset by the peer")
 	// ErrClosed is a connection that was closed, by either end.
 	ErrClosed = errors.New("connection closed")
 )
+
+// timeoutError says what a person understands of context.DeadlineExceeded.
+type timeoutError struct{}
+
+func (timeoutError) Error() string { return "no answer" }
+func (timeoutError) Unwrap() error { return context.DeadlineExceeded }
 
 const (
 	// exchangeLifetime is EXCHANGE_LIFETIME (RFC 7252 §4.8.2): how long a

@@ -273,16 +273,16 @@ func TestIgnored(t *testing.T) {
 		answer func(*message.Message) []byte
 		want   string
 	}{
-		"silence": {func(*message.Message) []byte { return nil }, "no answer: context deadline exceeded"},
+		"silence": {func(*message.Message) []byte { return nil }, "no answer"},
 		"an option that is cut": {func(m *message.Message) []byte {
 			return []byte{0x60, byte(codes.Content), byte(m.MessageID >> 8), byte(m.MessageID), 0xc2, 1}
-		}, "no answer: context deadline exceeded, but 2 malformed messages"},
+		}, "no answer, but 2 malformed messages"},
 		"another token": {func(m *message.Message) []byte {
 			return []byte{0x61, byte(codes.Content), byte(m.MessageID >> 8), byte(m.MessageID), 1}
-		}, "no answer: context deadline exceeded, but 2 with another token"},
+		}, "no answer, but 2 with another token"},
 		"an empty ACK": {func(m *message.Message) []byte {
 			return []byte{0x60, 0, byte(m.MessageID >> 8), byte(m.MessageID)}
-		}, "acknowledged: no answer: context deadline exceeded"},
+		}, "acknowledged: no answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -307,7 +307,7 @@ func TestIgnored(t *testing.T) {
 				done = do(t.Context(), conn, get)
 				p.next()
 				p.next()
-				if got := <-done; !isTimeout(got.err) || !strings.HasSuffix(got.err.Error(), ": no answer: context deadline exceeded") {
+				if got := <-done; !isTimeout(got.err) || !strings.HasSuffix(got.err.Error(), ": no answer") {
 					t.Errorf("the next exchange: %v", got.err)
 				}
 			})
