@@ -60,18 +60,7 @@ func (c *Credential) Enroll(ctx context.Context) (*Result, error) {
 // one (simplereenroll). It does so whether the current certificate is near its
 // end or not. ErrNotEnrolled, also where the token has lost the key or the
 // certificate, ErrExpired, and as Enroll.
-func (c *Credential) Renew(ctx context.Context) (*Result, error) {
-	return c.attempt(KindRenew, func() (*Result, error) {
-		recovered, err := c.recover(ctx)
-		if err != nil || recovered != nil && recovered.Kind.reenrolls() {
-			return recovered, err
-		}
-		if err := c.startRenew(ctx, KindRenew); err != nil {
-			return nil, &StepError{Step: StepPrepare, Err: err}
-		}
-		return c.proceed(ctx, false)
-	})
-}
+func (c *Credential) Renew(ctx context.Context) (*Result, error) { return c.renew(ctx, KindRenew) }
 
 // Rekey is Renew with a new key of the configured kind, generated beside the old
 // one, which stays with its certificate until the next completed renewal. A renewal
@@ -82,12 +71,18 @@ func (c *Credential) Rekey(ctx context.Context) (*Result, error) {
 	if c.cfg.Key != nil {
 		return nil, fmt.Errorf("generate a key beside %s: %w", c.cfg.Key, ErrKeyNamed)
 	}
-	return c.attempt(KindRekey, func() (*Result, error) {
+	return c.renew(ctx, KindRekey)
+}
+
+// renew begins a renewal, or a rekey, which is one too: where one was begun it is
+// what a Renew is for, but a renewal is not what a Rekey is for.
+func (c *Credential) renew(ctx context.Context, kind Kind) (*Result, error) {
+	return c.attempt(kind, func() (*Result, error) {
 		recovered, err := c.recover(ctx)
-		if err != nil || recovered != nil && recovered.Kind == KindRekey {
+		if err != nil || recovered != nil && (recovered.Kind == kind || recovered.Kind == KindRekey) {
 			return recovered, err
 		}
-		if err := c.startRenew(ctx, KindRekey); err != nil {
+		if err := c.startRenew(ctx, kind); err != nil {
 			return nil, &StepError{Step: StepPrepare, Err: err}
 		}
 		return c.proceed(ctx, false)

@@ -607,6 +607,8 @@ func TestRekeySharedKey(t *testing.T) {
 		}
 		instance, _ := object.Instance(0)
 		instance.ShortServerID = 8
+		// Of another program, perhaps: one with our certificate would be ours, left behind.
+		instance.ClientCertificate = engine.CertificateChainFromEngine(site.address(t, "pkcs11:object=another;type=cert"))
 		object.Set(7, instance)
 		if err := object.Save(path); err != nil {
 			t.Fatal(err)
