@@ -407,18 +407,25 @@ func TestRekeyTakesTooLong(t *testing.T) {
 	}
 }
 
-// A pending answer is kept with the new key and its CSR across runs.
+// A pending answer is kept with the new key and its CSR across runs; the device is
+// enrolled meanwhile.
 func TestRekeyPending(t *testing.T) {
-	site := newSite(t, testserver.Config{})
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now})
 	d := site.device(t, "pending")
-	d.mustEnroll()
-	site.faults(t, testserver.Faults{Defer: 1, DeferMaxAge: new(time.Duration)})
+	d.now = c.now
+	enrolled := d.mustEnroll()
+	site.faults(t, testserver.Faults{Defer: 1, DeferMaxAge: new(time.Hour)})
 	_, err := d.rekey()
 	var pending *estenroll.PendingError
 	if !errors.As(err, &pending) {
 		t.Fatalf("got %v", err)
 	}
 	asked, key := d.csrs(), d.journal().Operation.Key
+	if result := d.mustEnroll(); result.Changed || result.Key != enrolled.Key || !d.warned("is not done") || len(d.requests) != 0 {
+		t.Errorf("result %+v, events %+v", result, d.events)
+	}
+	c.advance(time.Hour + time.Minute)
 	result := d.mustRekey()
 	if result.Key.String() != key || !result.Recovered {
 		t.Errorf("result %+v", result)
