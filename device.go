@@ -7,9 +7,9 @@
 //
 // [Open] locks a state directory and opens the token, once for all credentials
 // of the device. [Credential.Enroll] is the first boot of one, [Credential.RenewDue]
-// its renewal when the [Policy] says so and [Credential.Renew] at once,
-// [Credential.Recover] finishes what a killed run left, and each of the others
-// begins with it. [Credential.Status] changes nothing.
+// its renewal when the [Policy] says so, [Credential.Renew] one at once and
+// [Credential.Rekey] one with a new key, [Credential.Recover] finishes what a killed
+// run left, and each of the others begins with it. [Credential.Status] changes nothing.
 //
 // What holds at every moment, whatever is killed (DESIGN.md §7): the Security
 // object points at a usable credential, and the next run reaches the state that
@@ -128,7 +128,8 @@ type CredentialConfig struct {
 	ImplicitTA *est.TrustAnchors
 	// Dial opens a session with the EST server.
 	Dial func(ctx context.Context, with Connection) (est.Session, error)
-	// KeySpec is what key to generate for the first certificate. Default: EC P-256.
+	// KeySpec is what key to generate, for the first certificate and at a rekey.
+	// Default: EC P-256.
 	KeySpec engine.KeySpec
 	// Key is one that the HSM holds, the IDevID's perhaps: it is used as it is
 	// instead of a generated one, and never destroyed. Default: none.

@@ -45,6 +45,12 @@ var (
 	// ErrKeyPolicy says that the existing key that was named is not as protected
 	// as a generated one.
 	ErrKeyPolicy = errors.New("the key that was named does not satisfy the policy")
+	// ErrKeyNamed says that there is no new key to generate for a rekey: the
+	// configuration names an existing one.
+	ErrKeyNamed = errors.New("the configuration says which key it is")
+	// ErrRekeyGivenUp says that a rekey was under way for too long and was dropped,
+	// key and all: the current key can be renewed again.
+	ErrRekeyGivenUp = errors.New("the rekey has taken too long and is given up")
 	// ErrIDevID says that the factory credential is missing or not a pair.
 	ErrIDevID = errors.New("the factory credential (IDevID) is not usable")
 )

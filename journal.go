@@ -47,8 +47,12 @@ type Kind string
 const (
 	KindEnroll Kind = "enroll" // first certificate, authenticated by the IDevID
 	KindRenew  Kind = "renew"  // new certificate for the same key
+	KindRekey  Kind = "rekey"  // new certificate for a new key
 	KindReset  Kind = "reset"  // back to the factory state
 )
+
+// reenrolls reports the kinds that the current pair authenticates.
+func (k Kind) reenrolls() bool { return k == KindRenew || k == KindRekey }
 
 // reference is an engine address in the journal: text on disk, typed in memory.
 type reference struct {
@@ -84,8 +88,8 @@ type operation struct {
 	// Deadline ends the polling of a pending request.
 	Deadline time.Time `json:"deadline"`
 	// NewKey says that the key was made for this operation and goes with it, and
-	// ExistingKey that it was in the token before and is never destroyed. Neither
-	// is that of a renewal.
+	// ExistingKey that it was in the token before and is never destroyed. A
+	// renewal's is that of the pair.
 	NewKey      bool      `json:"new_key"`
 	ExistingKey bool      `json:"existing_key,omitempty"`
 	Key         reference `json:"key,omitzero"` // none where a reset began on its own
@@ -323,7 +327,7 @@ func (r *record) resolve(parse addressParser) error {
 		return nil
 	}
 	switch op.Kind {
-	case KindEnroll, KindRenew, KindReset:
+	case KindEnroll, KindRenew, KindRekey, KindReset:
 	default:
 		return fmt.Errorf("operation: unknown kind %q", op.Kind)
 	}
@@ -334,6 +338,9 @@ func (r *record) resolve(parse addressParser) error {
 	}
 	if (op.Kind == KindReset) != (op.Step == StepReset) {
 		return fmt.Errorf("operation: %s at step %q", op.Kind, op.Step)
+	}
+	if op.Kind == KindRekey && !op.NewKey {
+		return errors.New("operation: a rekey without a new key")
 	}
 	if op.NewKey && op.ExistingKey {
 		return errors.New("operation: its key is both new and an existing one")

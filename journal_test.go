@@ -47,7 +47,7 @@ func saved(t testing.TB, j *journal) string {
 }
 
 func TestJournalOfEachStep(t *testing.T) {
-	steps := map[Step]bool{}
+	steps, kinds := map[Step]bool{}, map[Kind]bool{}
 	for name, text := range journals(t, 2) {
 		j, err := parseJournal([]byte(text), parseAddress)
 		if err != nil {
@@ -59,13 +59,18 @@ func TestJournalOfEachStep(t *testing.T) {
 		}
 		for _, r := range j.Credentials {
 			if r.Operation != nil {
-				steps[r.Operation.Step] = true
+				steps[r.Operation.Step], kinds[r.Operation.Kind] = true, true
 			}
 		}
 	}
 	for _, step := range []Step{StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard, StepReset} {
 		if !steps[step] {
 			t.Errorf("no journal of step %s", step)
+		}
+	}
+	for _, kind := range []Kind{KindEnroll, KindRenew, KindRekey, KindReset} {
+		if !kinds[kind] {
+			t.Errorf("no journal of kind %s", kind)
 		}
 	}
 }
@@ -135,8 +140,9 @@ func TestJournalRefused(t *testing.T) {
 		"more data":           {proving + "{}", "after top-level value"},
 		"more than allowed":   {proving + strings.Repeat(" ", journalLimit), "too large"},
 		"unknown step":        {replace(`"step": "prove"`, `"step": "guess"`), "unknown step"},
-		"unknown kind":        {replace(`"kind": "enroll"`, `"kind": "rekey"`), "unknown kind"},
+		"unknown kind":        {replace(`"kind": "enroll"`, `"kind": "reissue"`), "unknown kind"},
 		"unknown key type":    {replace(`"new_key": true`, `"new_key": true, "key_type": "RSA 1024"`), "unknown key_type"},
+		"a rekey, no new key": {strings.Replace(replace(`"kind": "enroll"`, `"kind": "rekey"`), `"new_key": true`, `"new_key": false`, 1), "without a new key"},
 		"a key of two kinds":  {replace(`"new_key": true`, `"new_key": true, "existing_key": true`), "both new and an existing one"},
 		"a path":              {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
 		"negative wait":       {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},

@@ -114,10 +114,10 @@ func signsHandshakes(signer crypto.Signer) error {
 	return err
 }
 
-// anotherKey says why the key of an interrupted enrolment is not the one that is
-// wanted by now. Once there is a certificate for it, it is gone on with.
+// anotherKey says why the key of an interrupted enrolment or rekey is not the one
+// that is wanted by now. Once there is a certificate for it, it is gone on with.
 func (c *Credential) anotherKey(ctx context.Context, op *operation) (why string, err error) {
-	if op.Kind != KindEnroll || op.Step != StepGenerate && op.Step != StepRequest {
+	if op.Kind != KindEnroll && op.Kind != KindRekey || op.Step != StepGenerate && op.Step != StepRequest {
 		return "", nil
 	}
 	switch existing := c.cfg.Key != nil; {

@@ -33,7 +33,7 @@ type Result struct {
 // *PendingError, ErrRefused, ErrUnproven, and what est and engine report.
 func (c *Credential) Enroll(ctx context.Context) (*Result, error) {
 	return c.attempt(KindEnroll, func() (*Result, error) {
-		renewal := c.journal.Operation != nil && c.journal.Operation.Kind == KindRenew
+		renewal := c.journal.Operation != nil && c.journal.Operation.Kind.reenrolls()
 		recovered, err := c.recover(ctx)
 		if err != nil && renewal && ctx.Err() == nil && !isEngineError(err) {
 			// The device is enrolled: that its renewal waits, or failed, is no
@@ -61,18 +61,31 @@ func (c *Credential) Enroll(ctx context.Context) (*Result, error) {
 // end or not. ErrNotEnrolled, also where the token has lost the key or the
 // certificate, ErrExpired, and as Enroll.
 func (c *Credential) Renew(ctx context.Context) (*Result, error) {
-	return c.renew(ctx, true)
+	return c.renew(ctx, KindRenew, true)
 }
 
-// renew begins a renewal. One that is not forced is a renewal only if the new
-// certificate expires later.
-func (c *Credential) renew(ctx context.Context, force bool) (*Result, error) {
-	return c.attempt(KindRenew, func() (*Result, error) {
+// Rekey is Renew with a new key of the configured kind, generated beside the old
+// one, which stays with its certificate until the next completed renewal. A renewal
+// that was begun is completed first. What the token cannot do is given up, and so is
+// what the server has not answered by the deadline of the request: the current key
+// can be renewed then. ErrKeyNamed, ErrRekeyGivenUp, and as Renew.
+func (c *Credential) Rekey(ctx context.Context) (*Result, error) {
+	if c.cfg.Key != nil {
+		return nil, fmt.Errorf("generate a key beside %s: %w", c.cfg.Key, ErrKeyNamed)
+	}
+	return c.renew(ctx, KindRekey, true)
+}
+
+// renew begins a renewal, or a rekey, which is one too: where one was begun it is
+// what a Renew is for, but a renewal is not what a Rekey is for. One that is not
+// forced is a renewal only if the new certificate expires later.
+func (c *Credential) renew(ctx context.Context, kind Kind, force bool) (*Result, error) {
+	return c.attempt(kind, func() (*Result, error) {
 		recovered, err := c.recover(ctx)
-		if err != nil || recovered != nil && recovered.Kind == KindRenew {
+		if err != nil || recovered != nil && (recovered.Kind == kind || recovered.Kind == KindRekey) {
 			return recovered, err
 		}
-		if err := c.startRenew(ctx, force); err != nil {
+		if err := c.startRenew(ctx, kind, force); err != nil {
 			return nil, &StepError{Step: StepPrepare, Err: err}
 		}
 		return c.proceed(ctx, false)
@@ -194,15 +207,20 @@ func (c *Credential) startEnroll(ctx context.Context) error {
 		c.begin(&operation{Kind: KindEnroll, Step: StepRequest, ExistingKey: true, Key: reference{Address: key}})
 		return c.save()
 	}
+	return c.beginWithNewKey(KindEnroll)
+}
+
+// beginWithNewKey writes down which key will be generated.
+func (c *Credential) beginWithNewKey(kind Kind) error {
 	key, err := c.engine.NewKeyAddress(c.cfg.Name)
 	if err != nil {
 		return err
 	}
-	c.begin(&operation{Kind: KindEnroll, Step: StepGenerate, NewKey: true, Key: reference{Address: key}, KeyType: c.keyType()})
+	c.begin(&operation{Kind: kind, Step: StepGenerate, NewKey: true, Key: reference{Address: key}, KeyType: c.keyType(), Force: kind == KindRekey})
 	return c.save()
 }
 
-func (c *Credential) startRenew(ctx context.Context, force bool) error {
+func (c *Credential) startRenew(ctx context.Context, kind Kind, force bool) error {
 	if err := c.checkSecurity(); err != nil {
 		return err
 	}
@@ -225,6 +243,9 @@ func (c *Credential) startRenew(ctx context.Context, force bool) error {
 		return fmt.Errorf("valid until %s: %w", end.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	c.adopt(kept) // the journal may have been lost
+	if kind == KindRekey {
+		return c.beginWithNewKey(kind)
+	}
 	c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Force: force})
 	return c.save()
 }
@@ -289,24 +310,25 @@ func (c *Credential) hopeless(ctx context.Context, op *operation) (why string, e
 		return why, err
 	}
 	switch op.Step {
+	case StepGenerate:
 	case StepRequest, StepStore, StepProve:
+		if _, err := c.signer(ctx, op.Key.Address); errors.Is(err, engine.ErrNotFound) {
+			return "its key is not in the token any more", nil
+		} else if err != nil {
+			return "", err
+		}
 	default:
 		return "", nil
 	}
-	if _, err := c.signer(ctx, op.Key.Address); errors.Is(err, engine.ErrNotFound) {
-		return "its key is not in the token any more", nil
-	} else if err != nil {
-		return "", err
-	}
 	var needed *x509.Certificate
 	switch {
-	case op.Step != StepRequest:
+	case op.Step == StepStore || op.Step == StepProve:
 		chain, err := op.chain()
 		if err != nil {
 			return "", err
 		}
 		needed, why = chain[0], "its certificate has expired before it was proven"
-	case op.Kind == KindRenew:
+	case op.Kind.reenrolls():
 		old, err := c.authenticator(ctx)
 		if errors.Is(err, ErrNotEnrolled) || errors.Is(err, engine.ErrNotFound) {
 			return "the certificate to renew is gone", nil
@@ -326,7 +348,7 @@ func (c *Credential) hopeless(ctx context.Context, op *operation) (why string, e
 
 func (c *Credential) generate(ctx context.Context, resumed bool) error {
 	op := c.journal.Operation
-	return c.timed(StepGenerate, func() (string, error) {
+	err := c.timed(StepGenerate, func() (string, error) {
 		if resumed {
 			_, err := c.recoverer.RecoverKey(ctx, op.Key.Address)
 			if err == nil {
@@ -349,4 +371,22 @@ func (c *Credential) generate(ctx context.Context, resumed bool) error {
 		}
 		return fmt.Sprintf("generated %s in the token: %s", op.keyType(), op.Key), c.advance(StepRequest)
 	})
+	return c.giveUpRekey(ctx, err)
+}
+
+// giveUpRekey ends a rekey that the token does not allow: it would stand in the way
+// of each renewal with the key that is there. What may pass by itself ends nothing
+// before the deadline: a device may be gone because of what was asked of it.
+func (c *Credential) giveUpRekey(ctx context.Context, err error) error {
+	op := c.journal.Operation
+	if err == nil || op.Kind != KindRekey || ctx.Err() != nil || !isEngineError(err) {
+		return err
+	}
+	if errors.Is(err, engine.ErrDeviceLost) || errors.Is(err, engine.ErrLocked) {
+		if !c.cfg.Now().After(op.Deadline) {
+			return err
+		}
+		err = fmt.Errorf("%w: %w", ErrRekeyGivenUp, err)
+	}
+	return c.discard(ctx, err)
 }

@@ -64,7 +64,7 @@ func (c *Credential) RenewDue(ctx context.Context) (*Result, error) {
 	case renewal.State == RenewalExpired && !c.cfg.NoFallback:
 		return c.Enroll(ctx)
 	}
-	return c.renew(ctx, false)
+	return c.renew(ctx, KindRenew, false)
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }

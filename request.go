@@ -40,7 +40,7 @@ func (c *Credential) request(ctx context.Context) (*Result, error) {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
 	if err := c.buildCSR(ctx, auth); err != nil {
-		return nil, &StepError{Step: StepRequest, Err: err}
+		return nil, c.giveUpRekey(ctx, &StepError{Step: StepRequest, Err: err})
 	}
 	if err := c.stillPending(); err != nil {
 		return nil, err
@@ -56,9 +56,9 @@ func (c *Credential) request(ctx context.Context) (*Result, error) {
 	if err != nil {
 		return nil, c.requestFailed(ctx, err)
 	}
-	if op.Kind == KindRenew {
+	if op.Kind.reenrolls() {
 		if unchanged := c.notRenewed(auth.chain[0], got.chain[0]); unchanged {
-			return c.unchanged(auth)
+			return c.unchanged(ctx, auth)
 		}
 	}
 	return c.accept(ctx, auth, got)
@@ -90,7 +90,7 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 	op := c.journal.Operation
 	template := c.cfg.Request
 	switch {
-	case op.Kind == KindRenew:
+	case op.Kind.reenrolls():
 		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
 		// All else is asked for as it is configured.
 		old := csr.ForReenrollment(auth.chain[0])
@@ -143,7 +143,7 @@ type answer struct {
 }
 
 func operationOf(kind Kind) est.Operation {
-	if kind == KindRenew {
+	if kind.reenrolls() {
 		return est.SimpleReenroll
 	}
 	return est.SimpleEnroll
@@ -164,7 +164,7 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	}
 	if known, ok := session.(est.KeyAccepter); ok && !known.AcceptsKey(request.PublicKey) {
 		// The certificate could never be proven: it is not asked for.
-		return nil, fmt.Errorf("%s: no use for a certificate with %s: %w", c.cfg.ServerURI, engine.AlgorithmOf(request.PublicKey), est.ErrKeyUnsuitable)
+		return nil, fmt.Errorf("%s: %w with %s: %w", c.cfg.ServerURI, errNoUse, engine.AlgorithmOf(request.PublicKey), est.ErrKeyUnsuitable)
 	}
 	client := est.Client{Session: session}
 	caCerts, err := client.CACerts(ctx)
@@ -183,7 +183,7 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, fmt.Errorf("judge the server by its own cacerts: %w", err)
 	}
 	enroll := client.SimpleEnroll
-	if op.Kind == KindRenew {
+	if op.Kind.reenrolls() {
 		enroll = client.SimpleReenroll
 	}
 	c.sent = true
@@ -282,7 +282,13 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 		}
 		op.AskedAt, op.RetryAfter, op.Detail = now, pending.RetryAfter, pending.Detail
 		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline, Detail: op.Detail}, c.save())
-	case ctx.Err() != nil, errors.Is(err, est.ErrUnreachable), isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
+	case ctx.Err() != nil, isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
+		return err
+	case op.Kind == KindRekey && c.cfg.Now().After(op.Deadline):
+		// A renewal has nothing better to do than to go on; this one stands in the way
+		// of the renewal of the current key.
+		return c.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("%w: %w", ErrRekeyGivenUp, err)})
+	case errors.Is(err, est.ErrUnreachable):
 		return err
 	case errors.Is(err, est.ErrServerCertificate), errors.Is(err, est.ErrCredentialNotYetValid):
 		// Not an answer to the CSR: whoever stands in the server's place must not
@@ -298,13 +304,17 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 	return c.discard(ctx, err)
 }
 
+// errNoUse is what the server of a session says of the kind of our key; what a
+// handshake that failed seems to say can be anybody's.
+var errNoUse = errors.New("no use for a certificate")
+
 // isAnswer reports an error that only the authenticated server can have caused.
 // That the server's own certificate was not accepted has been set apart before.
 func isAnswer(err error) bool {
 	var status *est.StatusError
 	var response *est.ResponseError
 	return errors.As(err, &status) || errors.As(err, &response) || errors.Is(err, est.ErrKeyMismatch) ||
-		errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow) || errors.Is(err, ErrOtherNames)
+		errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow) || errors.Is(err, ErrOtherNames) || errors.Is(err, errNoUse)
 }
 
 func isEngineError(err error) bool {
@@ -318,12 +328,18 @@ func (c *Credential) notRenewed(old, issued *x509.Certificate) bool {
 	return old.Equal(issued) || !c.journal.Operation.Force && !issued.NotAfter.After(old.NotAfter)
 }
 
-func (c *Credential) unchanged(current *pair) (*Result, error) {
+func (c *Credential) unchanged(ctx context.Context, current *pair) (*Result, error) {
+	op := c.journal.Operation
 	kept, _ := c.current()
 	c.warn("the server answered with a certificate that is no renewal of the current one (until %s): nothing is changed",
 		current.chain[0].NotAfter.UTC().Format(time.RFC3339))
+	result := &Result{Kind: op.Kind, Certificate: current.chain[0], CertificateAddress: kept.Certificates[0].Address, Key: kept.Key.Address}
+	if op.NewKey {
+		op.Reason = "its certificate is no renewal"
+		return result, c.discard(ctx, nil)
+	}
 	c.journal.Operation = nil
-	return &Result{Kind: KindRenew, Certificate: current.chain[0], CertificateAddress: kept.Certificates[0].Address, Key: kept.Key.Address}, c.save()
+	return result, c.save()
 }
 
 // accept writes down the answer and where it will be stored.
@@ -334,7 +350,7 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
 	if op.Kind == KindRenew && c.journal.has(addresses[0]) {
-		return c.unchanged(auth) // the previous one, once more
+		return c.unchanged(ctx, auth) // the previous one, once more
 	}
 	for name, r := range c.shared.journal.Credentials {
 		if r != c.journal && r.names(addresses[0]) {

@@ -411,6 +411,12 @@ func (d *device) renewDue() (result *estenroll.Result, err error) {
 	return result, err
 }
 
+func (d *device) rekey() (result *estenroll.Result, err error) {
+	d.t.Helper()
+	err = d.run(func(c *estenroll.Credential) (err error) { result, err = c.Rekey(d.ctx); return err })
+	return result, err
+}
+
 func (d *device) status() (status *estenroll.Status) {
 	d.t.Helper()
 	err := d.run(func(c *estenroll.Credential) (err error) { status, err = c.Status(d.ctx); return err })
@@ -428,6 +434,11 @@ func (d *device) mustEnroll() *estenroll.Result {
 func (d *device) mustRenew() *estenroll.Result {
 	d.t.Helper()
 	return must(d.t, d.renew)
+}
+
+func (d *device) mustRekey() *estenroll.Result {
+	d.t.Helper()
+	return must(d.t, d.rekey)
 }
 
 func must(t *testing.T, do func() (*estenroll.Result, error)) *estenroll.Result {
@@ -510,6 +521,8 @@ type credentialView struct {
 		Step string `json:"step"`
 		Key  string `json:"key"`
 		CSR  []byte `json:"csr"`
+		// Certificates in the token, or about to be.
+		Certificates []string `json:"certificates"`
 	} `json:"operation"`
 	LastAttempt *estenroll.Attempt `json:"last_attempt"`
 }

@@ -35,7 +35,7 @@ func addresses(refs []reference) []engine.Address {
 
 func (c *Credential) storeCertificates(ctx context.Context) error {
 	op := c.journal.Operation
-	return c.timed(StepStore, func() (string, error) {
+	err := c.timed(StepStore, func() (string, error) {
 		chain, err := op.chain()
 		if err != nil {
 			return "", err
@@ -45,6 +45,7 @@ func (c *Credential) storeCertificates(ctx context.Context) error {
 		}
 		return fmt.Sprintf("stored the certificate and its chain (%d) in the token: %s", len(chain)-1, op.Certificates[0]), c.advance(StepProve)
 	})
+	return c.giveUpRekey(ctx, err)
 }
 
 // commit makes the Security object point at the new pair.

@@ -20,19 +20,28 @@ import (
 )
 
 // A prime, so that the sample of "make test" is spread over both sides of all calls.
-var crashEvery = flag.Int("crash.every", 23, "test each n-th point of the crash matrix; 1 tests all")
+var (
+	crashEvery = flag.Int("crash.every", 23, "test each n-th point of the crash matrix; 1 tests all")
+	crashOnly  = flag.String("crash.story", "", "test only the story of this name: enroll, renew, rekey or reset")
+)
 
-// TestCrash kills the program before and after each PKCS#11 call of a first boot
-// and of a renewal, then runs it once more as a device would, and looks at what
-// there is, with the eyes of others: pkcs11-tool and the server's record
-// (DESIGN.md §8). The program is the one that ships.
+// TestCrash kills the program before and after each PKCS#11 call of a first boot,
+// of a renewal and of a rekey that destroys the key before the previous one, then runs
+// it once more as a device would, and looks at what there is, with the eyes of
+// others: pkcs11-tool and the server's record (DESIGN.md §8). The program is the one
+// that ships.
 func TestCrash(t *testing.T) {
 	m := newMatrix(t)
+	rekey := []string{"renew", "--force", "--rekey"}
 	points, recovered, orphans := 0, 0, 0
 	for _, story := range []crashStory{
-		{name: "enroll", args: []string{"enroll"}, leaves: 1},
-		{name: "renew", args: []string{"renew", "--force"}, leaves: 2, before: [][]string{{"enroll"}}},
+		{name: "enroll", args: []string{"enroll"}, leaves: 1, keys: 1},
+		{name: "renew", args: []string{"renew", "--force"}, leaves: 2, keys: 1, before: [][]string{{"enroll"}}},
+		{name: "rekey", args: rekey, leaves: 2, keys: 2, before: [][]string{{"enroll"}, rekey}},
 	} {
+		if *crashOnly != "" && *crashOnly != story.name {
+			continue
+		}
 		template := m.prepare(t, story)
 		recorded := m.record(t, story, template)
 		t.Logf("%s: %d points recorded", story.name, len(recorded))
@@ -43,14 +52,20 @@ func TestCrash(t *testing.T) {
 			}
 		}
 	}
+	if points == 0 && *crashOnly != "reset" {
+		t.Fatalf("there is no story %q", *crashOnly)
+	}
 	fmt.Printf("points %d, recovered %d, orphans %d\n", points, recovered, orphans)
 }
 
 // TestCrashReset does the same with a reset. Once it is begun, the next run goes on
 // with it, and an enrolment is a first boot then; before that nothing is changed.
 func TestCrashReset(t *testing.T) {
+	story := crashStory{name: "reset", args: []string{"reset", "--yes"}, before: [][]string{{"enroll"}, {"renew", "--force"}}, leaves: 1, keys: 1}
+	if *crashOnly != "" && *crashOnly != story.name {
+		return
+	}
 	m := newMatrix(t)
-	story := crashStory{name: "reset", args: []string{"reset", "--yes"}, before: [][]string{{"enroll"}, {"renew", "--force"}}, leaves: 1}
 	template := m.prepare(t, story)
 	before := readJournal(t, template)
 	points, finished, begun := 0, 0, 0
@@ -127,7 +142,8 @@ type crashStory struct {
 	name   string
 	args   []string
 	before [][]string
-	leaves int // certificates of the device's key, in the end
+	leaves int // certificates of the device's keys, in the end
+	keys   int // of the device, then
 }
 
 // matrix is what all points share: the programs, the interposing module, a
@@ -309,7 +325,7 @@ func (d *crashDevice) journal() (crashRecord, error) {
 func (d *crashDevice) complete(t *testing.T, template string) bool {
 	t.Helper()
 	now := readJournal(t, d.dir)
-	return now.Operation == nil && len(now.Pairs) > len(readJournal(t, template).Pairs)
+	return now.Operation == nil && now.Pairs[0].Certificates[0] != readJournal(t, template).Pairs[0].Certificates[0]
 }
 
 // issuance is a line of the server's record.
@@ -394,8 +410,8 @@ func (d *crashDevice) judge(t *testing.T, story crashStory, issued []issuance) *
 	for object := range want {
 		wrong.add("not in the token: %v", object)
 	}
-	if keys != 2 {
-		wrong.add("%d private keys, want the IDevID's and one", keys)
+	if keys != 1+story.keys {
+		wrong.add("%d private keys, want the IDevID's and %d", keys, story.keys)
 	}
 	entries, err := os.ReadDir(filepath.Join(d.dir, "state"))
 	if err != nil {

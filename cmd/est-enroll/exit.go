@@ -160,6 +160,7 @@ var judgements = []struct {
 	judgement
 }{
 	{estenroll.ErrUnproven, judgement{exitTryLater, "run the same command again later: the stored certificate is proven then, without a new request"}},
+	{estenroll.ErrRekeyGivenUp, judgement{exitTryLater, "renew without --rekey keeps the current key; with it, the rekey begins anew"}},
 	{estenroll.ErrRefused, judgement{exitRefused, "the device goes on with the certificate it had; ask the people of the server why"}},
 	{estenroll.ErrBusy, judgement{exitTryLater, "wait for the other run, or give it longer with --lock-wait"}},
 	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
@@ -169,7 +170,7 @@ var judgements = []struct {
 	{estenroll.ErrWrongToken, judgement{exitToken, "connect the token that holds it; if it was cleared on purpose, the state directory is all that is left: remove it"}},
 	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or destroy what is left of it: est-enroll reset --credential NAME"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},
-	{estenroll.ErrGivenUp, judgement{exitRefused, "run est-enroll enroll to begin anew, when the people of the server are ready to decide"}},
+	{estenroll.ErrGivenUp, judgement{exitRefused, "run the same command to begin anew, when the people of the server are ready to decide"}},
 	{estenroll.ErrClock, judgement{exitTryLater, "set the clock, or leave out --require-clock"}},
 	{estenroll.ErrState, judgement{exitUsage, "something else has changed that file: restore it, or move that one file away, and the device goes on with what the others say"}},
 	{engine.ErrPINNotRetried, judgement{exitToken, "write the right PIN to its source, or insist with --retry-pin: each try of a wrong PIN may be the last"}},
@@ -182,9 +183,10 @@ var judgements = []struct {
 	{engine.ErrModuleNotFound, judgement{exitToken, "install the HSM's PKCS#11 module and name its file as module-path in the engine's address, or p11-kit's name of it as module-name: p11-kit list-modules"}},
 	{engine.ErrModule, judgement{exitToken, "name another file as module-path in the engine's address: this one is no PKCS#11 module for this machine, or lacks something"}},
 	{engine.ErrTokenReadOnly, judgement{exitToken, "take off the write protection of the token or of its reader, or name another token in the engine's address"}},
-	{engine.ErrTokenFull, judgement{exitToken, "make room in the token: pkcs11-tool --login --delete-object …; the next run goes on from here"}},
+	{engine.ErrTokenFull, judgement{exitToken, "make room in the token: pkcs11-tool --login --delete-object …, then run the same command again"}},
 	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots; a token whose files a power cut has emptied is gone, and with it its keys"}},
 	{engine.ErrLocked, judgement{exitTryLater, "wait for the other program"}},
+	{estenroll.ErrKeyNamed, judgement{exitUsage, "leave key out, and rekey generates one and leaves this one alone; without --rekey its certificate is renewed"}},
 	{estenroll.ErrKeyPolicy, judgement{exitToken, "leave key out, and a key that is not extractable is generated; or insist on this one with --allow-extractable"}},
 	{estenroll.ErrKey, judgement{exitToken, "check key against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{engine.ErrUnsupported, judgement{exitToken, "another key-type or rsa-padding may be what this token has: pkcs11-tool --module MODULE --list-mechanisms"}},

@@ -136,6 +136,8 @@ func (o *output) outcome(r *estenroll.Result) {
 		o.result("unchanged: the certificate is valid until %s", until)
 	case r.Kind == estenroll.KindEnroll:
 		o.result("enrolled: the certificate is valid until %s", until)
+	case r.Kind == estenroll.KindRekey:
+		o.result("rekeyed: the certificate is valid until %s", until)
 	default:
 		o.result("renewed: the certificate is valid until %s", until)
 	}

@@ -11,10 +11,10 @@ import (
 )
 
 func renewCommand(s *settings, out *output) *cobra.Command {
-	var force, detailed, asJSON bool
+	var force, rekey, detailed, asJSON bool
 	command := &cobra.Command{
 		Use:   "renew",
-		Short: "get a new certificate for the same key, when it is due",
+		Short: "get a new certificate when it is due, for the same key or a new one",
 		Long: `Renew gets a new certificate for the key of the current one, which authenticates
 the request, and keeps the current certificate as the previous one. It is for
 cron or a timer, every few minutes or once a day: it renews when the later of
@@ -26,16 +26,27 @@ left it goes on with at once. With --force it renews now.
 A certificate that has expired is enrolled again with the factory credential
 (IDevID), unless no-fallback is set.
 
-With --json it prints one object: action (none, renewed, enrolled, unchanged,
-pending or failed), reason, the old and the new certificate and the next attempt.
+With --rekey, beside --force, it generates a new key in the HSM beside the old
+one, of the configured key-type, and gets the certificate for that. The old key
+stays, with its certificate, until the next completed renewal. A key that the
+configuration names (key) is not replaced.
+
+With --json it prints one object: action (none, renewed, rekeyed, enrolled,
+unchanged, pending or failed), reason, the old and the new certificate and the next attempt.
 Where the configuration has "credentials:", it is an object by their names.`,
 		Example: `  */5 * * * *  root  est-enroll renew    # /etc/cron.d/est-enroll`,
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if rekey && !force {
+				return &usageError{errors.New("renew: --rekey is done now: it wants --force")}
+			}
 			changed, all := false, map[string]*renewReport{}
 			err := withCredentials(cmd.Context(), s, out, func(ctx context.Context, t turn) error {
 				renew := t.credential.RenewDue
-				if force {
+				switch {
+				case rekey:
+					renew = t.credential.Rekey
+				case force:
 					renew = t.credential.Renew
 				}
 				var report *renewReport
@@ -67,6 +78,7 @@ Where the configuration has "credentials:", it is an object by their names.`,
 		},
 	}
 	command.Flags().BoolVar(&force, "force", false, "renew now, whatever the age of the certificate")
+	command.Flags().BoolVar(&rekey, "rekey", false, "get the certificate for a new key, which is generated; with --force")
 	command.Flags().BoolVar(&detailed, "detailed-exit-code", false, "exit 10 where there is a new certificate, 0 where nothing was to do")
 	command.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return command
@@ -128,6 +140,8 @@ func (r *renewReport) after(ctx context.Context, credential *estenroll.Credentia
 		r.Action = "unchanged"
 	case result.Kind == estenroll.KindEnroll:
 		r.Action = "enrolled"
+	case result.Kind == estenroll.KindRekey:
+		r.Action = "rekeyed"
 	default:
 		r.Action = "renewed"
 	}

@@ -113,7 +113,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
 	s.keyType = oneOf{keyTypeNames[0], keyTypeNames}
-	flags.Var(&s.keyType, "key-type", "`type` of the key to generate for the first certificate: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
+	flags.Var(&s.keyType, "key-type", "`type` of the key to generate, for the first certificate and at a rekey: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
 	flags.StringVar(&s.key, "key", "", "engine `address` of a key in the HSM to use as it is instead, the IDevID's perhaps; it is never destroyed")
 	flags.BoolVar(&s.allowExtractable, "allow-extractable", false, "accept a --key that the HSM can give out")
 	s.rsaPadding = oneOf{paddingPKCS1, []string{paddingPKCS1, paddingPSS}}
