@@ -114,12 +114,20 @@ func (b *bench) binary() string { return filepath.Join(b.matrix.bin, "est-enroll
 // the module that stands in between, datagrams by a proxy, memory by GNU time.
 func (b *bench) count(t *testing.T, f *figures) {
 	t.Helper()
-	traffic := map[string]count{}
-	proxy := coaptest.NewProxy(t, strings.TrimPrefix(b.matrix.server.uri, "coaps://"), coaptest.Faults{Hook: trafficHook(traffic)})
+	const sessions = 2 // the request's and the proof's
+	traffic, closed := map[string]count{}, make(chan struct{}, sessions)
+	proxy := coaptest.NewProxy(t, strings.TrimPrefix(b.matrix.server.uri, "coaps://"), coaptest.Faults{Hook: trafficHook(traffic, closed)})
 	d := b.device(t)
 	log := filepath.Join(d.dir, "calls")
 	b.program(t, d, io.Discard, b.matrix.module.Env(b.matrix.token.ModulePath, log, p11crash.Point{}),
 		append([]string{b.binary()}, b.arguments(d, b.matrix.module.Path, "coaps://"+proxy.Addr())...)...)
+	for range sessions { // whose last datagrams may come after the program's end
+		select {
+		case <-closed:
+		case <-time.After(10 * time.Second):
+			t.Fatal("the server does not close a session that the program has closed")
+		}
+	}
 	f.Traffic, f.Calls = traffic, map[string]int{}
 	for _, point := range p11crash.ReadLog(t, log) {
 		if point.When == p11crash.Before {
@@ -155,8 +163,9 @@ func (b *bench) count(t *testing.T, f *figures) {
 
 // trafficHook sorts the datagrams of an enrolment. The first client is the
 // session of the request, the second the proof; records of DTLS tell the rest (RFC 6347
-// §4.1), and that a request with a body is long tells sen from crts.
-func trafficHook(traffic map[string]count) func(coaptest.Datagram) coaptest.Action {
+// §4.1), and that a request with a body is long tells sen from crts. What the server
+// says last in a session, which closes it, is told to closed.
+func trafficHook(traffic map[string]count, closed chan<- struct{}) func(coaptest.Datagram) coaptest.Action {
 	const (
 		alert, applicationData = 21, 23
 		longestGET             = 120
@@ -177,6 +186,12 @@ func trafficHook(traffic map[string]count) func(coaptest.Datagram) coaptest.Acti
 			phase = "proof"
 		}
 		traffic[phase] = traffic[phase].plus(count{1, len(d.Payload)})
+		if d.Payload[0] == alert && d.Direction == coaptest.ToClient {
+			select {
+			case closed <- struct{}{}:
+			default: // nobody waits for more
+			}
+		}
 		return coaptest.Pass
 	}
 }

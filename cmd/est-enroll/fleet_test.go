@@ -70,7 +70,7 @@ func TestFleet(t *testing.T) {
 			if len(own) != n+1 {
 				t.Errorf("%s: the server issued %d certificates for %s, want %d", args[0], len(own), d.subject, n+1)
 			}
-			if wrong := d.judge(t, crashStory{leaves: n + 1}, own); len(wrong.text) > 0 {
+			if wrong := d.judge(t, crashStory{leaves: n + 1, keys: 1}, own); len(wrong.text) > 0 {
 				t.Errorf("%s: %s:\n%s", args[0], d.subject, strings.Join(wrong.text, "\n"))
 			}
 		}
