@@ -70,7 +70,7 @@ func printable(text string) string {
 	}, text)
 }
 
-// prompt asks a person; a question has no newline.
+// prompt prints a part of a question to a person, whatever else is said.
 func (o *output) prompt(text string) { _, _ = io.WriteString(o.stderr, text) }
 
 // named puts the name of the credential before what is said of it.
@@ -82,9 +82,6 @@ func (o *output) named(text string) string {
 }
 
 func (o *output) warning(text string) { o.progress(estenroll.Event{Warning: true, Message: text}) }
-
-// ask prints a part of a question, whatever else is said.
-func (o *output) ask(text string) { _, _ = fmt.Fprint(o.stderr, text) }
 
 // result prints a line of the outcome.
 func (o *output) result(format string, args ...any) {

@@ -76,24 +76,24 @@ func (o *output) confirm(ctx context.Context, turns []turn, plans map[string]*es
 		plan := plans[t.credential.Name()]
 		empty = empty && plan.IsEmpty()
 		for _, doomed := range doomed(plan) {
-			o.ask(t.credential.Name() + ": " + doomed + "\n")
+			o.prompt(t.credential.Name() + ": " + doomed + "\n")
 		}
 	}
 	if empty {
 		return nil
 	}
-	o.ask("This is destroyed and cannot be brought back. Type yes to go on: ")
+	o.prompt("This is destroyed and cannot be brought back. Type yes to go on: ")
 	answer := make(chan string, 1)
 	go func() {
 		line, err := bufio.NewReader(os.Stdin).ReadString('\n') // an end of it is a no
 		if err != nil {
-			o.ask("\n")
+			o.prompt("\n")
 		}
 		answer <- strings.TrimSpace(line)
 	}()
 	select {
 	case <-ctx.Done():
-		o.ask("\n")
+		o.prompt("\n")
 		return ctx.Err()
 	case line := <-answer:
 		if line != "yes" {
