@@ -149,8 +149,9 @@ type CredentialConfig struct {
 	NoFallback bool
 	// Policy says when the certificate is renewed by RenewDue.
 	Policy Policy
-	// PendingLimit ends the polling of a request that the server keeps pending.
-	// Default: 7 days.
+	// PendingLimit ends the polling of a request that the server keeps pending. That of
+	// a rekey ends when half of what is left of the certificate has gone, if that is
+	// sooner. Default: 7 days.
 	PendingLimit time.Duration
 	// Tries bounds how often an exchange without an answer is begun again, with
 	// the same CSR, in one run. Default: 4.
@@ -253,6 +254,9 @@ func (c *Config) checkCredentials() error {
 		}
 		if err := one.Policy.check(); err != nil {
 			return fmt.Errorf("credential %q: %w: %w", one.Name, err, ErrConfig)
+		}
+		if one.Policy.RekeyEvery > 0 && one.Key != nil {
+			return fmt.Errorf("credential %q: a rekey every %d renewals of %s: %w: %w", one.Name, one.Policy.RekeyEvery, one.Key, ErrKeyNamed, ErrConfig)
 		}
 		for _, other := range c.Credentials[:i] {
 			switch {

@@ -394,13 +394,18 @@ func TestRekeyTakesTooLong(t *testing.T) {
 				t.Errorf("%d requests, or other bytes", len(csrs))
 			}
 			now.advance(8 * 24 * time.Hour)
-			_, err := d.renew()
+			_, err := d.rekey()
 			wantError(t, err, estenroll.ErrRekeyGivenUp)
 			wantError(t, err, c.cause)
 			d.unchangedSince(before)
-			d.hook = nil
-			if result := d.mustRenew(); result.Kind != estenroll.KindRenew {
-				t.Errorf("result %+v", result)
+			_, _ = d.rekey() // it is asked for again
+			if op := d.journal().Operation; op == nil || op.Key == key {
+				t.Errorf("operation %+v", op)
+			}
+			now.advance(8 * 24 * time.Hour)
+			d.hook = after(1, c.at, func() error { return c.cause })
+			if result := d.mustRenew(); result.Kind != estenroll.KindRenew || !d.warned("came to nothing") {
+				t.Errorf("result %+v, events %+v", result, d.events)
 			}
 			d.tidy(2)
 		})

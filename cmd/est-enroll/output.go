@@ -173,12 +173,17 @@ func (o *output) status(s *estenroll.Status) {
 		o.credential("  ", previous)
 	}
 	if r := s.Renewal; r != nil {
-		o.result("renewal due:  %s", stamp(r.Due))
+		if !r.Due.IsZero() {
+			o.result("renewal due:  %s", stamp(r.Due))
+		}
 		next := stamp(r.NextAttempt)
 		if r.State != estenroll.RenewalNotDue && r.State != estenroll.RenewalWaits {
 			next = "at the next run"
 		}
 		o.result("next attempt: %s (%s)", next, r.State)
+	}
+	if a := s.FailedRekey; a != nil {
+		o.result("rekey failed: at %s, the key is renewed instead: %s", stamp(a.Time), strings.ReplaceAll(a.Error, "\n", "; "))
 	}
 	if op := s.Pending; op != nil {
 		o.result("unfinished:   %s at step %s, begun %s", op.Kind, op.Step, stamp(op.StartedAt))

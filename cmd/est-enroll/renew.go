@@ -23,13 +23,17 @@ come. What fails is tried again by later runs, "attempts" times in what is left.
 A run between that is silent, asks no server and exits 0. What an interrupted run
 left it goes on with at once. With --force it renews now.
 
-A certificate that has expired is enrolled again with the factory credential
+A certificate that has expired, that the token has lost, or that the server
+refuses beside its successor is enrolled again with the factory credential
 (IDevID), unless no-fallback is set.
 
-With --rekey, beside --force, it generates a new key in the HSM beside the old
-one, of the configured key-type, and gets the certificate for that. The old key
-stays, with its certificate, until the next completed renewal. A key that the
-configuration names (key) is not replaced.
+A rekey generates a new key in the HSM beside the old one, of the configured
+key-type, and gets the certificate for that. The old key stays, with its
+certificate, until the next completed renewal. Every rekey-every-th renewal of a
+key is one, forced or not; where it comes to nothing, the same run renews the
+current key, and status shows why until one is done. With --rekey, beside
+--force, it is a rekey whatever rekey-every says. A key that the configuration
+names (key) is not replaced.
 
 With --json it prints one object: action (none, renewed, rekeyed, enrolled,
 unchanged, pending or failed), reason, the old and the new certificate and the next attempt.
