@@ -188,6 +188,7 @@ func TestInstall(t *testing.T) {
 		"/usr/share/man/man1/est-testserver-serve.1":           "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-idevid.1":          "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-fault.1":           "-rw-r--r--",
+		"/usr/share/man/man1/est-testserver-rollover.1":        "-rw-r--r--",
 	}
 	if diff := cmp.Diff(want, installed()); diff != "" {
 		t.Errorf("installed (-want +got)\n%s", diff)
