@@ -72,15 +72,14 @@ func (c *Credential) RenewDue(ctx context.Context) (*Result, error) {
 		}
 		renewal, current, err = c.renewal(ctx) // it was given up
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, err
-	case renewal == nil: // which is an error there
-	case renewal.waits():
+	}
+	switch c.begins(renewal) {
+	case "":
 		c.say(StepPrepare, "%s", renewal)
 		return current, nil
-	case c.cfg.NoFallback:
-	case renewal.State == RenewalExpired, renewal.State == RenewalLost:
+	case KindEnroll:
 		return c.enrollAgain(ctx)
 	}
 	result, err := c.renew(ctx, byPolicy, false)
@@ -97,6 +96,21 @@ func (c *Credential) enrollAgain(ctx context.Context) (*Result, error) {
 		c.warn("the server has refused the enrolled pairs, the device uses the IDevID: enrolling again with it")
 	}
 	return c.Enroll(ctx)
+}
+
+// begins returns the kind of the operation that RenewDue begins where none is to be
+// gone on with, "" for none.
+func (c *Credential) begins(renewal *Renewal) Kind {
+	switch {
+	case renewal == nil: // which is an error there
+	case renewal.waits():
+		return ""
+	case c.cfg.NoFallback:
+	case renewal.State == RenewalExpired, renewal.State == RenewalLost:
+		return KindEnroll
+	}
+	kept, _ := c.current()
+	return c.cfg.Policy.kind(kept.Renewals)
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
