@@ -28,6 +28,8 @@ func (s *Server) listen(key crypto.Signer) (door, error) {
 		AckTimeout:      s.cfg.AckTimeout,
 		FlightInterval:  s.cfg.FlightInterval,
 		Logger:          s.cfg.Logger,
+		// Clients that are killed, one after another, leave theirs behind for minutes.
+		MaxConnections: 4096,
 	}
 	for _, cert := range s.ServerChain() {
 		cfg.Certificate = append(cfg.Certificate, cert.Raw)
