@@ -33,44 +33,46 @@ const (
 type settings struct {
 	config string
 
-	stateDir, lockDir      string
-	engine                 string
-	credential             string
-	server, trustAnchors   string
-	discovery              oneOf
-	label                  string
-	subject                string
-	san                    []string
-	keyUsage, extKeyUsage  []string
-	subjectMismatch        oneOf
-	keyType, rsaPadding    oneOf
-	key                    string
-	allowExtractable       bool
-	idevidKey, idevidCert  string
-	idevidChain            string
-	securityInstance       uint16
-	securityServer         string
-	securityServerCert     string
-	shortServerID          uint16
-	noFallback             bool
-	nominalUsage           parsed[estenroll.Fraction]
-	maxMargin              parsed[time.Duration]
-	attempts               uint
-	noJitter               bool
-	pendingLimit, lockWait time.Duration
-	tries                  uint
-	retryInterval          time.Duration
-	blockSize              int
-	ackTimeout             time.Duration
-	maxRetransmit          int
-	exchangeTimeout        time.Duration
-	handshakeTimeout       time.Duration
-	requireClock           bool
-	exportDir              string
-	retryPIN               bool
-	quiet, verbose         bool
-	engineSource           engine.PINSource // where the engine's address was read
-	engineFromArgs         bool
+	stateDir, lockDir     string
+	engine                string
+	credential            string
+	server, trustAnchors  string
+	discovery             oneOf
+	label                 string
+	subject               string
+	san                   []string
+	keyUsage, extKeyUsage []string
+	subjectMismatch       oneOf
+	keyType, rsaPadding   oneOf
+	key                   string
+	allowExtractable      bool
+	idevidKey, idevidCert string
+	idevidChain           string
+	securityInstance      uint16
+	securityServer        string
+	securityServerCert    string
+	shortServerID         uint16
+	noFallback            bool
+	nominalUsage          parsed[estenroll.Fraction]
+	maxMargin             parsed[time.Duration]
+	attempts              uint
+	noJitter              bool
+	pendingLimit          time.Duration
+	lockTimeout           time.Duration
+	tries                 uint
+	retryInterval         time.Duration
+	blockSize             int
+	ackTimeout            time.Duration
+	maxRetransmit         int
+	exchangeTimeout       time.Duration
+	handshakeTimeout      time.Duration
+	requireClock          bool
+	exportDir             string
+	retryPIN              bool
+	quiet, verbose        bool
+	engineSource          engine.PINSource // where the engine's address was read
+	engineFromArgs        bool
+	command               string // the program and its verb
 	// credentials are the settings of each credential of the file, nil where
 	// there is the one that these settings name.
 	credentials []*settings
@@ -81,7 +83,7 @@ type settings struct {
 // deviceWide are the settings that all credentials of a device share: no entry of
 // "credentials" has them.
 var deviceWide = map[string]bool{
-	"credential": true, "engine": true, "state-dir": true, "lock-dir": true, "lock-wait": true, "require-clock": true,
+	"credential": true, "engine": true, "state-dir": true, "lock-dir": true, "lock-timeout": true, "require-clock": true,
 }
 
 // keyTypeNames are the words of key-type, in the order of engine.Algorithms.
@@ -149,7 +151,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.exportDir, "export-dir", "", "`directory` for other programs: certificate, chain and the key's address, as files below NAME/")
 	flags.BoolVar(&s.requireClock, "require-clock", false, "refuse to work while the system clock is behind what the device has verified")
 	flags.StringVar(&s.lockDir, "lock-dir", "/run/lock/est-enroll", "`directory` of the writer locks that all users of a token share")
-	flags.DurationVar(&s.lockWait, "lock-wait", 30*time.Second, "how long to wait for another run")
+	flags.DurationVar(&s.lockTimeout, "lock-timeout", 30*time.Second, "how long to wait for another run that has the state directory or the token")
 	flags.BoolVar(&s.retryPIN, "retry-pin", false, "try a PIN again that the token refused, though its source has not changed")
 	flags.BoolVarP(&s.quiet, "quiet", "q", false, "print errors only")
 	flags.BoolVarP(&s.verbose, "verbose", "v", false, "print each step with its time, on a terminal or not")
@@ -176,7 +178,7 @@ func (s *settings) fromEnvironment(flags *pflag.FlagSet, given map[string]bool, 
 		if onlyFlags[f.Name] || given[f.Name] || failure != nil {
 			return
 		}
-		name := envPrefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		name := variable(f.Name)
 		value, _ := lookupEnv(name)
 		if value == "" {
 			return // set to nothing is not set
@@ -190,6 +192,29 @@ func (s *settings) fromEnvironment(flags *pflag.FlagSet, given map[string]bool, 
 		}
 	})
 	return failure
+}
+
+// unknownVariables are the names of an environment that look like settings and are
+// none: misspelt ones, or flags that are no settings.
+func unknownVariables(flags *pflag.FlagSet, environ []string) (unknown []string) {
+	known := map[string]bool{envPrefix + "CONFIG": true}
+	flags.VisitAll(func(f *pflag.Flag) {
+		if !onlyFlags[f.Name] {
+			known[variable(f.Name)] = true
+		}
+	})
+	for _, pair := range environ {
+		name, value, _ := strings.Cut(pair, "=")
+		if strings.HasPrefix(name, envPrefix) && value != "" && !known[name] {
+			unknown = append(unknown, name)
+		}
+	}
+	return unknown
+}
+
+// variable is the name of a setting in the environment.
+func variable(setting string) string {
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(setting, "-", "_"))
 }
 
 func (s *settings) fromFile(flags *pflag.FlagSet, given map[string]bool) error {
