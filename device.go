@@ -214,6 +214,9 @@ type Credential struct {
 // Name returns the credential's name.
 func (c *Credential) Name() string { return c.cfg.Name }
 
+// ServerURI returns the EST server's.
+func (c *Credential) ServerURI() string { return c.cfg.ServerURI }
+
 // Configured reports whether the configuration has the credential. One that it
 // has no more keeps what it has in the token: it can be looked at and reset.
 func (c *Credential) Configured() bool { return !c.forgotten }

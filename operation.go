@@ -75,10 +75,17 @@ func (c *Credential) Renew(ctx context.Context) (*Result, error) {
 // what the server has not answered by the deadline of the request: the current key
 // can be renewed then. ErrKeyNamed, ErrRekeyGivenUp, and as Renew.
 func (c *Credential) Rekey(ctx context.Context) (*Result, error) {
-	if c.cfg.Key != nil {
-		return nil, fmt.Errorf("generate a key beside %s: %w", c.cfg.Key, ErrKeyNamed)
+	if err := c.checkRekey(); err != nil {
+		return nil, err
 	}
 	return c.renew(ctx, KindRekey, true)
+}
+
+func (c *Credential) checkRekey() error {
+	if c.cfg.Key != nil {
+		return fmt.Errorf("generate a key beside %s: %w", c.cfg.Key, ErrKeyNamed)
+	}
+	return nil
 }
 
 // byPolicy is no kind: the policy chooses it.
@@ -272,7 +279,7 @@ func (c *Credential) startRenew(ctx context.Context, kind Kind, force bool) erro
 		return fmt.Errorf("valid until %s: %w", end.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	c.adopt(kept) // the journal may have been lost
-	if cmp.Or(kind, c.cfg.Policy.kind(kept.Renewals)) == KindRekey {
+	if cmp.Or(kind, c.kindOfRenewal()) == KindRekey {
 		return c.beginWithNewKey(KindRekey, force, p.chain[0])
 	}
 	return c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Renewals: kept.Renewals + 1, Force: force}, p.chain[0])

@@ -109,6 +109,11 @@ func (c *Credential) begins(renewal *Renewal) Kind {
 	case renewal.State == RenewalExpired, renewal.State == RenewalLost:
 		return KindEnroll
 	}
+	return c.kindOfRenewal()
+}
+
+// kindOfRenewal is what the policy makes of the next renewal.
+func (c *Credential) kindOfRenewal() Kind {
 	kept, _ := c.current()
 	return c.cfg.Policy.kind(kept.Renewals)
 }

@@ -102,15 +102,24 @@ func (c *Credential) stillPending(ctx context.Context, auth *pair) (err error) {
 			return err
 		}
 	}
-	pending := op.pending()
+	pending := c.pending(op)
 	switch {
-	case !now.Before(pending.NotBefore), now.Before(op.AskedAt):
-		// A clock that was set back would keep the device waiting: it asks then.
+	case pending == nil:
 		return nil
 	case op.Kind == KindRekey && now.After(op.Deadline):
-		// The server's patience is not that of the certificate.
-		// It is not what it comes to: that is not wrapped.
+		// The server's patience is not that of the certificate. Nor is that what it
+		// comes to: it is not wrapped.
 		return c.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("%w: %s", ErrRekeyGivenUp, pending)})
+	}
+	return pending
+}
+
+// pending is the answer of an operation whose time to ask again has not come, else nil.
+func (c *Credential) pending(op *operation) *PendingError {
+	pending, now := op.pending(), c.cfg.Now()
+	// A clock that was set back would keep the device waiting: it asks then.
+	if op.AskedAt.IsZero() || c.anotherServer(op) || !now.Before(pending.NotBefore) || now.Before(op.AskedAt) {
+		return nil
 	}
 	return pending
 }
