@@ -63,12 +63,12 @@ func (c *Credential) RenewDue(ctx context.Context) (*Result, error) {
 	}
 	renewal, current, err := c.renewal(ctx)
 	if begun := c.journal.Operation; err == nil && begun != nil && (renewal == nil || !renewal.waits()) {
-		done, err := c.Recover(ctx)
-		if renewal != nil && renewal.isDue && c.cameToNothing(begun, err) {
-			return c.attempt(KindRenew, func() (*Result, error) { return c.renewInstead(ctx, false, err) })
+		done, failure := c.Recover(ctx)
+		if renewal != nil && renewal.isDue && c.cameToNothing(begun, failure) {
+			return c.attempt(KindRenew, func() (*Result, error) { return c.renewInstead(ctx, false, failure) })
 		}
-		if err != nil || done != nil {
-			return done, err
+		if failure != nil || done != nil {
+			return done, failure
 		}
 		renewal, current, err = c.renewal(ctx) // it was given up
 	}
