@@ -152,8 +152,9 @@ type CredentialConfig struct {
 	NoFallback bool
 	// Policy says when the certificate is renewed by RenewDue.
 	Policy Policy
-	// PendingLimit ends the polling of a request that the server keeps pending.
-	// Default: 7 days.
+	// PendingLimit ends the polling of a request that the server keeps pending. That of
+	// a rekey ends when half of what is left of the certificate has gone, if that is
+	// sooner. Default: 7 days.
 	PendingLimit time.Duration
 	// Tries bounds how often an exchange without an answer is begun again, with
 	// the same CSR, in one run. Default: 4.
@@ -213,6 +214,9 @@ type Credential struct {
 // Name returns the credential's name.
 func (c *Credential) Name() string { return c.cfg.Name }
 
+// ServerURI returns the EST server's.
+func (c *Credential) ServerURI() string { return c.cfg.ServerURI }
+
 // Configured reports whether the configuration has the credential. One that it
 // has no more keeps what it has in the token: it can be looked at and reset.
 func (c *Credential) Configured() bool { return !c.forgotten }
@@ -256,6 +260,9 @@ func (c *Config) checkCredentials() error {
 		}
 		if err := one.Policy.check(); err != nil {
 			return fmt.Errorf("credential %q: %w: %w", one.Name, err, ErrConfig)
+		}
+		if one.Policy.RekeyEvery > 0 && one.Key != nil {
+			return fmt.Errorf("credential %q: a rekey every %d renewals of %s: %w: %w", one.Name, one.Policy.RekeyEvery, one.Key, ErrKeyNamed, ErrConfig)
 		}
 		for _, other := range c.Credentials[:i] {
 			switch {

@@ -152,6 +152,9 @@ func (s *settings) inRange() error {
 	if s.attempts == 0 || s.attempts > 1000 {
 		return fmt.Errorf("attempts: %d is not from 1 to 1000", s.attempts)
 	}
+	if s.rekeyEvery > 1000 {
+		return fmt.Errorf("rekey-every: %d is not from 0 to 1000", s.rekeyEvery)
+	}
 	switch {
 	case s.stateDir == "":
 		return errors.New("state-dir: empty")

@@ -57,6 +57,7 @@ type settings struct {
 	maxMargin             parsed[time.Duration]
 	attempts              uint
 	noJitter              bool
+	rekeyEvery            uint
 	pendingLimit          time.Duration
 	lockTimeout           time.Duration
 	tries                 uint
@@ -101,7 +102,7 @@ const (
 )
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "uri": true, "example": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "dry-run": true, "uri": true, "example": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -140,6 +141,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.maxMargin, "max-margin", "the longest `time` before its end that a certificate is renewed: 30d or 720h")
 	flags.UintVar(&s.attempts, "attempts", 10, "how many attempts to renew it are spread over what is left then, no two within 30s")
 	flags.BoolVar(&s.noJitter, "no-jitter", false, "make the first of them when it is due, not at the device's own place before the second")
+	flags.UintVar(&s.rekeyEvery, "rekey-every", 0, "make every `n`-th renewal of a key one with a new key: 1 each of them, 0 none")
 	flags.DurationVar(&s.pendingLimit, "pending-limit", 7*24*time.Hour, "give up a request that the server keeps pending for so long")
 	flags.UintVar(&s.tries, "tries", 4, "how often an exchange without an answer is tried in one run, with the same CSR")
 	flags.DurationVar(&s.retryInterval, "retry-interval", time.Second, "first pause between those tries; it doubles")
