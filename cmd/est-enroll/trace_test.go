@@ -42,7 +42,7 @@ func TestTrace(t *testing.T) {
 			r.before(t, "the journal names what will be made", journal(firstStep).onDisk, "the module makes it", objects[0].begin)
 			// A session sends nothing as large as a CSR but that: a GET has less than 100 bytes.
 			csr := r.find(t, "the CSR", func(c traced) bool { return c.isRecord(recordData) && c.returned() > 200 })
-			r.before(t, "the journal holds the CSR", journal("request").onDisk, "it is sent", csr.begin)
+			r.before(t, "the journal holds the CSR", files.find(t, "journal.json", `\"csr\": `).onDisk, "it is sent", csr.begin)
 			r.before(t, "the CSR is answered", csr.end, "the journal says so", journal("store").begin)
 			r.before(t, "the journal names the certificates", journal("store").onDisk, "the module makes the last", objects[len(objects)-1].begin)
 			r.before(t, "the module has the certificates", objects[len(objects)-1].end, "the journal says so", journal("prove").begin)
