@@ -320,7 +320,7 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 }
 
 func (d *Device) open(ctx context.Context) error {
-	if err := os.MkdirAll(d.cfg.StateDir, 0o700); err != nil {
+	if err := durable.MkdirAll(d.cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("create state directory: %w", err)
 	}
 	if err := d.checkStateDir(); err != nil {
