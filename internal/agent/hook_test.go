@@ -3,7 +3,6 @@ package agent_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -249,6 +248,6 @@ func TestHookVariables(t *testing.T) {
 		seen[name] = true
 	}
 	if want := 13; len(seen) != want {
-		t.Error(fmt.Sprintf("%d variables, want %d", len(seen), want))
+		t.Errorf("%d variables, want %d", len(seen), want)
 	}
 }
