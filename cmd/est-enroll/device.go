@@ -171,7 +171,7 @@ func (s *settings) inRange() error {
 	}
 	for name, d := range map[string]time.Duration{
 		"pending-limit": s.pendingLimit, "retry-interval": s.retryInterval, "ack-timeout": s.ackTimeout,
-		"handshake-timeout": s.handshakeTimeout, "lock-timeout": s.lockTimeout,
+		"handshake-timeout": s.handshakeTimeout, "lock-timeout": s.lockTimeout, "hook-timeout": s.hookTimeout,
 	} {
 		if d <= 0 {
 			return fmt.Errorf("%s: %s is not longer than nothing", name, d)
