@@ -142,6 +142,8 @@ type record struct {
 	Pairs       []credential `json:"pairs,omitempty"`
 	Operation   *operation   `json:"operation,omitempty"`
 	LastAttempt *Attempt     `json:"last_attempt,omitempty"`
+	// CACertsAt is when cacerts was answered last, by a server that was judged.
+	CACertsAt time.Time `json:"cacerts_at,omitzero"`
 }
 
 func (r *record) isEmpty() bool {

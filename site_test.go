@@ -306,7 +306,7 @@ func (d *device) dial(ctx context.Context, with estenroll.Connection) (est.Sessi
 			}
 		}
 		session, err := coaps.Dial(ctx, coaps.Config{
-			URI: uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now,
+			URI: uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, Provisional: with.Provisional,
 			AckTimeout: 500 * time.Millisecond, FlightInterval: 500 * time.Millisecond, HandshakeTimeout: timeout,
 		})
 		if err != nil {

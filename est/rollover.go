@@ -112,10 +112,18 @@ func (t *TrustAnchors) Succeed(published []*x509.Certificate, vouched []Fingerpr
 		}
 	}
 	if next = append(next, s.Kept...); len(next) == 0 {
-		return nil, fmt.Errorf("cacerts has %s: %w", subjects(s.Refused), ErrNotVouched)
+		return nil, s.NotVouched()
 	}
 	s.Anchors, err = NewTrustAnchors(append(next, below(next, offered.intermediates)...))
 	return s, err
+}
+
+// NotVouched is an ErrNotVouched that names the refused roots; nil if there are none.
+func (s *Succession) NotVouched() error {
+	if len(s.Refused) == 0 {
+		return nil
+	}
+	return fmt.Errorf("cacerts has %s: %w", subjects(s.Refused), ErrNotVouched)
 }
 
 // vouchers are those who can vouch: the held anchors, the roots whose fingerprints

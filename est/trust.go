@@ -68,6 +68,18 @@ func isCA(cert *x509.Certificate) bool {
 	return cert.Version < 3 || cert.BasicConstraintsValid && cert.IsCA
 }
 
+// Join returns anchors that judge as either of the two does.
+func (t *TrustAnchors) Join(other *TrustAnchors) *TrustAnchors {
+	joined := &TrustAnchors{roots: t.roots.Clone()}
+	for _, anchor := range other.anchors {
+		joined.roots.AddCert(anchor)
+	}
+	joined.certificates = slices.Concat(t.certificates, other.certificates)
+	joined.anchors = slices.Concat(t.anchors, other.anchors)
+	joined.intermediates = slices.Concat(t.intermediates, other.intermediates)
+	return joined
+}
+
 // Certificates returns all of them, anchors and those that lead to them.
 func (t *TrustAnchors) Certificates() []*x509.Certificate { return slices.Clone(t.certificates) }
 

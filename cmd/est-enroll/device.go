@@ -251,6 +251,7 @@ func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 	cfg.Dial = func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
 		dial := options
 		dial.Certificate, dial.Key, dial.Trust, dial.Now, dial.Warn = with.Certificate, with.Key, with.Trust, with.Now, with.Warn
+		dial.Provisional = with.Provisional
 		return coaps.Dial(ctx, dial)
 	}
 	return nil
