@@ -92,8 +92,11 @@ type Config struct {
 	// StateDir holds the journal, the Security object and the trust anchors; it
 	// is created with mode 0700.
 	StateDir string
-	// LockWait bounds the wait for another run. Default: 30s.
-	LockWait time.Duration
+	// LockTimeout bounds the wait for another run. Default: 30s.
+	LockTimeout time.Duration
+	// Command names this run to those who wait for it: "est-enroll renew". Whoever
+	// may read the state directory reads it: no arguments. Default: the program's name.
+	Command string
 	// OpenEngine opens the token. refused is the source of the PIN that the
 	// token refused in an earlier run, to be passed on in engine.Options.
 	OpenEngine func(ctx context.Context, refused engine.PINSource) (engine.Engine, error)
@@ -159,8 +162,9 @@ type CredentialConfig struct {
 	NoFallback bool
 	// Policy says when the certificate is renewed by RenewDue.
 	Policy Policy
-	// PendingLimit ends the polling of a request that the server keeps pending.
-	// Default: 7 days.
+	// PendingLimit ends the polling of a request that the server keeps pending. That of
+	// a rekey ends when half of what is left of the certificate has gone, if that is
+	// sooner. Default: 7 days.
 	PendingLimit time.Duration
 	// Tries bounds how often an exchange without an answer is begun again, with
 	// the same CSR, in one run. Default: 4.
@@ -215,6 +219,7 @@ type Credential struct {
 	// explicitTA is the Explicit TA, explicitName the file that it is in.
 	explicitTA   *est.TrustAnchors
 	explicitName string
+	caughtUp     bool // it is newer than the file
 	// formerIDevID is an address of the factory certificate that the configuration
 	// had before: the Security object has it.
 	formerIDevID engine.Address
@@ -222,6 +227,9 @@ type Credential struct {
 
 // Name returns the credential's name.
 func (c *Credential) Name() string { return c.cfg.Name }
+
+// ServerURI returns the EST server's.
+func (c *Credential) ServerURI() string { return c.cfg.ServerURI }
 
 // Configured reports whether the configuration has the credential. One that it
 // has no more keeps what it has in the token: it can be looked at and reset.
@@ -240,8 +248,8 @@ func CheckName(name string) error {
 }
 
 func (c *Config) setDefaults() {
-	if c.LockWait == 0 {
-		c.LockWait = 30 * time.Second
+	if c.LockTimeout == 0 {
+		c.LockTimeout = 30 * time.Second
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -266,6 +274,9 @@ func (c *Config) checkCredentials() error {
 		}
 		if err := one.Policy.check(); err != nil {
 			return fmt.Errorf("credential %q: %w: %w", one.Name, err, ErrConfig)
+		}
+		if one.Policy.RekeyEvery > 0 && one.Key != nil {
+			return fmt.Errorf("credential %q: a rekey every %d renewals of %s: %w: %w", one.Name, one.Policy.RekeyEvery, one.Key, ErrKeyNamed, ErrConfig)
 		}
 		for _, other := range c.Credentials[:i] {
 			switch {
@@ -360,9 +371,9 @@ func (d *Device) checkStateDir() error {
 }
 
 func (d *Device) acquire(ctx context.Context) error {
-	waiting, cancel := context.WithTimeout(ctx, d.cfg.LockWait)
+	waiting, cancel := context.WithTimeout(ctx, d.cfg.LockTimeout)
 	defer cancel()
-	lock, err := durable.Acquire(waiting, filepath.Join(d.cfg.StateDir, lockName), 0o600)
+	lock, err := durable.Acquire(waiting, filepath.Join(d.cfg.StateDir, lockName), 0o600, d.cfg.Command)
 	var held *durable.LockedError
 	switch {
 	case errors.As(err, &held):

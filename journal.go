@@ -74,6 +74,8 @@ type credential struct {
 	ExplicitTA string `json:"explicit_ta,omitempty"`
 	// ExistingKey says that the key was there before, and outlives the pair.
 	ExistingKey bool `json:"existing_key,omitempty"`
+	// Renewals is how often the key had been renewed when the pair was made.
+	Renewals int `json:"renewals,omitempty"`
 }
 
 func (c credential) sameLeaf(at engine.Address) bool {
@@ -85,8 +87,10 @@ type operation struct {
 	Kind      Kind      `json:"kind"`
 	Step      Step      `json:"step"`
 	StartedAt time.Time `json:"started_at"`
-	// Deadline ends the polling of a pending request.
+	// Deadline ends the polling of a pending request, and a rekey.
 	Deadline time.Time `json:"deadline"`
+	// Server is whom the CSR is for; not said by operations of earlier programs.
+	Server string `json:"server,omitempty"`
 	// NewKey says that the key was made for this operation and goes with it, and
 	// ExistingKey that it was in the token before and is never destroyed. A
 	// renewal's is that of the pair.
@@ -95,7 +99,9 @@ type operation struct {
 	Key         reference `json:"key,omitzero"` // none where a reset began on its own
 	// KeyType of a new key. Default: EC P-256, the only one there was once.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
-	CSR     []byte           `json:"csr,omitempty"`
+	// Renewals of the key, this one included.
+	Renewals int    `json:"renewals,omitempty"`
+	CSR      []byte `json:"csr,omitempty"`
 	// AskedAt, RetryAfter and Detail: the pending answer (RFC 9148 §4.7).
 	AskedAt    time.Time     `json:"asked_at,omitzero"`
 	RetryAfter time.Duration `json:"retry_after,omitempty"`
@@ -121,8 +127,11 @@ type Attempt struct {
 	Error  string    `json:"error,omitempty"`
 }
 
-// attemptDone is the Result of an Attempt that reached what it was for.
-const attemptDone = "done"
+// The Result of an Attempt that reached what it was for, and of one that did not.
+const (
+	attemptDone   = "done"
+	attemptFailed = "failed"
+)
 
 // journal is everything the lifecycle remembers beside the Security object.
 type journal struct {
@@ -144,6 +153,8 @@ type record struct {
 	LastAttempt *Attempt     `json:"last_attempt,omitempty"`
 	// CACertsAt is when cacerts was answered last, by a server that was judged.
 	CACertsAt time.Time `json:"cacerts_at,omitzero"`
+	// FailedRekey is the last that came to nothing while the policy asks for one.
+	FailedRekey *Attempt `json:"failed_rekey,omitempty"`
 }
 
 func (r *record) isEmpty() bool {
@@ -323,6 +334,9 @@ func (r *record) resolve(parse addressParser) error {
 		if err := checkFileName(c.ExplicitTA); err != nil {
 			return fmt.Errorf("%s: %w", field, err)
 		}
+		if c.Renewals < 0 {
+			return fmt.Errorf("%s: renewals is negative", field)
+		}
 	}
 	op := r.Operation
 	if op == nil {
@@ -350,8 +364,8 @@ func (r *record) resolve(parse addressParser) error {
 	if op.KeyType != "" && !slices.Contains(engine.Algorithms(), op.KeyType) {
 		return fmt.Errorf("operation: unknown key_type %q", op.KeyType)
 	}
-	if op.RetryAfter < 0 {
-		return errors.New("operation: retry_after is negative")
+	if op.RetryAfter < 0 || op.Renewals < 0 {
+		return errors.New("operation: retry_after or renewals is negative")
 	}
 	if len(op.Chain) > maxChain || len(op.Chain) != len(op.Certificates) {
 		return fmt.Errorf("operation: %d certificates at %d addresses, want the same number up to %d", len(op.Chain), len(op.Certificates), maxChain)

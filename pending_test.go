@@ -10,6 +10,7 @@ import (
 	"estenroll"
 	"estenroll/csr"
 	"estenroll/engine"
+	"estenroll/est"
 	"estenroll/testserver"
 )
 
@@ -84,6 +85,61 @@ func TestPending(t *testing.T) {
 	if d.issued() != 1 {
 		t.Errorf("%d certificates issued", d.issued())
 	}
+}
+
+// Another server has not said that it wants to think: it is asked at once, with the
+// same bytes, whatever the one before has said, and how long it may think begins anew.
+func TestPendingServerChanged(t *testing.T) {
+	for name, run := range map[string]func(*device) (*estenroll.Result, error){"enroll": (*device).enroll, "renew": (*device).renew, "rekey": (*device).rekey} {
+		t.Run(name, func(t *testing.T) {
+			c := new(clock)
+			site := newSite(t, testserver.Config{Now: c.now})
+			d := site.device(t, "moved")
+			if d.now = c.now; name != "enroll" {
+				d.mustEnroll()
+			}
+			site.deferring(t, 2, 24*time.Hour)
+			_, err := run(d)
+			before := d.wantPending(err)
+			first := d.csrs()
+			c.advance(time.Hour)
+			d.cfg.ServerURI += "/moved" // for the same server answers
+			_, err = run(d)
+			pending := d.wantPending(err)
+			if csrs := d.csrs(); len(csrs) != 1 || csrs[0] != first[0] || !d.warned("was begun with "+site.uri.String()) {
+				t.Errorf("%d requests, or other bytes; events %+v", len(csrs), d.events)
+			}
+			if !pending.NotBefore.After(before.NotBefore) || pending.Deadline.Sub(before.Deadline) < 59*time.Minute {
+				t.Errorf("pending %+v, before %+v", pending, before)
+			}
+			sessions := d.opened
+			_, err = run(d)
+			if d.wantPending(err); d.opened != sessions || d.warned("was begun with") {
+				t.Errorf("asked again, events %+v", d.events)
+			}
+			c.advance(25 * time.Hour)
+			d.cfg.ServerURI = site.uri.String() // and back
+			result := must(t, func() (*estenroll.Result, error) { return run(d) })
+			if csrs := d.csrs(); !result.Recovered || len(csrs) != 1 || csrs[0] != first[0] {
+				t.Errorf("result %+v, %d requests", result, len(csrs))
+			}
+		})
+	}
+}
+
+// What another server has issued is proven to the one that is configured by now, which
+// the run says.
+func TestProofServerChanged(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "moved")
+	d.hook = after(2, "before Dial", func() error { return est.ErrUnreachable })
+	_, err := d.enroll()
+	wantError(t, err, estenroll.ErrUnproven)
+	d.hook = nil
+	d.cfg.ServerURI += "/moved"
+	if result := d.mustEnroll(); !result.Recovered || !d.warned("the new certificate is of "+d.site.uri.String()) {
+		t.Errorf("result %+v, events %+v", result, d.events)
+	}
+	d.tidy(1)
 }
 
 // A clock that was set back does not keep the device waiting.

@@ -25,6 +25,9 @@ func (c *Credential) prove(ctx context.Context) error {
 	if err != nil {
 		return &StepError{Step: StepProve, Err: err}
 	}
+	if c.anotherServer(op) {
+		c.warn("the new certificate is of %s: it is proven to %s", op.Server, c.cfg.ServerURI)
+	}
 	var why error
 	var got verdict
 	err = c.timed(StepProve, func() (string, error) {
@@ -103,7 +106,7 @@ func (c *Credential) endFallBack(cause error) error {
 // handshake, and one response was read afterwards.
 func (c *Credential) show(ctx context.Context, p *pair) (verdict, error) {
 	_, err := retry(ctx, c, func() (struct{}, error) {
-		session, err := c.dial(ctx, p)
+		session, err := c.open(ctx, p)
 		if err != nil {
 			return struct{}{}, err
 		}

@@ -40,10 +40,13 @@ func (c *Credential) request(ctx context.Context) (*Result, error) {
 	if err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
+	if err := c.askAnew(auth); err != nil {
+		return nil, &StepError{Step: StepRequest, Err: err}
+	}
 	if err := c.buildCSR(ctx, auth); err != nil {
 		return nil, c.giveUpRekey(ctx, &StepError{Step: StepRequest, Err: err})
 	}
-	if err := c.stillPending(); err != nil {
+	if err := c.stillPending(ctx, auth); err != nil {
 		return nil, err
 	}
 	var got *answer
@@ -65,9 +68,27 @@ func (c *Credential) request(ctx context.Context) (*Result, error) {
 	return c.accept(ctx, auth, got)
 }
 
+// askAnew forgets what a server has said that is not the configured one any more.
+func (c *Credential) askAnew(auth *pair) (err error) {
+	op := c.journal.Operation
+	if !c.anotherServer(op) {
+		return nil
+	}
+	c.warn("the %s was begun with %s: %s is asked, with the same CSR", op.Kind, op.Server, c.cfg.ServerURI)
+	op.Server = c.cfg.ServerURI
+	op.forgetAnswer()
+	op.Deadline, err = c.deadline(op.Kind, auth.chain[0])
+	return err
+}
+
+// anotherServer reports whether the configuration names another server by now.
+func (c *Credential) anotherServer(op *operation) bool {
+	return op.Server != "" && op.Server != c.cfg.ServerURI
+}
+
 // stillPending returns the pending answer again until its time has come:
 // the client waits at least as long as the server said (RFC 9148 §4.7).
-func (c *Credential) stillPending() error {
+func (c *Credential) stillPending(ctx context.Context, auth *pair) (err error) {
 	op := c.journal.Operation
 	if op.AskedAt.IsZero() {
 		return nil
@@ -76,13 +97,36 @@ func (c *Credential) stillPending() error {
 	if floor, _ := c.clockFloor(); op.StartedAt.Before(floor) && !now.Before(floor) {
 		// The clock was known to be behind then and was set since: between the two
 		// lie decades that nobody waited.
-		op.StartedAt, op.Deadline = now, now.Add(c.cfg.PendingLimit)
+		op.StartedAt = now
+		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+			return err
+		}
 	}
-	// A clock that was set back would keep the device waiting: ask then.
-	if notBefore := op.AskedAt.Add(op.RetryAfter); now.Before(notBefore) && !now.Before(op.AskedAt) {
-		return &PendingError{NotBefore: notBefore, Deadline: op.Deadline, Detail: op.Detail}
+	pending := c.pending(op)
+	switch {
+	case pending == nil:
+		return nil
+	case op.Kind == KindRekey && now.After(op.Deadline):
+		// The server's patience is not that of the certificate. Nor is that what it
+		// comes to: it is not wrapped.
+		return c.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("%w: %s", ErrRekeyGivenUp, pending)})
 	}
-	return nil
+	return pending
+}
+
+// pending is the answer of an operation whose time to ask again has not come, else nil.
+func (c *Credential) pending(op *operation) *PendingError {
+	pending, now := op.pending(), c.cfg.Now()
+	// A clock that was set back would keep the device waiting: it asks then.
+	if op.AskedAt.IsZero() || c.anotherServer(op) || !now.Before(pending.NotBefore) || now.Before(op.AskedAt) {
+		return nil
+	}
+	return pending
+}
+
+// pending is what the server has said, and the device makes of it.
+func (op *operation) pending() *PendingError {
+	return &PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline, Detail: op.Detail}
 }
 
 // buildCSR makes the CSR once and keeps it in the journal: every repetition, in
@@ -104,11 +148,15 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 			return "", err
 		}
 		// Another question: what the server said of the old one does not hold for it.
-		op.AskedAt, op.RetryAfter, op.Detail = time.Time{}, 0, ""
-		op.Deadline = c.cfg.Now().Add(c.cfg.PendingLimit)
+		op.forgetAnswer()
+		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+			return "", err
+		}
 		return "built the CSR, signed in the token", c.save()
 	})
 }
+
+func (op *operation) forgetAnswer() { op.AskedAt, op.RetryAfter, op.Detail = time.Time{}, 0, "" }
 
 // template is what an operation asks for.
 func (c *Credential) template(kind Kind, auth *pair) csr.Template {
@@ -165,7 +213,7 @@ func operationOf(kind Kind) est.Operation {
 // then sen or sren (RFC 9148 §3).
 func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) {
 	op := c.journal.Operation
-	session, err := c.dial(ctx, auth)
+	session, err := c.open(ctx, auth)
 	if err != nil {
 		return nil, err
 	}
@@ -310,7 +358,7 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 			c.warn("the server asks for %s of patience: after %s the device asks again", pending.Asked, pending.RetryAfter)
 		}
 		op.AskedAt, op.RetryAfter, op.Detail = now, pending.RetryAfter, pending.Detail
-		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline, Detail: op.Detail}, c.save())
+		return errors.Join(op.pending(), c.save())
 	case ctx.Err() != nil, isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
 	case op.Kind == KindRekey && c.cfg.Now().After(op.Deadline):

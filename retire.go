@@ -31,6 +31,9 @@ func (c *Credential) retire(ctx context.Context) (*Result, error) {
 			retired++
 		}
 		c.journal.Operation = nil // on the disk with the record of the attempt, which is saved next
+		if op.Kind != KindRenew || c.cfg.Policy.RekeyEvery == 0 {
+			c.journal.FailedRekey = nil
+		}
 		if retired > 0 {
 			return fmt.Sprintf("removed %d certificates older than the previous one", retired), nil
 		}

@@ -29,7 +29,7 @@ func (c *Credential) newestTA() string {
 // held returns the Explicit TA; nil where there is none, or none that can be read.
 func (c *Credential) held() (*est.TrustAnchors, error) {
 	name := c.newestTA()
-	if name == c.explicitName {
+	if name == c.explicitName || c.caughtUp {
 		return c.explicitTA, nil
 	}
 	var anchors *est.TrustAnchors
@@ -62,6 +62,27 @@ func (c *Credential) judges(as *pair) (*est.TrustAnchors, error) {
 	return explicit, nil
 }
 
+// open is dial for an operation, which keeps the trust anchors that were brought up
+// to date: the next run begins with them.
+func (c *Credential) open(ctx context.Context, as *pair) (est.Session, error) {
+	session, err := c.dial(ctx, as)
+	if err != nil || !c.caughtUp {
+		return session, err
+	}
+	op := c.journal.Operation
+	if op.ExplicitTA, err = c.saveExplicitTA(c.explicitTA); err == nil {
+		if len(op.ServerCertificate) > 0 { // of the answer that is being proven
+			op.ServerCertificate = session.PeerChain()[0].Raw
+		}
+		err = c.save()
+	}
+	if err != nil {
+		return nil, errors.Join(err, session.Close())
+	}
+	c.explicitName, c.caughtUp = op.ExplicitTA, false
+	return session, nil
+}
+
 // dial opens a session as a pair. Where no anchor leads to the server's certificate,
 // the CA may have changed while the device slept: its trust anchors are brought
 // up to date first.
@@ -83,9 +104,9 @@ func (c *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
 // catchUp asks a server that cannot be judged for its CA certificates, and for
 // nothing else: the session is provisional (RFC 7030 §4.1.1). What it answers is
 // judged by the anchors that are held, and the server by what these vouch for; only
-// then is it the Explicit TA, and only on a new session anything more sent. Nothing
-// that the server says before it is judged decides of the request: it could be
-// anybody.
+// then are they the Explicit TA, and only on a new session is anything more sent.
+// Nothing that the server says before it is judged decides of the request: it could
+// be anybody.
 func (c *Credential) catchUp(ctx context.Context, as *pair, held *est.TrustAnchors, cause error) (*est.TrustAnchors, error) {
 	unjudged := func(err error) error {
 		if ctx.Err() != nil || isEngineError(err) || errors.Is(err, est.ErrUnreachable) {
@@ -117,17 +138,8 @@ func (c *Credential) catchUp(ctx context.Context, as *pair, held *est.TrustAncho
 		return nil, fmt.Errorf("%w; judge it by its own roots: %w", cause, err)
 	}
 	c.tell(next, now)
-	if op := c.journal.Operation; op != nil {
-		if op.ExplicitTA, err = c.saveExplicitTA(next.Anchors); err != nil {
-			return nil, err
-		}
-		if len(op.ServerCertificate) > 0 { // of the answer that is being proven
-			op.ServerCertificate = session.PeerChain()[0].Raw
-		}
-		err = c.save()
-	}
-	c.explicitTA, c.explicitName = next.Anchors, c.newestTA()
-	return next.Anchors, err
+	c.explicitTA, c.caughtUp = next.Anchors, true
+	return next.Anchors, nil
 }
 
 // publishedAnchors asks for cacerts and judges the answer by the Explicit TA, and the

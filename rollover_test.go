@@ -162,6 +162,9 @@ func TestSleptThroughRollover(t *testing.T) {
 		d := site.device(t, "slept")
 		d.mustEnroll()
 		made := site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+		if _, err := d.dryRun((*estenroll.Credential).PlanRenew); err != nil {
+			t.Errorf("a dry run: %v", err)
+		}
 		d.mustRenew()
 		if got := asked(d); !slices.Equal(got, renewal) {
 			t.Errorf("asked %q", got)

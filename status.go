@@ -29,8 +29,11 @@ type Status struct {
 	// Pending is the operation that the next run goes on with.
 	Pending     *OperationStatus `json:"operation,omitempty"`
 	LastAttempt *Attempt         `json:"last_attempt,omitempty"`
-	// Renewal of the current certificate; nil where there is none, or where the
-	// clock cannot be right and RequireClock is set.
+	// FailedRekey is a rekey that came to nothing: the key is renewed instead, and
+	// the policy asks for another rekey with the next renewal.
+	FailedRekey *Attempt `json:"failed_rekey,omitempty"`
+	// Renewal is what RenewDue makes of the device; nil where it was never enrolled, or
+	// where the clock cannot be right and RequireClock is set.
 	Renewal *Renewal `json:"renewal,omitempty"`
 }
 
@@ -63,7 +66,7 @@ type OperationStatus struct {
 
 // Status reports what the state directory and the token hold. It changes nothing.
 func (c *Credential) Status(ctx context.Context) (*Status, error) {
-	s := &Status{Name: c.Name(), Server: c.cfg.ServerURI, LastAttempt: c.journal.LastAttempt}
+	s := &Status{Name: c.Name(), Server: c.cfg.ServerURI, LastAttempt: c.journal.LastAttempt, FailedRekey: c.journal.FailedRekey}
 	if err := c.checkUse(); err != nil {
 		s.Problem = err.Error()
 	}

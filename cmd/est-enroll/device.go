@@ -44,13 +44,13 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 		return cfg, err
 	}
 	cfg = estenroll.Config{
-		StateDir: s.stateDir, LockWait: s.lockWait,
+		StateDir: s.stateDir, LockTimeout: s.lockTimeout, Command: s.command,
 		OpenEngine: func(ctx context.Context, refused engine.PINSource) (engine.Engine, error) {
 			if s.retryPIN {
 				refused = engine.PINSource{}
 			}
-			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockWait: s.lockWait, AddressSource: s.engineSource, RefusedPIN: refused,
-				PINCopy: pinCopy(os.LookupEnv), PINCopyName: credentialSource, AskPIN: out.askPIN(os.Stdin)})
+			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockTimeout: s.lockTimeout, Command: s.command, AddressSource: s.engineSource,
+				RefusedPIN: refused, PINCopy: pinCopy(os.LookupEnv), PINCopyName: credentialSource, AskPIN: out.askPIN(os.Stdin)})
 		},
 		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: out.progress,
 	}
@@ -107,6 +107,14 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	if cfg.ImplicitTA, err = est.NewTrustAnchors(anchors); err != nil {
 		return cfg, fmt.Errorf("trust-anchors: %w", err)
 	}
+	cfg.CACertsInterval = s.crtsInterval.value
+	for _, text := range s.anchorFingerprints {
+		fingerprint, err := est.ParseFingerprint(text)
+		if err != nil {
+			return cfg, fmt.Errorf("anchor-fingerprint: %w", err)
+		}
+		cfg.AnchorFingerprints = append(cfg.AnchorFingerprints, fingerprint)
+	}
 	server, err := readCertificates("security-server-certificate", s.securityServerCert)
 	if err != nil {
 		return cfg, err
@@ -152,6 +160,9 @@ func (s *settings) inRange() error {
 	if s.attempts == 0 || s.attempts > 1000 {
 		return fmt.Errorf("attempts: %d is not from 1 to 1000", s.attempts)
 	}
+	if s.rekeyEvery > 1000 {
+		return fmt.Errorf("rekey-every: %d is not from 0 to 1000", s.rekeyEvery)
+	}
 	switch {
 	case s.stateDir == "":
 		return errors.New("state-dir: empty")
@@ -166,7 +177,7 @@ func (s *settings) inRange() error {
 	}
 	for name, d := range map[string]time.Duration{
 		"pending-limit": s.pendingLimit, "retry-interval": s.retryInterval, "ack-timeout": s.ackTimeout,
-		"handshake-timeout": s.handshakeTimeout, "lock-wait": s.lockWait,
+		"handshake-timeout": s.handshakeTimeout, "lock-timeout": s.lockTimeout,
 	} {
 		if d <= 0 {
 			return fmt.Errorf("%s: %s is not longer than nothing", name, d)

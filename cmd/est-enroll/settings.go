@@ -33,44 +33,49 @@ const (
 type settings struct {
 	config string
 
-	stateDir, lockDir      string
-	engine                 string
-	credential             string
-	server, trustAnchors   string
-	discovery              oneOf
-	label                  string
-	subject                string
-	san                    []string
-	keyUsage, extKeyUsage  []string
-	subjectMismatch        oneOf
-	keyType, rsaPadding    oneOf
-	key                    string
-	allowExtractable       bool
-	idevidKey, idevidCert  string
-	idevidChain            string
-	securityInstance       uint16
-	securityServer         string
-	securityServerCert     string
-	shortServerID          uint16
-	noFallback             bool
-	nominalUsage           parsed[estenroll.Fraction]
-	maxMargin              parsed[time.Duration]
-	attempts               uint
-	noJitter               bool
-	pendingLimit, lockWait time.Duration
-	tries                  uint
-	retryInterval          time.Duration
-	blockSize              int
-	ackTimeout             time.Duration
-	maxRetransmit          int
-	exchangeTimeout        time.Duration
-	handshakeTimeout       time.Duration
-	requireClock           bool
-	exportDir              string
-	retryPIN               bool
-	quiet, verbose         bool
-	engineSource           engine.PINSource // where the engine's address was read
-	engineFromArgs         bool
+	stateDir, lockDir     string
+	engine                string
+	credential            string
+	server, trustAnchors  string
+	anchorFingerprints    []string
+	crtsInterval          parsed[time.Duration]
+	discovery             oneOf
+	label                 string
+	subject               string
+	san                   []string
+	keyUsage, extKeyUsage []string
+	subjectMismatch       oneOf
+	keyType, rsaPadding   oneOf
+	key                   string
+	allowExtractable      bool
+	idevidKey, idevidCert string
+	idevidChain           string
+	securityInstance      uint16
+	securityServer        string
+	securityServerCert    string
+	shortServerID         uint16
+	noFallback            bool
+	nominalUsage          parsed[estenroll.Fraction]
+	maxMargin             parsed[time.Duration]
+	attempts              uint
+	noJitter              bool
+	rekeyEvery            uint
+	pendingLimit          time.Duration
+	lockTimeout           time.Duration
+	tries                 uint
+	retryInterval         time.Duration
+	blockSize             int
+	ackTimeout            time.Duration
+	maxRetransmit         int
+	exchangeTimeout       time.Duration
+	handshakeTimeout      time.Duration
+	requireClock          bool
+	exportDir             string
+	retryPIN              bool
+	quiet, verbose        bool
+	engineSource          engine.PINSource // where the engine's address was read
+	engineFromArgs        bool
+	command               string // the program and its verb
 	// credentials are the settings of each credential of the file, nil where
 	// there is the one that these settings name.
 	credentials []*settings
@@ -81,7 +86,7 @@ type settings struct {
 // deviceWide are the settings that all credentials of a device share: no entry of
 // "credentials" has them.
 var deviceWide = map[string]bool{
-	"credential": true, "engine": true, "state-dir": true, "lock-dir": true, "lock-wait": true, "require-clock": true,
+	"credential": true, "engine": true, "state-dir": true, "lock-dir": true, "lock-timeout": true, "require-clock": true,
 }
 
 // keyTypeNames are the words of key-type, in the order of engine.Algorithms.
@@ -99,7 +104,7 @@ const (
 )
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "uri": true, "example": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "dry-run": true, "uri": true, "example": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -112,6 +117,9 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.discovery, "discovery", "on asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1)")
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
+	flags.StringArrayVar(&s.anchorFingerprints, "anchor-fingerprint", nil, "`SHA-256` of a root that is trusted when the server publishes it, repeatable, though no trust anchor of the device vouches for it")
+	s.crtsInterval = parsed[time.Duration]{text: "0", parse: parseInterval, kind: "duration", wanted: "a duration, such as 30d or 720h, or 0"}
+	flags.Var(&s.crtsInterval, "crts-interval", "the `time` after the server was asked for its CA certificates in which a renewal does not ask again: 30d or 720h, 0 asks each time")
 	s.keyType = oneOf{keyTypeNames[0], keyTypeNames}
 	flags.Var(&s.keyType, "key-type", "`type` of the key to generate, for the first certificate and at a rekey: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
 	flags.StringVar(&s.key, "key", "", "engine `address` of a key in the HSM to use as it is instead, the IDevID's perhaps; it is never destroyed")
@@ -138,6 +146,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.maxMargin, "max-margin", "the longest `time` before its end that a certificate is renewed: 30d or 720h")
 	flags.UintVar(&s.attempts, "attempts", 10, "how many attempts to renew it are spread over what is left then, no two within 30s")
 	flags.BoolVar(&s.noJitter, "no-jitter", false, "make the first of them when it is due, not at the device's own place before the second")
+	flags.UintVar(&s.rekeyEvery, "rekey-every", 0, "make every `n`-th renewal of a key one with a new key: 1 each of them, 0 none")
 	flags.DurationVar(&s.pendingLimit, "pending-limit", 7*24*time.Hour, "give up a request that the server keeps pending for so long")
 	flags.UintVar(&s.tries, "tries", 4, "how often an exchange without an answer is tried in one run, with the same CSR")
 	flags.DurationVar(&s.retryInterval, "retry-interval", time.Second, "first pause between those tries; it doubles")
@@ -149,7 +158,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.exportDir, "export-dir", "", "`directory` for other programs: certificate, chain and the key's address, as files below NAME/")
 	flags.BoolVar(&s.requireClock, "require-clock", false, "refuse to work while the system clock is behind what the device has verified")
 	flags.StringVar(&s.lockDir, "lock-dir", "/run/lock/est-enroll", "`directory` of the writer locks that all users of a token share")
-	flags.DurationVar(&s.lockWait, "lock-wait", 30*time.Second, "how long to wait for another run")
+	flags.DurationVar(&s.lockTimeout, "lock-timeout", 30*time.Second, "how long to wait for another run that has the state directory or the token")
 	flags.BoolVar(&s.retryPIN, "retry-pin", false, "try a PIN again that the token refused, though its source has not changed")
 	flags.BoolVarP(&s.quiet, "quiet", "q", false, "print errors only")
 	flags.BoolVarP(&s.verbose, "verbose", "v", false, "print each step with its time, on a terminal or not")

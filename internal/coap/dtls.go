@@ -392,10 +392,10 @@ func (c *Conn) AcceptsKey(public crypto.PublicKey) bool {
 }
 
 // listenDTLS opens the socket of a server.
-func listenDTLS(addr string, cfg *Config) (net.Listener, error) {
+func listenDTLS(addr string, cfg *Config) (net.Listener, *socket, error) {
 	udpAddr, err := net.ResolveUDPAddr("udp", addr)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	shake := new(handshake)
 	serverOptions := []dtls.ServerOption{
@@ -414,7 +414,15 @@ func listenDTLS(addr string, cfg *Config) (net.Listener, error) {
 	}) {
 		serverOptions = append(serverOptions, option)
 	}
-	return dtls.ListenWithOptions("udp", udpAddr, serverOptions...)
+	udp, err := listenUDP(udpAddr)
+	if err != nil {
+		return nil, nil, err
+	}
+	listener, err := dtls.NewListenerWithOptions(udp, serverOptions...)
+	if err != nil {
+		return nil, nil, errors.Join(err, udp.shut())
+	}
+	return listener, udp, nil
 }
 
 // acceptDTLS completes a server's handshake.

@@ -26,6 +26,7 @@ type Handler func(ctx context.Context, req *Request) *Response
 type Server struct {
 	cfg      Config
 	listener net.Listener
+	socket   *socket
 	ctx      context.Context
 	cancel   context.CancelFunc
 	serving  sync.WaitGroup
@@ -45,11 +46,11 @@ func Listen(addr string, cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen: %s: %w", addr, err)
 	}
-	listener, err := listenDTLS(addr, &cfg)
+	listener, socket, err := listenDTLS(addr, &cfg)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %s: %w", addr, err)
 	}
-	s := &Server{cfg: cfg, listener: listener, conns: map[*dtls.Conn]struct{}{}}
+	s := &Server{cfg: cfg, listener: listener, socket: socket, conns: map[*dtls.Conn]struct{}{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }
@@ -101,6 +102,7 @@ func (s *Server) Close() error {
 	// After the connections: a handler that gives up must not become a 5.00.
 	s.cancel()
 	s.serving.Wait()
+	err = errors.Join(err, s.socket.shut())
 	if err != nil && !errors.Is(err, net.ErrClosed) {
 		return fmt.Errorf("close: %s: %w", s.Addr(), err)
 	}
