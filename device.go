@@ -139,6 +139,11 @@ type CredentialConfig struct {
 	// CACertsInterval is how long after an answer of cacerts a renewal does without
 	// asking for it again. Default: each renewal asks.
 	CACertsInterval time.Duration
+	// AnchorAddress says where in the HSM a trust anchor of the Explicit TA is stored
+	// beside the state directory, as a certificate for other programs; nil for nowhere.
+	// An address needs a label, and gets the certificate's fingerprint as its identifier
+	// where it has none. What the token cannot store is a warning. Default: none is stored.
+	AnchorAddress func(anchor *x509.Certificate) engine.Address
 	// Dial opens a session with the EST server.
 	Dial func(ctx context.Context, with Connection) (est.Session, error)
 	// KeySpec is what key to generate, for the first certificate and at a rekey.

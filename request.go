@@ -443,6 +443,9 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	if op.ExplicitTA, err = c.saveExplicitTA(got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
+	if op.Anchors, err = c.placeAnchors(ctx, got.anchors); err != nil {
+		return nil, &StepError{Step: StepStore, Err: err}
+	}
 	op.ServerCertificate = got.server.Raw
 	c.sawVerified(got.server.NotBefore)
 	c.sawVerified(got.chain[0].NotBefore)

@@ -107,6 +107,9 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	if cfg.ImplicitTA, err = est.NewTrustAnchors(anchors); err != nil {
 		return cfg, fmt.Errorf("trust-anchors: %w", err)
 	}
+	if cfg.AnchorAddress, err = anchorAddresses(s.anchorAddress); err != nil {
+		return cfg, err
+	}
 	cfg.CACertsInterval = s.crtsInterval.value
 	for _, text := range s.anchorFingerprints {
 		fingerprint, err := est.ParseFingerprint(text)
