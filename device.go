@@ -107,6 +107,8 @@ type Config struct {
 	RequireClock bool
 	// Now is the system clock. Default: time.Now.
 	Now func() time.Time
+	// Sleep waits for that clock, or returns the error of the context. Default: by a timer.
+	Sleep func(context.Context, time.Duration) error
 	// BuildTime is the earliest time the clock can show. Default: BuildTime().
 	BuildTime time.Time
 	// Rand is the source for CSR signatures that take one. Default: crypto/rand.
@@ -171,6 +173,10 @@ type CredentialConfig struct {
 	// a rekey ends when half of what is left of the certificate has gone, if that is
 	// sooner. Default: 7 days.
 	PendingLimit time.Duration
+	// Wait is how long a run itself waits, holding the lock of the state directory, until
+	// a pending request may be repeated, in place of leaving that to the next run.
+	// Default: 0.
+	Wait time.Duration
 	// Tries bounds how often an exchange without an answer is begun again, with
 	// the same CSR, in one run. Default: 4.
 	Tries uint
@@ -259,6 +265,9 @@ func (c *Config) setDefaults() {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	if c.Sleep == nil {
+		c.Sleep = sleep
+	}
 	if c.BuildTime.IsZero() {
 		c.BuildTime = BuildTime()
 	}
@@ -330,7 +339,7 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 }
 
 func (d *Device) open(ctx context.Context) error {
-	if err := os.MkdirAll(d.cfg.StateDir, 0o700); err != nil {
+	if err := durable.MkdirAll(d.cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("create state directory: %w", err)
 	}
 	if err := d.checkStateDir(); err != nil {

@@ -126,14 +126,16 @@ type operation struct {
 type Attempt struct {
 	Kind   Kind      `json:"kind"`
 	Time   time.Time `json:"time"`
-	Result string    `json:"result"` // "done", "pending", "unchanged" or "failed"
+	Result string    `json:"result"` // "done", "pending", "unchanged", "failed" or "cancelled"
 	Error  string    `json:"error,omitempty"`
 }
 
-// The Result of an Attempt that reached what it was for, and of one that did not.
+// The Result of an Attempt that reached what it was for, of one that did not, and of
+// what a person has ended.
 const (
-	attemptDone   = "done"
-	attemptFailed = "failed"
+	attemptDone      = "done"
+	attemptFailed    = "failed"
+	attemptCancelled = "cancelled"
 )
 
 // journal is everything the lifecycle remembers beside the Security object.

@@ -30,8 +30,31 @@ func (c *Credential) authenticator(ctx context.Context) (*pair, error) {
 	return c.openCredential(ctx, kept)
 }
 
-// request exchanges the CSR for certificates. A result ends the operation.
+// request asks for certificates until the server has decided, or this run does not wait
+// so long. A result ends the operation.
 func (c *Credential) request(ctx context.Context) (*Result, error) {
+	until := c.cfg.Now().Add(c.cfg.Wait)
+	for {
+		result, err := c.ask(ctx)
+		pending, ok := err.(*PendingError) // alone: no failure beside it is waited away
+		if !ok {
+			return result, err
+		}
+		// A server that says to come back at once is not asked without a pause.
+		pause := max(pending.NotBefore.Sub(c.cfg.Now()), c.cfg.RetryInterval)
+		again := c.cfg.Now().Add(pause)
+		if again.After(until) {
+			return nil, err
+		}
+		c.say(StepRequest, "the server has not decided yet: asking again at %s", stamp(again))
+		if err := c.cfg.Sleep(ctx, pause); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// ask exchanges the CSR for certificates, once.
+func (c *Credential) ask(ctx context.Context) (*Result, error) {
 	op := c.journal.Operation
 	if err := c.checkSecurity(); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
@@ -358,7 +381,10 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 			c.warn("the server asks for %s of patience: after %s the device asks again", pending.Asked, pending.RetryAfter)
 		}
 		op.AskedAt, op.RetryAfter, op.Detail = now, pending.RetryAfter, pending.Detail
-		return errors.Join(op.pending(), c.save())
+		if err := c.save(); err != nil {
+			return errors.Join(op.pending(), err)
+		}
+		return op.pending()
 	case ctx.Err() != nil, isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
 	case op.Kind == KindRekey && c.cfg.Now().After(op.Deadline):

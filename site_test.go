@@ -132,6 +132,8 @@ type device struct {
 	// hook is asked before and after each call into the engine and each part of a
 	// session: its error takes the place of the call's.
 	hook func(when, call string) error
+	// onProgress is called with each event: its panic is a kill after what was done.
+	onProgress func(estenroll.Event)
 	// authenticated is what a session says of itself, if it is set.
 	authenticated *bool
 	// accepts is what a session says of a key, if it is set.
@@ -181,8 +183,12 @@ func (s *site) device(t *testing.T, name string) *device {
 	d.cfg.Config = estenroll.Config{
 		StateDir: d.dir, OpenEngine: d.openEngine, ParseAddress: s.parse,
 		BuildTime: s.born.Add(-time.Hour), LockTimeout: 5 * time.Second,
-		Now:      func() time.Time { return d.now() },
-		Progress: func(e estenroll.Event) { d.events = append(d.events, e) },
+		Now: func() time.Time { return d.now() },
+		Progress: func(e estenroll.Event) {
+			if d.events = append(d.events, e); d.onProgress != nil {
+				d.onProgress(e)
+			}
+		},
 	}
 	d.cfg.CredentialConfig = estenroll.CredentialConfig{
 		Name: name, IDevID: s.idevid,
@@ -281,6 +287,11 @@ func (e spied) KeyAttributes(ctx context.Context, at engine.Address) (engine.Key
 
 func (e spied) CertificateAddresses(ctx context.Context, key engine.Address, chain []*x509.Certificate) ([]engine.Address, error) {
 	return around(e.d, "CertificateAddresses", func() ([]engine.Address, error) { return e.Engine.CertificateAddresses(ctx, key, chain) })
+}
+
+func (e spied) AnchorAddress(ctx context.Context, at engine.Address, anchor *x509.Certificate) (whole engine.Address, there bool, err error) {
+	err = e.d.around("AnchorAddress", func() error { whole, there, err = e.Engine.AnchorAddress(ctx, at, anchor); return err })
+	return whole, there, err
 }
 
 func (e spied) StoreCertificates(ctx context.Context, at []engine.Address, chain []*x509.Certificate) error {
@@ -515,6 +526,10 @@ type credentialView struct {
 		Key          string   `json:"key"`
 		Certificates []string `json:"certificates"`
 		ExplicitTA   string   `json:"explicit_ta"`
+		Anchors      []struct {
+			SHA256  string `json:"sha256"`
+			Address string `json:"address"`
+		} `json:"anchors"`
 	} `json:"pairs"`
 	Operation *struct {
 		Kind string `json:"kind"`
@@ -612,6 +627,10 @@ func (d *device) tidy(credentials int) {
 		for _, at := range c.Certificates {
 			cert := d.uri(at)
 			add(&objects, fmt.Sprintf("cert %s %x", cert.Object, cert.ID))
+		}
+		for _, anchor := range c.Anchors {
+			at := d.uri(anchor.Address)
+			add(&objects, fmt.Sprintf("cert %s %x", at.Object, at.ID))
 		}
 		add(&files, c.ExplicitTA)
 		if security := d.read("security.json"); i == 0 && !(strings.Contains(security, c.Key) && strings.Contains(security, c.Certificates[0])) {

@@ -82,7 +82,7 @@ func (s *settings) of(one *settings, err error) error {
 
 func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error) {
 	cfg = estenroll.CredentialConfig{
-		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval, Policy: s.policy(),
+		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Wait: s.wait, Tries: s.tries, RetryInterval: s.retryInterval, Policy: s.policy(),
 		KeySpec: engine.KeySpec{Algorithm: s.algorithm()}, AllowExtractable: s.allowExtractable,
 		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
 	}
@@ -186,8 +186,10 @@ func (s *settings) inRange() error {
 			return fmt.Errorf("%s: %s is not longer than nothing", name, d)
 		}
 	}
-	if s.exchangeTimeout < 0 {
-		return fmt.Errorf("exchange-timeout: %s is negative", s.exchangeTimeout)
+	for name, d := range map[string]time.Duration{"exchange-timeout": s.exchangeTimeout, "wait": s.wait} {
+		if d < 0 {
+			return fmt.Errorf("%s: %s is negative", name, d)
+		}
 	}
 	return nil
 }

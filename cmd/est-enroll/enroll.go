@@ -7,7 +7,7 @@ import (
 )
 
 func enrollCommand(s *settings, out *output) *cobra.Command {
-	return &cobra.Command{
+	command := &cobra.Command{
 		Use:   "enroll",
 		Short: "get the first certificate; nothing to do if there is one",
 		Long: `Enroll is the first boot: it generates a key in the HSM, gets a certificate for it
@@ -25,4 +25,6 @@ it does nothing and exits 0. It first finishes what an interrupted run left.`,
 			})
 		},
 	}
+	s.registerWait(command.Flags())
+	return command
 }

@@ -57,7 +57,7 @@ func judge(err error, interrupted bool) judgement {
 	}
 	var pending *estenroll.PendingError
 	if errors.As(err, &pending) {
-		return judgement{exitPending, "run the same command again then; the key and the request are kept"}
+		return judgement{exitPending, "run the same command again then; the key and the request are kept, until est-enroll cancel"}
 	}
 	if hint := pinHint(err); hint != "" {
 		return judgement{exitToken, hint}
@@ -168,6 +168,7 @@ var judgements = []struct {
 	{estenroll.ErrKeyNamed, judgement{exitUsage, "leave key out, and rekey generates one and leaves this one alone; without --rekey and rekey-every its certificate is renewed"}},
 	{estenroll.ErrConfig, judgement{exitUsage, "give each credential a name and a security-instance of its own; one that is renamed begins anew, in another instance; two with one key want subjects of their own"}},
 	{errDeclined, judgement{exitInterrupted, ""}},
+	{estenroll.ErrReset, judgement{exitUsage, "run est-enroll reset: it completes what was begun"}},
 	{estenroll.ErrWrongToken, judgement{exitToken, "connect the token that holds it; if it was cleared on purpose, the state directory is all that is left: remove it"}},
 	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or destroy what is left of it: est-enroll reset --credential NAME"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},

@@ -96,6 +96,7 @@ Where the configuration has "credentials:", it is an object by their names.`,
 	command.Flags().BoolVar(&force, "force", false, "renew now, whatever the age of the certificate")
 	command.Flags().BoolVar(&rekey, "rekey", false, "get the certificate for a new key, which is generated; with --force")
 	command.Flags().BoolVar(&dry, "dry-run", false, "do everything but ask for a certificate, change nothing, and say what a run would do")
+	s.registerWait(command.Flags())
 	command.Flags().BoolVar(&detailed, "detailed-exit-code", false, "exit 10 where there is a new certificate, 0 where nothing was to do")
 	command.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return command

@@ -61,6 +61,7 @@ type settings struct {
 	attempts              uint
 	noJitter              bool
 	rekeyEvery            uint
+	wait                  time.Duration // of the commands that ask a server
 	pendingLimit          time.Duration
 	lockTimeout           time.Duration
 	tries                 uint
@@ -105,7 +106,7 @@ const (
 )
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "dry-run": true, "uri": true, "example": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "dry-run": true, "wait": true, "uri": true, "example": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -164,6 +165,11 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.BoolVar(&s.retryPIN, "retry-pin", false, "try a PIN again that the token refused, though its source has not changed")
 	flags.BoolVarP(&s.quiet, "quiet", "q", false, "print errors only")
 	flags.BoolVarP(&s.verbose, "verbose", "v", false, "print each step with its time, on a terminal or not")
+}
+
+// registerWait adds the flag of the commands that ask a server.
+func (s *settings) registerWait(flags *pflag.FlagSet) {
+	flags.DurationVar(&s.wait, "wait", 0, "wait so long in this run for the time at which a server that has not decided may be asked again")
 }
 
 // complete fills what no flag has set: from the environment, then from the file.
