@@ -487,6 +487,18 @@ func (d *Device) openEngine(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := d.use(opened); err != nil {
+		return err
+	}
+	if !d.journal.RefusedPIN.IsZero() {
+		d.journal.RefusedPIN = engine.PINSource{}
+		return d.save()
+	}
+	return nil
+}
+
+// use takes an engine that can do what the lifecycle needs. It is the device's then.
+func (d *Device) use(opened engine.Engine) error {
 	d.engine = opened
 	var ok bool
 	if d.store, ok = opened.(engine.CertificateStore); !ok {
@@ -494,10 +506,6 @@ func (d *Device) openEngine(ctx context.Context) error {
 	}
 	if d.recoverer, ok = opened.(engine.KeyRecoverer); !ok {
 		return fmt.Errorf("open engine: it cannot judge what a crash left: %w", engine.ErrUnsupported)
-	}
-	if !d.journal.RefusedPIN.IsZero() {
-		d.journal.RefusedPIN = engine.PINSource{}
-		return d.save()
 	}
 	return nil
 }

@@ -72,12 +72,7 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 	if err := c.checkUse(); err != nil {
 		s.Problem = err.Error()
 	}
-	if op := c.journal.Operation; op != nil {
-		s.Pending = &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
-		if !op.AskedAt.IsZero() {
-			s.Pending.NotBefore, s.Pending.Detail = op.AskedAt.Add(op.RetryAfter), op.Detail
-		}
-	}
+	s.Pending = c.journal.Operation.status()
 	current, enrolled := c.current()
 	s.Enrolled = enrolled
 	instance, exists := c.instance()
@@ -111,6 +106,18 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 		s.Previous = append(s.Previous, *shown)
 	}
 	return s, nil
+}
+
+// status is what there is to say of an operation, if there is one.
+func (op *operation) status() *OperationStatus {
+	if op == nil {
+		return nil
+	}
+	s := &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
+	if !op.AskedAt.IsZero() {
+		s.NotBefore, s.Detail = op.AskedAt.Add(op.RetryAfter), op.Detail
+	}
+	return s
 }
 
 func (c *Credential) credentialStatus(ctx context.Context, kept credential) (*CredentialStatus, error) {

@@ -30,7 +30,7 @@ const (
 
 const exitCodeHelp = `Exit codes:
   0    done, or nothing to do
-  1    failed, try again later: no answer, another run at work, not proven yet
+  1    failed, try again later: no answer, another run at work, not proven yet, a hook
   2    usage or configuration: change it first
   3    pending: the server has not decided, run again at the time that is said
   4    token, module or PIN: do not retry, a person must look
@@ -159,6 +159,7 @@ var judgements = []struct {
 	is error
 	judgement
 }{
+	{agent.ErrHook, judgement{exitTryLater, "the certificate is right: correct the program, or hook-timeout; hook-after is called again by the next run"}},
 	{estenroll.ErrUnproven, judgement{exitTryLater, "run the same command again later: the stored certificate is proven then, without a new request"}},
 	{estenroll.ErrRekeyGivenUp, judgement{exitTryLater, "renew without --rekey keeps the current key; with it, the rekey begins anew"}},
 	{estenroll.ErrRefused, judgement{exitRefused, "the device goes on with the certificate it had; ask the people of the server why"}},

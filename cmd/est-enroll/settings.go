@@ -19,6 +19,7 @@ import (
 
 	"estenroll"
 	"estenroll/engine"
+	"estenroll/internal/agent"
 	"estenroll/internal/durable"
 )
 
@@ -73,6 +74,9 @@ type settings struct {
 	handshakeTimeout      time.Duration
 	requireClock          bool
 	exportDir             string
+	hookBefore, hookAfter string
+	hookFailure           string
+	hookTimeout           time.Duration
 	retryPIN              bool
 	quiet, verbose        bool
 	engineSource          engine.PINSource // where the engine's address was read
@@ -159,6 +163,10 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.DurationVar(&s.exchangeTimeout, "exchange-timeout", 0, "bound on one request and all blocks of it and of its answer (default: by RFC 7252)")
 	flags.DurationVar(&s.handshakeTimeout, "handshake-timeout", 30*time.Second, "bound on one DTLS handshake")
 	flags.StringVar(&s.exportDir, "export-dir", "", "`directory` for other programs: certificate, chain and the key's address, as files below NAME/")
+	flags.StringVar(&s.hookBefore, "hook-before", "", "`file` to execute before a run acts: without a shell or arguments, with EST_ENROLL_HOOK and others in its environment")
+	flags.StringVar(&s.hookAfter, "hook-after", "", "`file` to execute when there is a new certificate, by each run until it has succeeded")
+	flags.StringVar(&s.hookFailure, "hook-failure", "", "`file` to execute when an attempt has failed")
+	flags.DurationVar(&s.hookTimeout, "hook-timeout", time.Minute, "bound on one of these, which is then ended with all that it has started")
 	flags.BoolVar(&s.requireClock, "require-clock", false, "refuse to work while the system clock is behind what the device has verified")
 	flags.StringVar(&s.lockDir, "lock-dir", "/run/lock/est-enroll", "`directory` of the writer locks that all users of a token share")
 	flags.DurationVar(&s.lockTimeout, "lock-timeout", 30*time.Second, "how long to wait for another run that has the state directory or the token")
@@ -218,6 +226,9 @@ func unknownVariables(flags *pflag.FlagSet, environ []string) (unknown []string)
 			known[variable(f.Name)] = true
 		}
 	})
+	for _, name := range agent.HookVariables() {
+		known[name] = true // a hook has called this program
+	}
 	for _, pair := range environ {
 		name, value, _ := strings.Cut(pair, "=")
 		if strings.HasPrefix(name, envPrefix) && value != "" && !known[name] {
