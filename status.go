@@ -39,14 +39,16 @@ type Status struct {
 
 // CredentialStatus is one credential as the token shows it.
 type CredentialStatus struct {
-	Key         string    `json:"key"`
-	Certificate string    `json:"certificate"`
-	Chain       []string  `json:"chain,omitempty"`
-	Subject     string    `json:"subject,omitempty"`
-	Issuer      string    `json:"issuer,omitempty"`
-	Serial      string    `json:"serial,omitempty"` // hexadecimal
-	NotBefore   time.Time `json:"not_before,omitzero"`
-	NotAfter    time.Time `json:"not_after,omitzero"`
+	Key         string   `json:"key"`
+	Certificate string   `json:"certificate"`
+	Chain       []string `json:"chain,omitempty"`
+	// Anchors are the trust anchors of the pair's time that are in the token.
+	Anchors   []string  `json:"anchors,omitempty"`
+	Subject   string    `json:"subject,omitempty"`
+	Issuer    string    `json:"issuer,omitempty"`
+	Serial    string    `json:"serial,omitempty"` // hexadecimal
+	NotBefore time.Time `json:"not_before,omitzero"`
+	NotAfter  time.Time `json:"not_after,omitzero"`
 	// KeyType is the algorithm of the certificate's key.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
 	// KeyAttributes are what the token reports, nil where it reports nothing.
@@ -70,12 +72,7 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 	if err := c.checkUse(); err != nil {
 		s.Problem = err.Error()
 	}
-	if op := c.journal.Operation; op != nil {
-		s.Pending = &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
-		if !op.AskedAt.IsZero() {
-			s.Pending.NotBefore, s.Pending.Detail = op.AskedAt.Add(op.RetryAfter), op.Detail
-		}
-	}
+	s.Pending = c.journal.Operation.status()
 	current, enrolled := c.current()
 	s.Enrolled = enrolled
 	instance, exists := c.instance()
@@ -111,10 +108,25 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 	return s, nil
 }
 
+// status is what there is to say of an operation, if there is one.
+func (op *operation) status() *OperationStatus {
+	if op == nil {
+		return nil
+	}
+	s := &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
+	if !op.AskedAt.IsZero() {
+		s.NotBefore, s.Detail = op.AskedAt.Add(op.RetryAfter), op.Detail
+	}
+	return s
+}
+
 func (c *Credential) credentialStatus(ctx context.Context, kept credential) (*CredentialStatus, error) {
 	s := &CredentialStatus{Key: kept.Key.String(), Certificate: kept.Certificates[0].String()}
 	for _, at := range kept.Certificates[1:] {
 		s.Chain = append(s.Chain, at.String())
+	}
+	for _, anchor := range kept.Anchors {
+		s.Anchors = append(s.Anchors, anchor.Address.String())
 	}
 	cert, err := c.certificate(ctx, kept.Certificates[0].Address)
 	if err == nil {

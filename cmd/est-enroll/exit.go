@@ -30,7 +30,7 @@ const (
 
 const exitCodeHelp = `Exit codes:
   0    done, or nothing to do
-  1    failed, try again later: no answer, another run at work, not proven yet
+  1    failed, try again later: no answer, another run at work, not proven yet, a hook
   2    usage or configuration: change it first
   3    pending: the server has not decided, run again at the time that is said
   4    token, module or PIN: do not retry, a person must look
@@ -159,6 +159,7 @@ var judgements = []struct {
 	is error
 	judgement
 }{
+	{agent.ErrHook, judgement{exitTryLater, "the certificate is right: correct the program, or hook-timeout; hook-after is called again by the next run"}},
 	{estenroll.ErrUnproven, judgement{exitTryLater, "run the same command again later: the stored certificate is proven then, without a new request"}},
 	{estenroll.ErrRekeyGivenUp, judgement{exitTryLater, "renew without --rekey keeps the current key; with it, the rekey begins anew"}},
 	{estenroll.ErrRefused, judgement{exitRefused, "the device goes on with the certificate it had; ask the people of the server why"}},
@@ -194,6 +195,7 @@ var judgements = []struct {
 	{estenroll.ErrIDevID, judgement{exitToken, "check idevid-key and idevid-certificate against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{estenroll.ErrOtherNames, judgement{exitRefused, "nothing is stored: correct subject and san to what this CA issues, ask its people, or take it with --subject-mismatch warn"}},
 	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
+	{est.ErrNotVouched, judgement{exitRefused, "compare the SHA-256 with what the people of the CA say it is, and if it is theirs name it with --anchor-fingerprint"}},
 	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate"}},
 	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},
 	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it: compare its suites, its key and its certificate with that"}},

@@ -70,6 +70,13 @@ func printable(text string) string {
 	}, text)
 }
 
+// hook prints a line of a hook's output.
+func (o *output) hook(name, text string) {
+	if !o.quiet {
+		o.line("hook-"+name+": ", text)
+	}
+}
+
 // prompt prints a part of a question to a person, whatever else is said.
 func (o *output) prompt(text string) { _, _ = io.WriteString(o.stderr, text) }
 
@@ -140,28 +147,6 @@ func (o *output) outcome(r *estenroll.Result) {
 	}
 	o.result("key:         %s", r.Key)
 	o.result("certificate: %s", r.CertificateAddress)
-}
-
-// plan prints what a run would do, and how far it was tried.
-func (o *output) plan(c *estenroll.Credential, p *estenroll.Plan, err error) {
-	o.result("dry run:      nothing is changed, no certificate was asked for")
-	what := string(p.Kind)
-	if p.Step != "" {
-		what = fmt.Sprintf("go on with the %s at step %s", p.Kind, p.Step)
-	}
-	o.result("would do:     %s", what)
-	if p.Acts {
-		o.result("when:         now")
-	} else {
-		o.result("when:         %s", stamp(p.At))
-	}
-	if p.NewKey != "" {
-		o.result("key:          a new one of type %s", p.NewKey)
-	}
-	var pending *estenroll.PendingError
-	if p.Kind != estenroll.KindReset && (err == nil || errors.As(err, &pending)) {
-		o.result("server:       %s answers, and is the one that it should be", c.ServerURI())
-	}
 }
 
 // json prints a value for a program.
@@ -258,6 +243,9 @@ func (o *output) credential(indent string, c estenroll.CredentialStatus) {
 	line("certificate", c.Certificate)
 	for _, at := range c.Chain {
 		line("chain", at)
+	}
+	for _, at := range c.Anchors {
+		line("trust anchor", at)
 	}
 }
 

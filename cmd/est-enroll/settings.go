@@ -19,6 +19,7 @@ import (
 
 	"estenroll"
 	"estenroll/engine"
+	"estenroll/internal/agent"
 	"estenroll/internal/durable"
 )
 
@@ -37,6 +38,9 @@ type settings struct {
 	engine                string
 	credential            string
 	server, trustAnchors  string
+	anchorFingerprints    []string
+	anchorAddress         string
+	crtsInterval          parsed[time.Duration]
 	discovery             oneOf
 	label                 string
 	subject               string
@@ -70,6 +74,9 @@ type settings struct {
 	handshakeTimeout      time.Duration
 	requireClock          bool
 	exportDir             string
+	hookBefore, hookAfter string
+	hookFailure           string
+	hookTimeout           time.Duration
 	retryPIN              bool
 	quiet, verbose        bool
 	engineSource          engine.PINSource // where the engine's address was read
@@ -116,6 +123,10 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.discovery, "discovery", "on asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1)")
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
+	flags.StringArrayVar(&s.anchorFingerprints, "anchor-fingerprint", nil, "`SHA-256` of a root that is trusted when the server publishes it, repeatable, though no trust anchor of the device vouches for it")
+	flags.StringVar(&s.anchorAddress, "anchor-address", "", "engine `address` where the HSM keeps each trust anchor of the Explicit TA: pkcs11:object=est-ta-{fingerprint}, with 16 digits of its SHA-256 for {fingerprint} (default: none is stored)")
+	s.crtsInterval = parsed[time.Duration]{text: "0", parse: parseInterval, kind: "duration", wanted: "a duration, such as 30d or 720h, or 0"}
+	flags.Var(&s.crtsInterval, "crts-interval", "the `time` after the server was asked for its CA certificates in which a renewal does not ask again: 30d or 720h, 0 asks each time")
 	s.keyType = oneOf{keyTypeNames[0], keyTypeNames}
 	flags.Var(&s.keyType, "key-type", "`type` of the key to generate, for the first certificate and at a rekey: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
 	flags.StringVar(&s.key, "key", "", "engine `address` of a key in the HSM to use as it is instead, the IDevID's perhaps; it is never destroyed")
@@ -152,6 +163,10 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.DurationVar(&s.exchangeTimeout, "exchange-timeout", 0, "bound on one request and all blocks of it and of its answer (default: by RFC 7252)")
 	flags.DurationVar(&s.handshakeTimeout, "handshake-timeout", 30*time.Second, "bound on one DTLS handshake")
 	flags.StringVar(&s.exportDir, "export-dir", "", "`directory` for other programs: certificate, chain and the key's address, as files below NAME/")
+	flags.StringVar(&s.hookBefore, "hook-before", "", "`file` to execute before a run acts: without a shell or arguments, with EST_ENROLL_HOOK and others in its environment")
+	flags.StringVar(&s.hookAfter, "hook-after", "", "`file` to execute when there is a new certificate, by each run until it has succeeded")
+	flags.StringVar(&s.hookFailure, "hook-failure", "", "`file` to execute when an attempt has failed")
+	flags.DurationVar(&s.hookTimeout, "hook-timeout", time.Minute, "bound on one of these, which is then ended with all that it has started")
 	flags.BoolVar(&s.requireClock, "require-clock", false, "refuse to work while the system clock is behind what the device has verified")
 	flags.StringVar(&s.lockDir, "lock-dir", "/run/lock/est-enroll", "`directory` of the writer locks that all users of a token share")
 	flags.DurationVar(&s.lockTimeout, "lock-timeout", 30*time.Second, "how long to wait for another run that has the state directory or the token")
@@ -211,6 +226,9 @@ func unknownVariables(flags *pflag.FlagSet, environ []string) (unknown []string)
 			known[variable(f.Name)] = true
 		}
 	})
+	for _, name := range agent.HookVariables() {
+		known[name] = true // a hook has called this program
+	}
 	for _, pair := range environ {
 		name, value, _ := strings.Cut(pair, "=")
 		if strings.HasPrefix(name, envPrefix) && value != "" && !known[name] {
