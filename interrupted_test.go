@@ -1,6 +1,7 @@
 package estenroll_test
 
 import (
+	"crypto/x509"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -30,6 +31,24 @@ var stories = []story{
 	// The second rekey: it retires a certificate and destroys its key. Most of its
 	// points are those of the others, and TestCrash has them all.
 	{"rekey", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).rekey}, (*device).rekey, 3, 2, 3},
+	// A renewal through a rollover that the device has slept through, with the trust
+	// anchors in the token. It is the last: the others' devices trust the first root.
+	{"rollover", []func(*device) (*estenroll.Result, error){(*device).newRoot, (*device).enroll, (*device).sleepThroughRollover}, (*device).renew, 2, 2, 2},
+}
+
+// newRoot ends the rollover before, if any, and has the device trust the root that
+// issues: the site's own may be gone.
+func (d *device) newRoot() (*estenroll.Result, error) {
+	d.site.rollOver(d.t, testserver.Rollover{Phase: testserver.RolloverFinished, NoLinks: true})
+	d.storesAnchors()
+	var err error
+	d.cfg.ImplicitTA, err = est.NewTrustAnchors([]*x509.Certificate{d.site.server.Root()})
+	return new(estenroll.Result), err
+}
+
+func (d *device) sleepThroughRollover() (*estenroll.Result, error) {
+	d.site.rollOver(d.t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+	return new(estenroll.Result), nil
 }
 
 // harm is what happens at a point.
