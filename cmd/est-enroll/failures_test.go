@@ -38,18 +38,24 @@ func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	m := newMatrix(t)
 	for _, story := range failureStories() {
-		template := m.prepare(t, story)
+		m.fromFactory(t)
+		m.prepare(t, story)
 		steps := map[string]bool{}
 		effects := []string{"C_OpenSession", "C_Login", "C_GenerateKeyPair", "C_Sign", "C_CreateObject", "C_DestroyObject"}
-		for _, at := range m.record(t, story, template) {
+		log := filepath.Join(t.TempDir(), "calls")
+		recording := m.device(t, story.name+"-record").command(t, m.module.Path, m.module.Env(m.token.ModulePath, log, p11crash.Point{}), story.args...)
+		if out, err := combined(recording); err != nil {
+			t.Fatalf("%s: %v\n%s", story.name, err, out)
+		}
+		for _, at := range p11crash.ReadLog(t, log) {
 			if at.When != p11crash.After || !slices.Contains(effects, at.Function) {
 				continue
 			}
 			name := fmt.Sprintf("%s-full-%d", story.name, at.Number)
-			d := m.copyOf(t, template, name)
+			d := m.device(t, name)
 			log := filepath.Join(d.dir, "calls")
 			env := append(m.module.Env(m.token.ModulePath, log, at), m.module.Fills(filepath.Join(d.dir, "disk", "filler")))
-			failed := m.failure(t, story, template, d, false, func() (string, int) {
+			failed := m.failure(t, story, d, false, func() (string, int) {
 				return inNamespace(t, fullDisk, d.command(t, m.module.Path, env, story.args...), d.dir)
 			})
 			if !slices.Contains(p11crash.ReadLog(t, log), at) {
@@ -83,12 +89,13 @@ func TestReadOnlyDisk(t *testing.T) {
 	t.Parallel()
 	m := newMatrix(t)
 	for _, story := range failureStories() {
-		template := m.prepare(t, story)
-		d := m.copyOf(t, template, story.name+"-read-only")
+		m.fromFactory(t)
+		m.prepare(t, story)
+		d := m.device(t, story.name+"-read-only")
 		if err := os.MkdirAll(filepath.Join(d.dir, "state"), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		failed := m.failure(t, story, template, d, false, func() (string, int) {
+		failed := m.failure(t, story, d, false, func() (string, int) {
 			return inNamespace(t, readOnlyDisk, d.command(t, m.token.ModulePath, nil, story.args...), d.dir)
 		})
 		if failed.code != exitUsage || !strings.Contains(failed.out, "read-only file system\n") || !strings.Contains(failed.out, "hint: the file system is mounted read-only: state-dir must be writable") {
@@ -117,21 +124,22 @@ func TestTokenRefuses(t *testing.T) {
 		{"0x32", lost, "connect the device again", exitTryLater},      // CKR_DEVICE_REMOVED
 	}
 	for _, story := range failureStories() {
-		template := m.prepare(t, story)
+		m.fromFactory(t)
+		m.prepare(t, story)
 		for _, function := range []string{"C_GenerateKeyPair", "C_CreateObject"} {
 			if function == "C_GenerateKeyPair" && story.name == "renew" {
 				continue
 			}
 			for _, fault := range faults {
 				name := fmt.Sprintf("%s-%s-%s", story.name, function, fault.value)
-				d := m.copyOf(t, template, name)
+				d := m.device(t, name)
 				dir := filepath.Join(d.dir, "faults")
 				if err := errors.Join(os.Mkdir(dir, 0o700), p11fault.Set(dir, "return", function+" "+fault.when+" "+fault.value)); err != nil {
 					t.Fatal(err)
 				}
 				// A rekey that the token does not do its part of is given up, its certificate with it.
 				anew := story.name == "rekey" && function == "C_CreateObject" && fault.when == refuses
-				failed := m.failure(t, story, template, d, anew, func() (string, int) {
+				failed := m.failure(t, story, d, anew, func() (string, int) {
 					return outcome(t, d.command(t, module, p11fault.Env(m.token.ModulePath, dir), story.args...))
 				})
 				if _, err := os.Stat(filepath.Join(dir, "return")); err == nil {
@@ -157,27 +165,28 @@ type failed struct {
 
 // failure has a run fail, then runs the story once more where all is well, and judges.
 // A run that is begun anew asks for another certificate.
-func (m *matrix) failure(t *testing.T, story crashStory, template string, d *crashDevice, anew bool, fails func() (string, int)) failed {
+func (m *matrix) failure(t *testing.T, story crashStory, d *crashDevice, anew bool, fails func() (string, int)) failed {
 	t.Helper()
 	issuedBefore := len(m.issuances(t))
 	f := failed{}
 	f.out, f.code = fails()
 	f.complete = f.code == exitDone
 	if story.before != nil {
-		f.complete = d.complete(t, template)
+		f.complete = d.complete(t)
 	}
 	want := 1
 	if anew || f.complete && story.before != nil {
 		want = 2
 	}
 	d.hasItsPair(t, f)
-	out, err := d.run(t, m.token.ModulePath, nil, story.args...)
+	out, err := d.run(t, story.args...)
 	if err != nil {
 		t.Errorf("%s: the next run: %v\n%safter\n%s", d.subject, err, out, f.out)
 		return f
 	}
 	issued := m.issuances(t)[issuedBefore:]
-	wrong := d.judge(t, story, issued)
+	wrong := new(findings)
+	d.judge(t, story, issued, wrong)
 	if len(issued) != want {
 		wrong.add("the server issued %d certificates, want %d", len(issued), want)
 	}
@@ -200,7 +209,10 @@ func (d *crashDevice) hasItsPair(t *testing.T, f failed) {
 	if err != nil || len(found) < 2 {
 		t.Fatalf("%s: the Security object: %v: %s\n%s", d.subject, err, security, f.out)
 	}
-	objects := d.list(t)
+	objects, err := d.list(t)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, match := range found {
 		address := string(match[1])
 		if strings.Contains(address, "object="+opensc.IDevIDLabel+";") { // the factory's, which every judge looks for
