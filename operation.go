@@ -227,7 +227,8 @@ func (c *Credential) usable(ctx context.Context) (*Result, error) {
 		return nil, err
 	}
 	if leaf := p.chain[0]; now.After(leaf.NotAfter) {
-		c.warn("the enrolled certificate expired at %s: enrolling again with the IDevID", leaf.NotAfter.UTC().Format(time.RFC3339))
+		// A clock that has jumped forward is seen by a person alone.
+		c.warn("the enrolled certificate expired at %s, and it is %s now: enrolling again with the IDevID", stamp(leaf.NotAfter), stamp(now))
 		return nil, nil
 	}
 	return &Result{Certificate: p.chain[0], CertificateAddress: kept.Certificates[0].Address, Key: kept.Key.Address}, nil
@@ -236,6 +237,9 @@ func (c *Credential) usable(ctx context.Context) (*Result, error) {
 func (c *Credential) startEnroll(ctx context.Context) error {
 	if err := c.checkSecurity(); err != nil {
 		return err
+	}
+	if _, err := c.verificationTime(); err != nil {
+		return err // before a key is made
 	}
 	if _, err := c.prepare(ctx); err != nil {
 		return err
