@@ -60,9 +60,12 @@ deps:
 loss: deps
 	$(GO) test -timeout 30m -count 1 -run '^TestLoss$$' -v . -args -loss.n 200 -loss.small 20 $(LOSS)
 
-# The program killed before and after every PKCS#11 call of first boot, renewal and reset.
+# The program killed before and after every PKCS#11 call, datagram and operation on
+# files of the state directory, of first boot, renewal, rekey, rollover and reset, and,
+# counted apart, at a sample inside the module's own writes. CRASH=-crash.write also writes the
+# figures to testdata/crash.json and README.md, CRASH='-crash.story rekey' chooses one.
 crash: deps
-	$(GO) test -timeout 60m -count 1 -run '^TestCrash' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
+	$(GO) test -timeout 60m -count 1 -run '^TestCrash$$' -v ./cmd/est-enroll -args -crash.every 1 -crash.module 60 $(CRASH)
 
 # The program at servers and on networks that get something wrong, each case in
 # each situation of the device; the token before and after, in the eyes of others.
