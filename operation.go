@@ -184,7 +184,11 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	}
 	c.journal.LastAttempt = last
 	c.shared.journal.rememberPIN(err) // that of a device which came back
-	if err := errors.Join(err, c.save()); err != nil {
+	saved := c.save()
+	if errors.Is(err, errJournal) {
+		saved = nil // what is in the way is said once
+	}
+	if err := errors.Join(err, saved); err != nil {
 		return result, err
 	}
 	return result, c.removeUnreferencedFiles()
