@@ -216,10 +216,49 @@ func TestSleptThroughRollover(t *testing.T) {
 		d.wantPending(err)
 		csr := d.csrs()
 		site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+		site.deferring(t, 1, 0)
+		_, err = d.renew()
+		d.wantPending(err)
+		if got := asked(d); !slices.Equal(got, renewal[:3]) {
+			t.Errorf("asked %q", got)
+		}
+		// What it has learned is kept for the next run.
 		d.mustRenew()
+		if got := asked(d); !slices.Equal(got, renewal[1:]) {
+			t.Errorf("the next run asked %q", got)
+		}
 		if got := d.csrs(); len(csr) != 1 || !slices.Equal(got, csr) {
 			t.Error("another CSR was sent")
 		}
+		d.tidy(2)
+	})
+
+	t.Run("only the certificate", func(t *testing.T) {
+		c := new(clock)
+		site := newSite(t, testserver.Config{Lifetime: time.Hour, Now: c.now})
+		d := site.device(t, "lapsed")
+		d.now = c.now
+		d.mustEnroll()
+		site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+		d.mustRenew()
+		site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverFinished, NoLinks: true})
+		c.advance(2 * time.Hour)
+		// The Implicit TA is the old root: as the IDevID too, the Explicit TA judges.
+		must(t, d.renewDue)
+		if got := asked(d); !slices.Equal(got, []est.Operation{est.CACerts, est.SimpleEnroll, est.CACerts}) {
+			t.Errorf("asked %q", got)
+		}
+		// And where the operator names another root, that one does.
+		site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverFinished, NoLinks: true})
+		c.advance(2 * time.Hour)
+		_, err := d.renewDue()
+		wantError(t, err, est.ErrNotVouched)
+		if d.cfg.ImplicitTA, err = est.NewTrustAnchors([]*x509.Certificate{site.server.Root()}); err != nil {
+			t.Fatal(err)
+		}
+		c.advance(time.Hour)
+		must(t, d.renewDue)
+		d.trusts("led elsewhere", site.server.Root())
 		d.tidy(2)
 	})
 
