@@ -452,7 +452,8 @@ func certsOnly(t *testing.T, certs ...*x509.Certificate) *coap.Response {
 // While the answer of cacerts is young, a renewal does without it; when the CA has
 // changed all the same, it is asked for in the same session.
 func TestCACertsInterval(t *testing.T) {
-	site := newSite(t, testserver.Config{})
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now})
 	d := site.device(t, "sparing")
 	d.cfg.CACertsInterval = time.Hour
 	count := func() (n int) {
@@ -463,7 +464,6 @@ func TestCACertsInterval(t *testing.T) {
 		}
 		return n - 1 // that of the proof
 	}
-	c := new(clock)
 	d.now = c.now
 	d.mustEnroll()
 	for _, step := range []struct {
@@ -473,7 +473,17 @@ func TestCACertsInterval(t *testing.T) {
 		want    int
 	}{
 		{"young", time.Minute, func() {}, 0},
-		{"the CA has changed", time.Minute, func() { site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched}) }, 1},
+		{"the CA changes in the middle of it", time.Minute, func() {
+			d.hook = func(when, call string) error {
+				if when+" "+call == "before simplereenroll" {
+					site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+				}
+				return nil
+			}
+		}, 1},
+		{"the clock is set back", -30 * time.Second, func() { d.hook = nil }, 1},
+		{"young again", time.Minute, func() {}, 0},
+		{"old", 3 * time.Hour, func() {}, 1},
 	} {
 		c.advance(step.advance)
 		step.do()
