@@ -35,7 +35,7 @@ func ExampleOpen() {
 		fmt.Println(err)
 		return
 	}
-	server, err := coaps.ParseURI("coaps://est.example.com")
+	server, err := est.ParseURI("coaps://est.example.com")
 	if err != nil {
 		fmt.Println(err)
 		return

@@ -46,7 +46,7 @@ const (
 func testLoss(t *testing.T, block, devices int) {
 	s := newSite(t, testserver.Config{AckTimeout: lossAckTimeout, FlightInterval: lossFlightInterval})
 	proxy := coaptest.NewProxy(t, s.server.Addr().String(), coaptest.Faults{Seed: *lossSeed, Loss: 0.1, Duplicate: 0.1, Reorder: 0.1})
-	uri, err := coaps.ParseURI("coaps://" + proxy.Addr())
+	uri, err := est.ParseURI("coaps://" + proxy.Addr())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,8 +108,8 @@ func testLoss(t *testing.T, block, devices int) {
 // lossFarm is many devices that share a token, to spare the making of many.
 type lossFarm struct {
 	site  *site
-	uri   coaps.URI // of the link
-	block int       // size in bytes
+	uri   est.URI // of the link
+	block int     // size in bytes
 	dir   string
 }
 

@@ -43,7 +43,7 @@ type site struct {
 	server *testserver.Server
 	engine engine.Engine
 	parse  func(string) (engine.Address, error)
-	uri    coaps.URI
+	uri    est.URI
 	trust  *est.TrustAnchors
 	idevid estenroll.IDevID
 	born   time.Time
@@ -87,7 +87,7 @@ func newSite(t *testing.T, cfg testserver.Config) *site {
 	if s.trust, err = est.NewTrustAnchors([]*x509.Certificate{s.server.Root()}); err != nil {
 		t.Fatal(err)
 	}
-	if s.uri, err = coaps.ParseURI(s.server.URI()); err != nil {
+	if s.uri, err = est.ParseURI(s.server.URI()); err != nil {
 		t.Fatal(err)
 	}
 	if s.engine, err = pkcs11.Driver.Open(t.Context(), s.address(t, s.token.URI()), engine.Options{LockDir: t.TempDir()}); err != nil {
@@ -312,7 +312,7 @@ func (d *device) dial(ctx context.Context, with estenroll.Connection) (est.Sessi
 		if d.elsewhere != "" {
 			timeout = time.Second
 			var err error
-			if uri, err = coaps.ParseURI("coaps://" + d.elsewhere); err != nil {
+			if uri, err = est.ParseURI("coaps://" + d.elsewhere); err != nil {
 				return nil, err
 			}
 		}

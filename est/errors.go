@@ -46,6 +46,12 @@ var (
 	ErrFellSilent = errors.New("the server answers and then falls silent")
 	// ErrCredentialRefused says that the server refused our certificate.
 	ErrCredentialRefused = errors.New("the server refuses our certificate")
+	// ErrPasswordWanted says that the server asks for a user and a password
+	// (RFC 7030 §3.2.3), and there is none to give.
+	ErrPasswordWanted = errors.New("the server asks for a user and a password")
+	// ErrPasswordRefused says that the server does not accept the user and the
+	// password that it was given.
+	ErrPasswordRefused = errors.New("the server refuses the user and the password")
 	// ErrKeyUnsuitable says that the server takes no certificate, or no signature,
 	// of the kind of our key.
 	ErrKeyUnsuitable = errors.New("the server does not accept this kind of key")
@@ -54,13 +60,28 @@ var (
 	ErrCredentialNotYetValid = errors.New("our certificate is not valid by the server's clock")
 )
 
+// Unreachable makes an ErrUnreachable, and whatever else it is, of a cause that says
+// enough by itself.
+func Unreachable(cause error, also ...error) error {
+	return &unreachableError{cause, append([]error{cause, ErrUnreachable}, also...)}
+}
+
+type unreachableError struct {
+	cause error
+	is    []error
+}
+
+func (e *unreachableError) Error() string   { return e.cause.Error() }
+func (e *unreachableError) Unwrap() []error { return e.is }
+
 // A StatusError is an answer that is not a success.
 type StatusError struct {
 	Operation Operation
 	Server    string // URI of the resource
 	// Code as the transport prints it: "4.03 Forbidden", "403 Forbidden".
 	Code string
-	// Class of the code, 4 or 5 (RFC 7252 §5.9, RFC 9110 §15).
+	// Class of the code, 4 or 5 (RFC 7252 §5.9, RFC 9110 §15); over HTTPS 3 as well,
+	// for a redirection that is none of the request.
 	Class int
 	// Unauthorized says that the code is 4.01 or 401.
 	Unauthorized bool

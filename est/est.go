@@ -18,6 +18,8 @@ const (
 	CACerts        Operation = "cacerts"        // RFC 7030 §4.1
 	SimpleEnroll   Operation = "simpleenroll"   // RFC 7030 §4.2.1
 	SimpleReenroll Operation = "simplereenroll" // RFC 7030 §4.2.2
+	CSRAttrs       Operation = "csrattrs"       // RFC 7030 §4.5
+	ServerKeyGen   Operation = "serverkeygen"   // RFC 7030 §4.4
 )
 
 // DefaultRoot is the path every server supports (RFC 9148 §4.1).
@@ -65,6 +67,9 @@ type Request struct {
 type Response struct {
 	ContentFormat ContentFormat
 	Body          []byte
+	// MediaType is set over HTTPS where the body is of several parts, as its
+	// Content-Type says, which Body holds as they came; ContentFormat is zero then.
+	MediaType string
 }
 
 // Session is one open, authenticated connection to an EST server.

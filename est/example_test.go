@@ -83,3 +83,16 @@ func ExampleParseLinks() {
 	}
 	// Output: /est/sen [281]
 }
+
+func ExampleParseURI() {
+	uri, err := est.ParseURI("coaps://est.example")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(uri)
+	_, err = est.ParseURI("coaps://est.example/est?label=a")
+	fmt.Println(err)
+	// Output:
+	// coaps://est.example:5684/.well-known/est
+	// EST server URI: it has a query or a fragment
+}

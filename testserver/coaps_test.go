@@ -18,7 +18,7 @@ import (
 // dial opens a session as a device would, with a clock of its own.
 func dial(t *testing.T, server *testserver.Server, client credential, now func() time.Time) (*coaps.Session, error) {
 	t.Helper()
-	uri, err := coaps.ParseURI(server.URI())
+	uri, err := est.ParseURI(server.URI())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,7 +16,7 @@ import (
 // rawDial opens a session with small blocks, both ways, and little patience.
 func rawDial(t *testing.T, server *testserver.Server, client credential) (*est.Client, error) {
 	t.Helper()
-	uri, err := coaps.ParseURI(server.URI())
+	uri, err := est.ParseURI(server.URI())
 	if err != nil {
 		t.Fatal(err)
 	}

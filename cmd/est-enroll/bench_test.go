@@ -391,7 +391,7 @@ func (b *bench) serve(t *testing.T, f *figures) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	uri, err := coaps.ParseURI(b.matrix.server.uri)
+	uri, err := est.ParseURI(b.matrix.server.uri)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -251,7 +251,7 @@ func (s *settings) request(template *csr.Template) (err error) {
 
 // transport chooses how EST is carried.
 func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
-	server, err := coaps.ParseURI(s.server)
+	server, err := est.ParseURI(s.server)
 	if err != nil {
 		return fmt.Errorf("server: %w", err)
 	}

@@ -162,7 +162,7 @@ type bareEnrolment struct {
 	Subject                string // RFC 4514
 
 	token  *rawToken
-	server coaps.URI
+	server est.URI
 	trust  *est.TrustAnchors
 
 	factory     *x509.Certificate
@@ -212,7 +212,7 @@ func (b *bareEnrolment) run(ctx context.Context) ([]lap, error) {
 
 // prepare reads what is given, which is not timed.
 func (b *bareEnrolment) prepare() (err error) {
-	if b.server, err = coaps.ParseURI(b.Server); err != nil {
+	if b.server, err = est.ParseURI(b.Server); err != nil {
 		return err
 	}
 	if b.subject, err = csr.ParseSubject(b.Subject); err != nil {

@@ -28,7 +28,7 @@ const (
 
 // Config is what a session needs. URI, Trust, Certificate and Key are required.
 type Config struct {
-	URI URI
+	URI est.URI
 	// Label is appended to URI's path, and chooses among what is discovered.
 	// Default: none.
 	Label est.Label
@@ -72,7 +72,7 @@ type Config struct {
 // use; exchanges go one after the other (NSTART 1, RFC 9148 §6).
 type Session struct {
 	conn *coap.Conn
-	uri  URI
+	uri  est.URI
 	// provisional is one whose server nobody has judged.
 	provisional bool
 	// resources are what discovery found; others are below the URI's path.
@@ -113,7 +113,7 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 	if cfg.Trust == nil {
 		return nil, fmt.Errorf("no trust anchors: %w", est.ErrNotTrusted)
 	}
-	own, err := ownCertificate(cfg)
+	own, err := est.OwnCertificate(cfg.Certificate, cfg.Key)
 	if err != nil {
 		return nil, err
 	}
@@ -124,7 +124,7 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 		cfg.BlockSize = 512
 	}
 	conn, err := coap.Dial(ctx, cfg.URI.Address(), coap.Config{
-		Certificate: cfg.Certificate, Key: cfg.Key, ServerName: cfg.URI.serverName(),
+		Certificate: cfg.Certificate, Key: cfg.Key, ServerName: cfg.URI.ServerName(),
 		Verify: func(peer []*x509.Certificate) error {
 			if cfg.Provisional {
 				return nil
@@ -136,7 +136,7 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 	})
 	var handshake *coap.HandshakeError
 	if errors.As(err, &handshake) && handshake.Alert != nil {
-		return nil, fmt.Errorf("%w: %w", err, alertMeaning(*handshake.Alert, handshake.CertificateSent, own, cfg.Now()))
+		return nil, fmt.Errorf("%w: %w", err, est.AlertMeaning(uint8(*handshake.Alert), handshake.CertificateSent, own, cfg.Now()))
 	}
 	if errors.As(err, &handshake) && handshake.Refused {
 		return nil, fmt.Errorf("%w: %w", err, est.ErrHandshake)
@@ -147,44 +147,9 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 	return conn, nil
 }
 
-// ownCertificate returns our leaf. A key that is another's would look to the
-// server like a forgery, and its refusal to us like a verdict on the certificate.
-func ownCertificate(cfg Config) (*x509.Certificate, error) {
-	if len(cfg.Certificate) == 0 || cfg.Key == nil {
-		return nil, errors.New("no certificate and key to authenticate with")
-	}
-	leaf, err := x509.ParseCertificate(cfg.Certificate[0])
-	if err != nil {
-		return nil, fmt.Errorf("our certificate: %w", err)
-	}
-	if public, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(cfg.Key.Public()) {
-		return nil, fmt.Errorf("our certificate %q and our key: %w", leaf.Subject, est.ErrKeyMismatch)
-	}
-	return leaf, nil
-}
-
 // NewSession makes a session of a connection that is already open, such as an
 // LwM2M Bootstrap-Server's; it belongs to the session then.
-func NewSession(conn *coap.Conn, uri URI) *Session { return &Session{conn: conn, uri: uri} }
-
-// Alerts that say nothing about a certificate (RFC 5246 §7.2).
-const (
-	alertInternalError coap.Alert = 80
-	alertUserCanceled  coap.Alert = 90
-)
-
-// alertMeaning is what an alert in the handshake means for EST.
-func alertMeaning(alert coap.Alert, certificateSent bool, own *x509.Certificate, now time.Time) error {
-	switch {
-	case alert == coap.AlertCloseNotify, alert == alertInternalError, alert == alertUserCanceled:
-		return est.ErrUnreachable
-	case !certificateSent:
-		return est.ErrHandshake
-	case alert == coap.AlertCertificateExpired && !now.Before(own.NotBefore) && !now.After(own.NotAfter):
-		return est.ErrCredentialNotYetValid
-	}
-	return est.ErrCredentialRefused
-}
+func NewSession(conn *coap.Conn, uri est.URI) *Session { return &Session{conn: conn, uri: uri} }
 
 // classify names what a failed handshake or exchange means for EST.
 func classify(ctx context.Context, err error) error {
@@ -198,21 +163,12 @@ func classify(ctx context.Context, err error) error {
 	case errors.Is(err, coap.ErrTimeout), errors.Is(err, coap.ErrClosed), errors.Is(err, coap.ErrReset), isNetwork(err):
 		var handshake *coap.HandshakeError
 		if errors.As(err, &handshake) && handshake.Answered {
-			return &unreachableError{err, []error{err, est.ErrUnreachable, est.ErrFellSilent}}
+			return est.Unreachable(err, est.ErrFellSilent)
 		}
-		return &unreachableError{err, []error{err, est.ErrUnreachable}}
+		return est.Unreachable(err)
 	}
 	return err
 }
-
-// unreachableError is an est.ErrUnreachable whose cause says enough.
-type unreachableError struct {
-	cause error
-	is    []error
-}
-
-func (e *unreachableError) Error() string   { return e.cause.Error() }
-func (e *unreachableError) Unwrap() []error { return e.is }
 
 // RoundTrip implements est.Session.
 func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Response, error) {
@@ -227,7 +183,9 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 	if !discovered {
 		at = resource{path: s.uri.Root + "/" + name, accept: est.ContentFormatPKCS7CertsOnly} // RFC 9148 §4.3
 	}
-	server := URI{Host: s.uri.Host, Port: s.uri.Port, Root: at.path}.String()
+	whole := s.uri
+	whole.Root = at.path
+	server := whole.String()
 	accept := uint16(at.accept)
 	request := &coap.Request{Method: codeGET, Path: at.path, Accept: &accept}
 	if req.Operation != est.CACerts {

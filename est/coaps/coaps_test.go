@@ -73,7 +73,7 @@ type opaque struct{ crypto.Signer }
 type world struct {
 	trust  *est.TrustAnchors
 	client *party
-	uri    coaps.URI
+	uri    est.URI
 	stop   func() // ends the server
 }
 
@@ -97,7 +97,7 @@ func newWorld(t *testing.T, verifyClient func([]*x509.Certificate) error, handle
 		<-done
 	})
 	t.Cleanup(stop)
-	uri, err := coaps.ParseURI("coaps://" + listening.Addr().String() + "/est")
+	uri, err := est.ParseURI("coaps://" + listening.Addr().String() + "/est")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,7 +17,10 @@ const (
 	wellKnownCore = "/.well-known/core" // RFC 6690 §4
 	// maxIgnored bounds the links of one server that a warning names.
 	maxIgnored = 3
-	maxShown   = 80 // bytes of such a link
+	maxShown   = 80   // bytes of such a link
+	maxTarget  = 1024 // bytes of a link that is followed
+	// defaultPort of a link without one (RFC 7252 §6.2).
+	defaultPort = 5684
 )
 
 // resource is where a server has an operation, and what it answers with.
@@ -36,7 +39,8 @@ var operations = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenro
 // root, which "every server supports", with a warning. The error is one of the
 // connection or of the context, with which the session is of no use.
 func (s *Session) discover(ctx context.Context, label est.Label, warn func(string, ...any)) error {
-	at := URI{Host: s.uri.Host, Port: s.uri.Port, Root: wellKnownCore}
+	at := s.uri
+	at.Root = wellKnownCore
 	fallBack := func(reason error) {
 		warn("discovery at %s: %v: %s is used", at, reason, s.uri.Root)
 	}
@@ -53,7 +57,7 @@ func (s *Session) discover(ctx context.Context, label est.Label, warn func(strin
 		fallBack(err)
 		return nil
 	}
-	candidates, ignored := s.uri.candidates(links)
+	offered, ignored := candidates(s.uri, links)
 	if len(ignored) > maxIgnored {
 		ignored = append(ignored[:maxIgnored], fmt.Sprintf("%d more", len(ignored)-maxIgnored))
 	}
@@ -63,7 +67,7 @@ func (s *Session) discover(ctx context.Context, label est.Label, warn func(strin
 	s.resources = map[est.Operation]resource{}
 	var missing []string
 	for _, operation := range operations {
-		found, err := pick(candidates[operation], label)
+		found, err := pick(offered[operation], label)
 		if err != nil {
 			missing = append(missing, fmt.Sprintf("%s: %v", operation, err))
 			continue
@@ -93,7 +97,7 @@ func readLinks(response *coap.Response) ([]est.Link, error) {
 
 // candidates are the resources that links offer for each operation; ignored are
 // the links that cannot be followed, with the reason.
-func (u URI) candidates(links []est.Link) (candidates map[est.Operation][]resource, ignored []string) {
+func candidates(of est.URI, links []est.Link) (candidates map[est.Operation][]resource, ignored []string) {
 	candidates = map[est.Operation][]resource{}
 	for _, link := range links {
 		types := link.Words("rt")
@@ -101,7 +105,7 @@ func (u URI) candidates(links []est.Link) (candidates map[est.Operation][]resour
 		if len(offered) == 0 {
 			continue
 		}
-		path, err := u.resolve(link)
+		path, err := resolve(of, link)
 		if err != nil {
 			ignored = append(ignored, fmt.Sprintf("%.*q (%v)", maxShown, link.Target, err))
 			continue
@@ -117,27 +121,27 @@ func (u URI) candidates(links []est.Link) (candidates map[est.Operation][]resour
 
 // resolve returns the path of a link's target on this server. A relative one is
 // resolved against the server's root: the context is "an empty path" (RFC 6690 §2.1).
-func (u URI) resolve(link est.Link) (string, error) {
+func resolve(at est.URI, link est.Link) (string, error) {
 	if link.Has("anchor") {
 		return "", errors.New("it is about another resource") // RFC 6690 §2.1
 	}
 	reference, err := url.Parse(link.Target)
-	if err != nil || reference.Opaque != "" || len(link.Target) > maxURI {
+	if err != nil || reference.Opaque != "" || len(link.Target) > maxTarget {
 		return "", errors.New("not a URI reference")
 	}
-	target := (&url.URL{Scheme: "coaps", Host: u.Address(), Path: "/"}).ResolveReference(reference)
+	target := (&url.URL{Scheme: est.SchemeCoAPs, Host: at.Address(), Path: "/"}).ResolveReference(reference)
 	port := target.Port()
 	if port == "" {
 		port = strconv.Itoa(defaultPort)
 	}
 	switch {
-	case target.Scheme != "coaps":
+	case target.Scheme != est.SchemeCoAPs:
 		return "", errors.New("another scheme")
-	case target.User != nil || !strings.EqualFold(target.Hostname(), u.Host) || port != strconv.Itoa(int(u.Port)):
+	case target.User != nil || !strings.EqualFold(target.Hostname(), at.Host) || port != strconv.Itoa(int(at.Port)):
 		return "", errors.New("another host or port")
 	case target.RawQuery != "" || target.ForceQuery || target.Fragment != "":
 		return "", errors.New("it has a query or a fragment")
-	case target.RawPath != "" || !validPath(target.Path):
+	case target.RawPath != "" || !est.ValidPath(target.Path):
 		return "", errors.New("its path is not one of ours")
 	}
 	return target.Path, nil

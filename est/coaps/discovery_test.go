@@ -202,7 +202,7 @@ func TestDiscoveryOrigin(t *testing.T) {
 		{"coaps://est.example", "", false},
 		{"coaps://est.example", "/" + strings.Repeat("x/", 600) + "x", false},
 	} {
-		uri, err := coaps.ParseURI(c.server)
+		uri, err := est.ParseURI(c.server)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -323,7 +323,7 @@ func FuzzDiscovery(f *testing.F) {
 	} {
 		f.Add([]byte(seed))
 	}
-	uri, err := coaps.ParseURI("coaps://est.example")
+	uri, err := est.ParseURI("coaps://est.example")
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -334,8 +334,8 @@ func FuzzDiscovery(f *testing.F) {
 		}
 		paths, ignored := coaps.Candidates(uri, links)
 		for _, path := range paths {
-			whole := coaps.URI{Host: uri.Host, Port: uri.Port, Root: path}
-			if again, err := coaps.ParseURI(whole.String()); err != nil || again != whole {
+			whole := est.URI{Scheme: uri.Scheme, Host: uri.Host, Port: uri.Port, Root: path}
+			if again, err := est.ParseURI(whole.String()); err != nil || again != whole {
 				t.Errorf("%q: %s parses to %v, %v", document, whole, again, err)
 			}
 		}

@@ -28,7 +28,7 @@ func Example() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	uri, err := coaps.ParseURI(server.URI())
+	uri, err := est.ParseURI(server.URI())
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -90,17 +90,4 @@ func factory() (*testserver.Server, *x509.Certificate, *ecdsa.PrivateKey) {
 		log.Fatal(err)
 	}
 	return server, idevid, key
-}
-
-func ExampleParseURI() {
-	uri, err := coaps.ParseURI("coaps://est.example")
-	if err != nil {
-		log.Fatal(err)
-	}
-	fmt.Println(uri)
-	_, err = coaps.ParseURI("coaps://est.example/est?label=a")
-	fmt.Println(err)
-	// Output:
-	// coaps://est.example:5684/.well-known/est
-	// EST server URI: it has a query or a fragment
 }

@@ -2,13 +2,10 @@ package coaps
 
 import "estenroll/est"
 
-// AlertMeaning is alertMeaning, for the alerts that no server here sends at will.
-var AlertMeaning = alertMeaning
-
 // Candidates are the paths that discovery would take, and what it ignores.
-func Candidates(u URI, links []est.Link) (paths, ignored []string) {
-	candidates, ignored := u.candidates(links)
-	for _, resources := range candidates {
+func Candidates(of est.URI, links []est.Link) (paths, ignored []string) {
+	offered, ignored := candidates(of, links)
+	for _, resources := range offered {
 		for _, r := range resources {
 			paths = append(paths, r.path)
 		}

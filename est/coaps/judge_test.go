@@ -7,7 +7,6 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
-	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -19,7 +18,6 @@ import (
 
 	"estenroll/est"
 	"estenroll/est/coaps"
-	"estenroll/internal/coap"
 )
 
 // What OpenSSL's server says of our certificate, its clock set by -attime.
@@ -74,7 +72,7 @@ func TestAlertsOfOpenSSL(t *testing.T) {
 var accepts = regexp.MustCompile(`^ACCEPT .*:(\d+)$`)
 
 // openSSLServer starts openssl s_server on a port of its choice.
-func openSSLServer(t *testing.T, ca, server *party, cipher string, clock time.Time) coaps.URI {
+func openSSLServer(t *testing.T, ca, server *party, cipher string, clock time.Time) est.URI {
 	t.Helper()
 	dir := t.TempDir()
 	key, err := x509.MarshalPKCS8PrivateKey(server.key)
@@ -114,7 +112,7 @@ func openSSLServer(t *testing.T, ca, server *party, cipher string, clock time.Ti
 	})
 	for lines := bufio.NewScanner(stdout); lines.Scan(); {
 		if found := accepts.FindStringSubmatch(lines.Text()); found != nil {
-			uri, err := coaps.ParseURI("coaps://127.0.0.1:" + found[1])
+			uri, err := est.ParseURI("coaps://127.0.0.1:" + found[1])
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -122,41 +120,5 @@ func openSSLServer(t *testing.T, ca, server *party, cipher string, clock time.Ti
 		}
 	}
 	t.Fatalf("openssl s_server does not say where it listens: %s", &stderr)
-	return coaps.URI{}
-}
-
-func TestAlertMeaning(t *testing.T) {
-	own := newParty(t, nil, "dev", nil).cert
-	for _, c := range []struct {
-		alert  coap.Alert
-		sent   bool
-		offset time.Duration
-		want   error
-	}{
-		{coap.AlertCloseNotify, true, 0, est.ErrUnreachable},
-		{80, true, 0, est.ErrUnreachable}, // internal_error
-		{90, true, 0, est.ErrUnreachable}, // user_canceled
-		{80, false, 0, est.ErrUnreachable},
-		{coap.AlertHandshakeFailure, false, 0, est.ErrHandshake},
-		{coap.AlertHandshakeFailure, true, 0, est.ErrCredentialRefused},
-		{41, true, 0, est.ErrCredentialRefused}, // no_certificate
-		{coap.AlertBadCertificate, true, 0, est.ErrCredentialRefused},
-		{43, true, 0, est.ErrCredentialRefused}, // unsupported_certificate
-		{coap.AlertCertificateRevoked, true, 0, est.ErrCredentialRefused},
-		{coap.AlertCertificateUnknown, true, 0, est.ErrCredentialRefused},
-		{coap.AlertUnknownCA, true, 0, est.ErrCredentialRefused},
-		{coap.AlertAccessDenied, true, 0, est.ErrCredentialRefused},
-		{51, true, 0, est.ErrCredentialRefused}, // decrypt_error
-		{coap.AlertCertificateExpired, true, 0, est.ErrCredentialNotYetValid},
-		{coap.AlertCertificateExpired, true, time.Hour, est.ErrCredentialNotYetValid},
-		{coap.AlertCertificateExpired, true, time.Hour + 1, est.ErrCredentialRefused},
-		{coap.AlertCertificateExpired, true, -time.Hour - 1, est.ErrCredentialRefused},
-		{coap.AlertCertificateExpired, false, 0, est.ErrHandshake},
-	} {
-		t.Run(fmt.Sprintf("%d, sent %t, %s", c.alert, c.sent, c.offset), func(t *testing.T) {
-			if got := coaps.AlertMeaning(c.alert, c.sent, own, epoch.Add(c.offset)); !errors.Is(got, c.want) {
-				t.Errorf("got %v, want %v", got, c.want)
-			}
-		})
-	}
+	return est.URI{}
 }

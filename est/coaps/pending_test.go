@@ -72,7 +72,7 @@ func TestPendingInBlocks(t *testing.T) {
 					}})
 					cfg := w.config()
 					cfg.BlockSize = size
-					uri, err := coaps.ParseURI("coaps://" + proxy.Addr() + "/est")
+					uri, err := est.ParseURI("coaps://" + proxy.Addr() + "/est")
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -151,7 +151,7 @@ func TestPendingAtBundledServer(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				uri, err := coaps.ParseURI("coaps://" + proxy.Addr())
+				uri, err := est.ParseURI("coaps://" + proxy.Addr())
 				if err != nil {
 					t.Fatal(err)
 				}

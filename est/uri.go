@@ -1,4 +1,4 @@
-package coaps
+package est
 
 import (
 	"errors"
@@ -8,17 +8,23 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-
-	"estenroll/est"
 )
 
+// The schemes of an EST server's URI, which say how EST is carried.
 const (
-	defaultPort = 5684 // RFC 7252 §6.2
-	maxURI      = 1024 // bytes
+	SchemeCoAPs = "coaps"
+	SchemeHTTPS = "https"
 )
 
-// URI is where an EST server is: coaps://host[:port][/path] (RFC 7252 §6.2).
+// defaultPorts by scheme (RFC 7252 §6.2, RFC 9110 §4.2.2).
+var defaultPorts = map[string]uint16{SchemeCoAPs: 5684, SchemeHTTPS: 443}
+
+const maxURI = 1024 // bytes
+
+// URI is where an EST server is: coaps://host[:port][/path] (RFC 7252 §6.2) or
+// https://host[:port][/path] (RFC 9110 §4.2.2).
 type URI struct {
+	Scheme string
 	// Host is a DNS name or an IP literal, without brackets.
 	Host string
 	Port uint16
@@ -26,8 +32,8 @@ type URI struct {
 	Root string
 }
 
-// ParseURI parses a URI; the port is 5684 and the path /.well-known/est unless
-// they are given. User, query and fragment are refused, as is a path whose
+// ParseURI parses a URI; the port is its scheme's and the path /.well-known/est
+// unless they are given. User, query and fragment are refused, as is a path whose
 // segments would change on the way.
 func ParseURI(s string) (URI, error) {
 	if len(s) > maxURI {
@@ -43,8 +49,8 @@ func ParseURI(s string) (URI, error) {
 	}
 	wrong := func(reason string) (URI, error) { return URI{}, fmt.Errorf("EST server URI: %s", reason) }
 	switch {
-	case u.Scheme != "coaps":
-		return wrong("want coaps://host[:port][/path]")
+	case defaultPorts[u.Scheme] == 0:
+		return wrong("want coaps:// or https://host[:port][/path]")
 	case u.User != nil:
 		return wrong("it names a user")
 	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.Contains(s, "#"):
@@ -52,7 +58,7 @@ func ParseURI(s string) (URI, error) {
 	case u.Opaque != "" || u.Hostname() == "":
 		return wrong("it has no host")
 	}
-	result := URI{Host: u.Hostname(), Port: defaultPort, Root: strings.TrimSuffix(u.Path, "/")}
+	result := URI{Scheme: u.Scheme, Host: u.Hostname(), Port: defaultPorts[u.Scheme], Root: strings.TrimSuffix(u.Path, "/")}
 	if !validHost(result.Host) {
 		return wrong("its host is neither a DNS name nor an IP address")
 	}
@@ -64,21 +70,21 @@ func ParseURI(s string) (URI, error) {
 		result.Port = uint16(port)
 	}
 	if u.Path == "" || u.Path == "/" {
-		result.Root = est.DefaultRoot
+		result.Root = DefaultRoot
 		return result, nil
 	}
 	if u.RawPath != "" {
 		return wrong("its path has escapes that would be lost")
 	}
-	if !validPath(result.Root) {
+	if !ValidPath(result.Root) {
 		return wrong("its path has a segment that is empty, a dot, not printable ASCII or longer than 255 bytes")
 	}
 	return result, nil
 }
 
-// validPath reports whether a path arrives as it is: each segment is one
-// Uri-Path option (RFC 7252 §5.10).
-func validPath(path string) bool {
+// ValidPath reports whether a path arrives as it is: each segment is one Uri-Path
+// option (RFC 7252 §5.10), and none has to be escaped.
+func ValidPath(path string) bool {
 	segments, found := strings.CutPrefix(path, "/")
 	if !found {
 		return false
@@ -113,7 +119,7 @@ func printable(s string) bool {
 }
 
 // WithLabel returns the URI of the CA that a label names (RFC 7030 §3.2.2).
-func (u URI) WithLabel(label est.Label) URI {
+func (u URI) WithLabel(label Label) URI {
 	if label != "" {
 		u.Root += "/" + string(label)
 	}
@@ -122,15 +128,15 @@ func (u URI) WithLabel(label est.Label) URI {
 
 // String returns the whole URI, with its port and path.
 func (u URI) String() string {
-	return "coaps://" + u.Address() + (&url.URL{Path: u.Root}).EscapedPath()
+	return u.Scheme + "://" + u.Address() + (&url.URL{Path: u.Root}).EscapedPath()
 }
 
 // Address returns host:port, to connect to.
 func (u URI) Address() string { return net.JoinHostPort(u.Host, strconv.Itoa(int(u.Port))) }
 
-// serverName is what is sent as SNI: "Literal IPv4 and IPv6 addresses are not
+// ServerName is what is sent as SNI: "Literal IPv4 and IPv6 addresses are not
 // permitted" (RFC 6066 §3).
-func (u URI) serverName() string {
+func (u URI) ServerName() string {
 	if _, err := netip.ParseAddr(u.Host); err == nil {
 		return ""
 	}
