@@ -16,21 +16,23 @@ var rooms = map[string][]string{
 		"github.com/cenkalti/backoff/v5",
 	},
 	"estenroll/cmd/est-enroll": {
-		"estenroll", "estenroll/csr", "estenroll/engine", "estenroll/engine/pkcs11", "estenroll/est", "estenroll/est/coaps", "estenroll/internal/agent", "estenroll/internal/durable", "estenroll/lwm2m",
+		"estenroll", "estenroll/csr", "estenroll/engine", "estenroll/engine/file", "estenroll/engine/pkcs11", "estenroll/est", "estenroll/est/coaps", "estenroll/est/https", "estenroll/internal/agent", "estenroll/internal/durable", "estenroll/lwm2m",
 		"github.com/spf13/cobra", "github.com/spf13/pflag", "go.yaml.in/yaml/v3", "golang.org/x/term",
 	},
 	"estenroll/cmd/est-testserver": {"estenroll/csr", "estenroll/internal/durable", "estenroll/testserver", "github.com/spf13/cobra"},
 	"estenroll/csr":                {},
 	"estenroll/engine":             {},
 	"estenroll/engine/enginetest":  {"estenroll/engine"},
+	"estenroll/engine/file":        {"estenroll/engine", "estenroll/internal/durable"},
 	"estenroll/engine/pkcs11":      {"estenroll/engine", "estenroll/internal/durable", "github.com/miekg/pkcs11"},
 	"estenroll/est":                {"go.mozilla.org/pkcs7"},
 	"estenroll/est/coaps":          {"estenroll/est", "estenroll/internal/coap"},
+	"estenroll/est/https":          {"estenroll/est"},
 	"estenroll/internal/agent":     {"estenroll", "estenroll/engine", "estenroll/est", "estenroll/internal/durable"},
 	"estenroll/internal/coap":      {"github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 	"estenroll/internal/durable":   {"github.com/gofrs/flock", "github.com/google/renameio/v2", "golang.org/x/sys"},
 	"estenroll/lwm2m":              {"estenroll/engine", "estenroll/internal/durable"},
-	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap", "github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
+	"estenroll/testserver":         {"estenroll/csr", "estenroll/est", "estenroll/internal/coap", "github.com/globalsign/est", "github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 
 	// Test tools: imported by tests only, which the next test holds.
 	"estenroll/engine/enginetest/nss":      {"estenroll/engine/enginetest/opensc"},
@@ -41,6 +43,7 @@ var rooms = map[string][]string{
 	"estenroll/engine/enginetest/tpm":      {"estenroll/engine/enginetest/opensc"},
 	"estenroll/internal/coap/coaptest":     {},
 	"estenroll/internal/durable/filecrash": {"estenroll/engine/enginetest/p11crash"},
+	"estenroll/testserver/globalsigntest":  {},
 	"estenroll/packaging/man":              {"github.com/spf13/cobra", "github.com/spf13/pflag"},
 }
 

@@ -42,9 +42,9 @@ func (r *refusal) Error() string { return r.detail }
 // enrollment is a request for a certificate.
 type enrollment struct {
 	operation est.Operation
-	path      string // of the resource that was asked
-	client    *x509.Certificate
-	csr       []byte // DER
+	path      string            // of the resource that was asked
+	client    *x509.Certificate // nil for one that has shown a password alone
+	csr       []byte            // DER
 }
 
 // replayKey is one enrolment: who asked what. A repetition has the same key.
@@ -99,7 +99,11 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	key := replayKey{asked.operation, sha256.Sum256(asked.client.Raw), sha256.Sum256(asked.csr)}
+	client := asked.client
+	if client == nil {
+		client = new(x509.Certificate)
+	}
+	key := replayKey{asked.operation, sha256.Sum256(client.Raw), sha256.Sum256(asked.csr)}
 	if s.deferred[key] < faults.Defer {
 		s.deferred[key]++
 		return nil, &refusal{kind: refusedForNow, detail: "not decided yet, come again", retryAfter: faults.DeferMaxAge}
@@ -117,7 +121,9 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 	}
 	event := newEvent(kind, now, earlier.cert)
 	event.Operation, event.Path = asked.operation, asked.path
-	event.Client, event.ClientSubject = fingerprint(asked.client.Raw), asked.client.Subject.String()
+	if asked.client != nil {
+		event.Client, event.ClientSubject = fingerprint(client.Raw), client.Subject.String()
+	}
 	event.CSR = fingerprint(asked.csr)
 	event.Faults = faults.issuing()
 	if err := s.record.add(event); err != nil {

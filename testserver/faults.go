@@ -61,7 +61,13 @@ type Faults struct {
 	// Message makes the messages that answer a CSR wrong, with Config.Raw.
 	// "message=block-endless"
 	Message string
-	// ServerCertificate is a wrong certificate of the server's, with Config.Raw.
+	// HTTP makes the answer to a CSR over HTTPS wrong. "http=slow-body"
+	HTTP string
+	// RetryAfter is the Retry-After of HTTPS's deferrals, as it stands.
+	// "retry-after=Fri, 31 Dec 9999 23:59:59 GMT"
+	RetryAfter string
+	// ServerCertificate is a wrong certificate of the server's, with Config.Raw or
+	// over HTTPS.
 	// "server-certificate=expired"
 	ServerCertificate string
 	// LongDetail makes the text of every error answer long, with control
@@ -100,7 +106,8 @@ var choices = []choice{
 	{"body", "the answer to a CSR is", bodyFaults, func(f *Faults) *string { return &f.Body }},
 	{"crts", "the answer of crts is", crtsFaults, func(f *Faults) *string { return &f.CRTS }},
 	{"message", "the messages that answer a CSR (--raw)", messageFaults, func(f *Faults) *string { return &f.Message }},
-	{"server-certificate", "the server's certificate is (--raw)", serverCertificateFaults, func(f *Faults) *string { return &f.ServerCertificate }},
+	{"http", "the answer to a CSR over HTTPS is", httpFaults, func(f *Faults) *string { return &f.HTTP }},
+	{"server-certificate", "the server's certificate is (--raw, or over HTTPS)", serverCertificateFaults, func(f *Faults) *string { return &f.ServerCertificate }},
 }
 
 // FaultsHelp is a line for each fault, for a program's help text.
@@ -120,6 +127,7 @@ func choicesHelp() string {
 const plainFaultsHelp = `  delay=DURATION                 an enrolment takes this long: a separate response
   defer=N[,max-age=DURATION]     the first N answers to a CSR are 5.03 (come back later);
                                  without max-age there is no Max-Age, which means 60 s
+  retry-after=TEXT               over HTTPS they are 202, with this Retry-After
   wrong-key                      issue for a key that nobody asked for, of the same kind
   not-yet-valid                  issue certificates that begin an hour from now
   expired                        issue certificates that ended an hour ago
@@ -197,6 +205,10 @@ func (f *Faults) set(name, value string, hasValue bool) error {
 	case "links":
 		if f.Links = value; value == "" {
 			err = errors.New("want links")
+		}
+	case "retry-after":
+		if f.RetryAfter = value; value == "" {
+			err = errors.New("want a text")
 		}
 	case "refuse-client":
 		if value == "issued" {
@@ -300,7 +312,7 @@ func (f Faults) Strings() []string {
 		}
 		texts = append(texts, text)
 	}
-	for name, value := range map[string]string{"subject": f.Subject, "answer": f.Answer, "links": f.Links} {
+	for name, value := range map[string]string{"subject": f.Subject, "answer": f.Answer, "links": f.Links, "retry-after": f.RetryAfter} {
 		if value != "" {
 			texts = append(texts, name+"="+value)
 		}

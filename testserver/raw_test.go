@@ -123,7 +123,7 @@ func TestRawFaultsNeedRaw(t *testing.T) {
 		t.Fatalf("started: %v", server.Close())
 	}
 	server := start(t, testserver.Config{})
-	if err := server.SetFaults(testserver.Faults{ServerCertificate: "expired"}); err == nil || !strings.Contains(err.Error(), "not a raw one") {
+	if err := server.SetFaults(testserver.Faults{ServerCertificate: "expired"}); err == nil || !strings.Contains(err.Error(), "neither a raw one nor an HTTPS one") {
 		t.Errorf("got %v", err)
 	}
 }

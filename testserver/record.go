@@ -35,7 +35,8 @@ type Event struct {
 	// Path of the resource that was asked, so whether it was discovered.
 	Path string `json:"path,omitempty"`
 	// Client is the fingerprint of the certificate that authenticated the
-	// request, ClientSubject its subject; empty for an IDevID.
+	// request, ClientSubject its subject; empty for an IDevID, and where a password
+	// did that alone.
 	Client        string `json:"client_sha256,omitempty"`
 	ClientSubject string `json:"client_subject,omitempty"`
 	// CSR is the digest of the request's DER; empty if there was none.

@@ -1,6 +1,6 @@
 // Package testserver is an EST CA for tests, and an adversary for the device
-// under test: RFC 9148 (EST over CoAPs) with faults that can be switched on
-// while it runs.
+// under test: RFC 9148 (EST over CoAPs) and RFC 7030 (EST over HTTPS), two doors of
+// one CA, with faults that can be switched on while it runs.
 //
 // It is NOT a CA to trust: its keys are made when it starts, live in memory,
 // are protected by nothing, and end with the process; every CA's subject says
@@ -42,10 +42,13 @@ type Config struct {
 	// Listen is the UDP address, host:port; port 0 takes a free one.
 	// Default: 127.0.0.1:0.
 	Listen string
-	// AllowNonLoopback permits an address in Listen that others can reach.
+	// ListenHTTPS is the TCP address of the HTTPS door, host:port (RFC 7030).
+	// Default: there is no such door.
+	ListenHTTPS string
+	// AllowNonLoopback permits addresses to listen on that others can reach.
 	AllowNonLoopback bool
 	// Names are DNS names or IP addresses of the server's certificate, beside
-	// localhost, 127.0.0.1, ::1 and the address in Listen.
+	// localhost, 127.0.0.1, ::1 and the addresses that are listened on.
 	Names []string
 	// Now is the clock of the CA, of the judgement of client certificates and of
 	// the record. Default: time.Now.
@@ -77,6 +80,12 @@ type Config struct {
 	ReplayWindow time.Duration
 	// NoReplay issues anew for every request.
 	NoReplay bool
+
+	// TLS12 has the HTTPS door speak TLS 1.2 only. Default: TLS 1.3 too.
+	TLS12 bool
+	// HTTPUser and HTTPPassword are what a CSR needs over HTTPS by HTTP Basic, with a
+	// client certificate or without one. Default: a client certificate alone.
+	HTTPUser, HTTPPassword string
 
 	// Record is the path of a file that every [Event] is appended to as a line of
 	// JSON, on disk before the certificate leaves. Default: memory only.
@@ -113,6 +122,7 @@ type Server struct {
 	names   []string                    // in them
 	record  *record
 	coap    door
+	https   *httpsDoor // nil for none
 	control net.Listener
 
 	mu       sync.Mutex // over what follows, and over each issuance and each rollover as a whole
@@ -125,6 +135,7 @@ type Server struct {
 	serving  sync.WaitGroup
 	done     chan struct{} // closed when the CoAPs door has ended
 	serveErr error         // set before done is closed
+	httpsErr error         // why the HTTPS door has ended, if not by Close
 	close    func() error
 }
 
@@ -148,9 +159,16 @@ func start(cfg Config) (_ *Server, err error) {
 	if err := cfg.complete(); err != nil {
 		return nil, err
 	}
-	host, err := checkListen(cfg.Listen, cfg.AllowNonLoopback)
-	if err != nil {
-		return nil, err
+	var hosts []string
+	for _, address := range []string{cfg.Listen, cfg.ListenHTTPS} {
+		if address == "" {
+			continue
+		}
+		host, err := checkListen(address, cfg.AllowNonLoopback)
+		if err != nil {
+			return nil, err
+		}
+		hosts = append(hosts, host)
 	}
 	s := &Server{
 		cfg:      cfg,
@@ -169,8 +187,10 @@ func start(cfg Config) (_ *Server, err error) {
 		return nil, err
 	}
 	s.names = append([]string{"localhost", "127.0.0.1", "::1"}, cfg.Names...)
-	if ip := net.ParseIP(host); ip != nil && !ip.IsUnspecified() && !slices.Contains(s.names, host) {
-		s.names = append(s.names, host)
+	for _, host := range hosts {
+		if ip := net.ParseIP(host); ip != nil && !ip.IsUnspecified() && !slices.Contains(s.names, host) {
+			s.names = append(s.names, host)
+		}
 	}
 	if s.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 		return nil, fmt.Errorf("generate server key: %w", err)
@@ -188,6 +208,12 @@ func start(cfg Config) (_ *Server, err error) {
 	}
 	if s.coap, err = s.listen(s.key); err != nil {
 		return nil, err
+	}
+	if s.https, err = s.listenHTTPS(); err != nil {
+		return nil, err
+	}
+	if s.https != nil {
+		s.serving.Go(func() { s.httpsErr = s.https.serve() })
 	}
 	s.serving.Go(func() {
 		if err := s.coap.Serve(s.serveCoAP); err != nil {
@@ -297,8 +323,13 @@ func (s *Server) SetFaults(f Faults) error {
 	if err := f.validate(); err != nil {
 		return err
 	}
-	if !s.cfg.Raw && (f.Message != "" || f.ServerCertificate != "") {
-		return errors.New("faults message and server-certificate: the server is not a raw one")
+	switch {
+	case !s.cfg.Raw && f.Message != "":
+		return errors.New("fault message: the server is not a raw one")
+	case !s.cfg.Raw && s.cfg.ListenHTTPS == "" && f.ServerCertificate != "":
+		return errors.New("fault server-certificate: the server is neither a raw one nor an HTTPS one")
+	case s.cfg.ListenHTTPS == "" && (f.HTTP != "" || f.RetryAfter != ""):
+		return errors.New("faults http and retry-after: the server has no HTTPS door")
 	}
 	f.RefuseClients = slices.Clone(f.RefuseClients)
 	s.mu.Lock()
@@ -322,6 +353,9 @@ func (s *Server) stop() error {
 	if s.coap != nil {
 		errs = append(errs, s.coap.Close())
 	}
+	if s.https != nil {
+		errs = append(errs, s.https.close())
+	}
 	if s.control != nil {
 		errs = append(errs, s.control.Close())
 	}
@@ -329,5 +363,5 @@ func (s *Server) stop() error {
 	if s.record != nil {
 		errs = append(errs, s.record.close())
 	}
-	return errors.Join(append(errs, s.serveErr)...)
+	return errors.Join(append(errs, s.serveErr, s.httpsErr)...)
 }

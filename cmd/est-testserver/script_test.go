@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -19,7 +20,7 @@ func TestMain(m *testing.M) {
 }
 
 func TestScripts(t *testing.T) {
-	for _, tool := range []string{"openssl", "pkcs11-tool", "softhsm2-util", "coap-client-openssl", "coap-client-gnutls"} {
+	for _, tool := range []string{"openssl", "pkcs11-tool", "softhsm2-util", "coap-client-openssl", "coap-client-gnutls", "curl"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Fatalf("%v: run \"make deps\"", err)
 		}
@@ -37,7 +38,8 @@ func TestScripts(t *testing.T) {
 var signals = map[string]syscall.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT}
 
 // serve runs "est-testserver serve ARGS" until the script ends, sets URI when
-// it listens, and fails the script if it does not stop cleanly on the signal.
+// it listens, and HTTPS_URI where it has that door, and fails the script if it does
+// not stop cleanly on the signal.
 //
 //	serve TERM|INT ARGS
 func serve(ts *testscript.TestScript, neg bool, args []string) {
@@ -75,5 +77,14 @@ func serve(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("est-testserver serve: %q, %v\n%s", line, err, stderr.String())
 	}
 	ts.Setenv("URI", strings.TrimSpace(uri))
+	if slices.Contains(args, "--listen-https") {
+		second, err := lines.ReadString('\n')
+		uri, found := strings.CutPrefix(second, "listening ")
+		if err != nil || !found {
+			ts.Fatalf("est-testserver serve: %q, %v\n%s", second, err, stderr.String())
+		}
+		ts.Setenv("HTTPS_URI", strings.TrimSpace(uri))
+		line += second
+	}
 	fmt.Fprintf(ts.Stdout(), "%s", line)
 }

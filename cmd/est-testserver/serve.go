@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -23,6 +24,7 @@ func serveCommand() *cobra.Command {
 		cfg      testserver.Config
 		faults   []string
 		writeDir string
+		password string // file
 		verbose  bool
 	)
 	cmd := &cobra.Command{
@@ -32,9 +34,10 @@ func serveCommand() *cobra.Command {
 
 ` + warning + `
 
-When the server answers, one line is printed to standard output:
+When the server answers, a line for each of its doors is printed to standard output:
 
   listening coaps://127.0.0.1:5684
+  listening https://127.0.0.1:8443      with --listen-https
 
 Files in --write-dir, all PEM, written before that line:
 
@@ -46,7 +49,10 @@ Files in --write-dir, all PEM, written before that line:
 The resources are crts, sen and sren below /.well-known/est and, the same ones,
 below /e/plz, which a client has to discover: GET /.well-known/core?rt=ace.est*
 (RFC 9148 §4.1). With --label, also below /.well-known/est/LABEL and
-/e/plz/LABEL. Key usage and extended key usage are issued as they are asked for.
+/e/plz/LABEL. Over HTTPS (RFC 7030) they are cacerts, csrattrs, simpleenroll,
+simplereenroll and serverkeygen below /.well-known/est, and below
+/.well-known/est/LABEL, for clients with a certificate or, with --http-user, a
+password. Key usage and extended key usage are issued as they are asked for.
 
 Each line of --record is a JSON object: time, kind (issuance, replay, idevid),
 operation, path, client_sha256, client_subject, csr_sha256, public_key_sha256,
@@ -68,6 +74,9 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			if verbose {
 				cfg.Logger = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelDebug}))
 			}
+			if cfg.HTTPPassword, err = readPassword(password); err != nil {
+				return err
+			}
 			// Before the sockets exist: a signal from here on ends the server cleanly.
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
@@ -85,6 +94,9 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 				return err
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), "listening "+server.URI())
+			if uri := server.HTTPSURI(); uri != "" {
+				fmt.Fprintln(cmd.OutOrStdout(), "listening "+uri)
+			}
 			select {
 			case <-ctx.Done():
 			case <-server.Done():
@@ -95,7 +107,11 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringVar(&cfg.Listen, "listen", "127.0.0.1:5684", "UDP `HOST:PORT`; port 0 takes a free one")
-	flags.BoolVar(&cfg.AllowNonLoopback, "allow-non-loopback", false, "permit a --listen address that other machines can reach")
+	flags.StringVar(&cfg.ListenHTTPS, "listen-https", "", "TCP `HOST:PORT` of a second door, EST over HTTPS")
+	flags.BoolVar(&cfg.TLS12, "tls12", false, "speak TLS 1.2 only over HTTPS")
+	flags.StringVar(&cfg.HTTPUser, "http-user", "", "`USER` that a CSR over HTTPS needs, by HTTP Basic, with a client certificate or without")
+	flags.StringVar(&password, "http-password-file", "", "`FILE` with that user's password, in one line")
+	flags.BoolVar(&cfg.AllowNonLoopback, "allow-non-loopback", false, "permit addresses that other machines can reach")
 	flags.StringSliceVar(&cfg.Names, "name", nil, "DNS `NAME` or IP address in the server's certificate, beside localhost, 127.0.0.1 and ::1")
 	flags.StringVar(&writeDir, "write-dir", "", "write the CA certificates to this `DIR`, created if missing")
 	flags.StringVar(&cfg.Control, "control", "", "`PATH` of a Unix socket to make for the commands idevid, fault and rollover")
@@ -115,6 +131,17 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.DurationVar(&cfg.AckTimeout, "ack-timeout", 2*time.Second, "`DURATION` before the first retransmission of a separate response")
 	flags.BoolVarP(&verbose, "verbose", "v", false, "log the transport to standard error")
 	return cmd
+}
+
+func readPassword(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	data, err := durable.ReadFile(path, 4<<10)
+	if err != nil {
+		return "", fmt.Errorf("read password: %w", err)
+	}
+	return strings.TrimRight(string(data), "\r\n"), nil
 }
 
 func writeCertificates(dir string, server *testserver.Server) error {
