@@ -1,0 +1,269 @@
+package https_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"mime"
+	"mime/multipart"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"estenroll/csr"
+	"estenroll/est"
+	"estenroll/est/https"
+	"estenroll/testserver/globalsigntest"
+)
+
+// All operations of the server of globalsign/est, labels, and the errors that it
+// makes on request. (What the lifecycle makes of it with an HSM's key, a script of
+// cmd/est-enroll shows.)
+func TestEstserver(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	now := func(c *x509.Certificate) {
+		c.NotBefore, c.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	}
+	factory := newParty(t, nil, "factory", func(c *x509.Certificate) { now(c); c.IsCA, c.KeyUsage = true, x509.KeyUsageCertSign })
+	writePEM(t, filepath.Join(dir, "factory.pem"), "CERTIFICATE", factory.cert.Raw)
+	program, err := globalsigntest.Build(dir, globalsigntest.Server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := globalsigntest.Start(program, dir, filepath.Join(dir, "factory.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := server.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	root, err := os.ReadFile(server.RootFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(root)
+	anchor, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust, err := est.NewTrustAnchors([]*x509.Certificate{anchor})
+	if err != nil {
+		t.Fatal(err)
+	}
+	uri, err := est.ParseURI(server.URI)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dial := func(as *party, label est.Label) (*https.Session, *est.Client) {
+		session, err := https.Dial(t.Context(), https.Config{URI: uri, Label: label, Certificate: [][]byte{as.cert.Raw}, Key: &countingSigner{Signer: as.key}, Trust: trust})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = session.Close() })
+		return session, &est.Client{Session: session}
+	}
+	device := newParty(t, factory, "device", now)
+	request := func(name string, key *ecdsa.PrivateKey) []byte {
+		der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: name}, DNSNames: []string{"device.example"}}, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return der
+	}
+
+	session, client := dial(device, "")
+	caCerts, err := client.CACerts(t.Context())
+	if err != nil || !caCerts[0].Equal(anchor) {
+		t.Fatalf("cacerts: %v", err)
+	}
+	enrolled := &party{key: newKey(t)}
+	issued, err := client.SimpleEnroll(t.Context(), request("device", enrolled.key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := trust.VerifyIssued(issued, enrolled.key.Public(), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	enrolled.cert = chain[0]
+	if !session.ClientAuthenticated() {
+		t.Error("our certificate was not asked for")
+	}
+
+	_, client = dial(enrolled, "factory-2")
+	for name, key := range map[string]*ecdsa.PrivateKey{"renew": enrolled.key, "rekey": newKey(t)} {
+		renewed, err := client.SimpleReenroll(t.Context(), request("device", key))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		} else if _, err := trust.VerifyIssued(renewed, key.Public(), time.Now()); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	var status *est.StatusError
+	if _, err := client.SimpleReenroll(t.Context(), request("another", enrolled.key)); !errors.As(err, &status) || status.Code != "403 Forbidden" {
+		t.Errorf("renewal for another name: got %v", err)
+	}
+
+	session, _ = dial(device, "csrattrs")
+	attributes, err := ask(t, session, est.CSRAttrs, nil)
+	if err != nil || attributes.ContentFormat != est.ContentFormatCSRAttrs || len(attributes.Body) != 67 {
+		t.Errorf("csrattrs: got %+v, %v", attributes, err) // the 67 bytes of RFC 8951 §4
+	}
+	generated, err := ask(t, session, est.ServerKeyGen, request("device", newKey(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, parameters, err := mime.ParseMediaType(generated.MediaType)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for parts := multipart.NewReader(bytes.NewReader(generated.Body), parameters["boundary"]); ; {
+		part, err := parts.NextPart()
+		if err != nil {
+			break
+		}
+		if got := part.Header.Get("Content-Type"); !slices.Contains([]string{"application/pkcs8", "application/pkcs7-mime; smime-type=certs-only"}, got) {
+			t.Errorf("serverkeygen: a part of %q", got)
+		}
+	}
+
+	_, client = dial(device, "triggererrors")
+	if _, err := client.CACerts(t.Context()); !errors.As(err, &status) || status.Code != "500 Internal Server Error" || !status.Temporary() {
+		t.Errorf("cacerts: got %v", err)
+	}
+	var pending *est.PendingError
+	if _, err := client.SimpleEnroll(t.Context(), request("Trigger Error Deferred", enrolled.key)); !errors.As(err, &pending) || pending.RetryAfter != 10*time.Minute {
+		t.Errorf("deferred: got %v", err)
+	}
+	if _, err := client.SimpleEnroll(t.Context(), request("Trigger Error Forbidden", enrolled.key)); !errors.As(err, &status) || status.Code != "403 Forbidden" || !strings.Contains(status.Detail, "triggered forbidden response") {
+		t.Errorf("forbidden: got %v", err)
+	}
+	if _, err := client.SimpleEnroll(t.Context(), request("Trigger Error Unknown", enrolled.key)); !errors.As(err, &status) || status.Code != "500 Internal Server Error" {
+		t.Errorf("unknown: got %v", err)
+	}
+	if subject := csr.FormatSubject(enrolled.cert.RawSubject); subject != "CN=device" {
+		t.Errorf("the certificate is for %s", subject)
+	}
+}
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func writePEM(t *testing.T, path, kind string, der []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// OpenSSL judges our certificate, in the handshake or, with TLS 1.3, after it; and
+// what it says is understood as what it is.
+func TestOpenSSLAlerts(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		flags []string
+		clock time.Duration // of the server, beside ours
+		want  error         // nil for an answer
+	}{
+		"accepted":            {nil, 0, nil},
+		"another CA":          {[]string{"-CAfile", "other.pem"}, 0, est.ErrCredentialRefused},
+		"expired there":       {nil, 2 * time.Hour, est.ErrCredentialNotYetValid},
+		"not yet valid there": {nil, -2 * time.Hour, est.ErrCredentialRefused}, // alert 42, which says no more
+		"only RSA":            {[]string{"-client_sigalgs", "RSA-PSS+SHA256:RSA+SHA256"}, 0, est.ErrKeyUnsuitable},
+		"no common suite":     {[]string{"-cipher", "ECDHE-RSA-AES128-SHA", "-ciphersuites", "TLS_AES_128_CCM_8_SHA256"}, 0, est.ErrHandshake},
+	} {
+		for _, version := range []string{"-tls1_2", "-tls1_3"} {
+			t.Run(name+"/"+version, func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t, nil, nil)
+				cfg := w.config()
+				cfg.URI = openSSLServer(t, w, epoch.Add(c.clock), append([]string{version}, c.flags...)...)
+				session, err := https.Dial(t.Context(), cfg)
+				if err == nil {
+					defer session.Close()
+					_, err = ask(t, session, est.CACerts, nil)
+				}
+				var answer *est.ResponseError
+				if c.want == nil {
+					if !errors.As(err, &answer) || !strings.Contains(err.Error(), "text/html") || !session.ClientAuthenticated() {
+						t.Errorf("got %v", err)
+					}
+					return
+				}
+				for _, sentinel := range []error{est.ErrCredentialNotYetValid, est.ErrCredentialRefused, est.ErrUnreachable, est.ErrServerCertificate, est.ErrHandshake, est.ErrKeyUnsuitable} {
+					if errors.Is(err, sentinel) != (sentinel == c.want) {
+						t.Errorf("got %v, want %v", err, c.want)
+					}
+				}
+			})
+		}
+	}
+}
+
+var accepts = regexp.MustCompile(`^ACCEPT .*:(\d+)$`)
+
+// openSSLServer starts openssl s_server on a port of its choice; it answers each GET
+// with a page.
+func openSSLServer(t *testing.T, w *world, clock time.Time, flags ...string) est.URI {
+	t.Helper()
+	dir := t.TempDir()
+	key, err := x509.MarshalPKCS8PrivateKey(w.server.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := newParty(t, nil, "other", func(c *x509.Certificate) { c.IsCA, c.KeyUsage = true, x509.KeyUsageCertSign })
+	writePEM(t, filepath.Join(dir, "ca.pem"), "CERTIFICATE", w.ca.cert.Raw)
+	writePEM(t, filepath.Join(dir, "other.pem"), "CERTIFICATE", other.cert.Raw)
+	writePEM(t, filepath.Join(dir, "cert.pem"), "CERTIFICATE", w.server.cert.Raw)
+	writePEM(t, filepath.Join(dir, "key.pem"), "PRIVATE KEY", key)
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := exec.CommandContext(ctx, "openssl", append([]string{"s_server", "-www", "-accept", "127.0.0.1:0", "-cert", "cert.pem", "-key", "key.pem", "-CAfile", "ca.pem",
+		"-Verify", "3", "-verify_return_error", "-attime", strconv.FormatInt(clock.Unix(), 10)}, flags...)...)
+	cmd.Dir = dir
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatalf("openssl s_server (make deps installs it): %v", err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		_ = cmd.Wait() // it was killed
+	})
+	for lines := bufio.NewScanner(stdout); lines.Scan(); {
+		if found := accepts.FindStringSubmatch(lines.Text()); found != nil {
+			uri, err := est.ParseURI("https://127.0.0.1:" + found[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return uri
+		}
+	}
+	t.Fatalf("openssl s_server does not say where it listens: %s", &stderr)
+	return est.URI{}
+}

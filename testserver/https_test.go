@@ -1,0 +1,377 @@
+package testserver_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"estenroll/est"
+	"estenroll/est/https"
+	"estenroll/testserver"
+	"estenroll/testserver/globalsigntest"
+)
+
+// startHTTPS starts a server with an HTTPS door.
+func startHTTPS(t *testing.T, cfg testserver.Config) *testserver.Server {
+	t.Helper()
+	cfg.ListenHTTPS = "127.0.0.1:0"
+	return start(t, cfg)
+}
+
+// overHTTPS opens a session as a device would.
+func overHTTPS(t *testing.T, server *testserver.Server, client credential, change func(*https.Config)) (*https.Session, error) {
+	t.Helper()
+	uri, err := est.ParseURI(server.HTTPSURI())
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust, err := est.NewTrustAnchors([]*x509.Certificate{server.Root()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := https.Config{URI: uri, Certificate: [][]byte{client.cert.Raw}, Key: client.key, Trust: trust, ExchangeTimeout: 20 * time.Second}
+	if change != nil {
+		change(&cfg)
+	}
+	session, err := https.Dial(t.Context(), cfg)
+	if err == nil {
+		t.Cleanup(func() { _ = session.Close() })
+	}
+	return session, err
+}
+
+// One CA has two doors: what one issues renews at the other, and the record is one.
+func TestTwoDoors(t *testing.T) {
+	t.Parallel()
+	server := startHTTPS(t, testserver.Config{Labels: []string{"factory-2"}})
+	device := idevid(t, server, "dev")
+	session, err := overHTTPS(t, server, device, func(c *https.Config) { c.Label = "factory-2" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := est.Client{Session: session}
+	caCerts, err := client.CACerts(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(caCerts) != 2 || !caCerts[0].Equal(server.Root()) {
+		t.Errorf("cacerts: got %d certificates", len(caCerts))
+	}
+	key := newKey(t)
+	csr := newCSR(t, key, named("dev"))
+	issued, err := client.SimpleEnroll(t.Context(), csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := client.SimpleEnroll(t.Context(), csr)
+	if err != nil || !again[0].Equal(issued[0]) {
+		t.Errorf("the same CSR again: %v", err)
+	}
+	enrolled := credential{issued[0], key}
+	if _, err := mustDial(t, server, enrolled).SimpleReenroll(t.Context(), newCSR(t, key, named("dev"))); err != nil {
+		t.Errorf("renewal over CoAPs: %v", err)
+	}
+	if session, err = overHTTPS(t, server, enrolled, nil); err != nil {
+		t.Fatal(err)
+	}
+	client = est.Client{Session: session}
+	if _, err := client.SimpleReenroll(t.Context(), newCSR(t, newKey(t), named("dev"))); err != nil {
+		t.Errorf("rekey over HTTPS: %v", err)
+	}
+	var status *est.StatusError
+	if _, err := client.SimpleReenroll(t.Context(), newCSR(t, key, named("another"))); !errors.As(err, &status) || status.Code != "403 Forbidden" {
+		t.Errorf("renewal for another name: got %v", err)
+	}
+	events := server.Events()
+	var paths []string
+	for _, event := range events[1:] {
+		paths = append(paths, string(event.Kind)+" "+event.Path)
+	}
+	want := []string{
+		"issuance /.well-known/est/factory-2/simpleenroll", "replay /.well-known/est/factory-2/simpleenroll",
+		"issuance /.well-known/est/sren", "issuance /.well-known/est/simplereenroll",
+	}
+	if !slices.Equal(paths, want) {
+		t.Errorf("record: got %q, want %q", paths, want)
+	}
+	if digest := sha256.Sum256(device.cert.Raw); events[1].Client != hex.EncodeToString(digest[:]) {
+		t.Errorf("record: client %s", events[1].Client)
+	}
+	session, err = overHTTPS(t, server, device, func(c *https.Config) { c.Label = "another" })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (&est.Client{Session: session}).CACerts(t.Context()); !errors.As(err, &status) || !status.NotFound {
+		t.Errorf("an unknown label: got %v", err)
+	}
+}
+
+// The faults of the CA are the same at this door, in the words of HTTP.
+func TestFaultsOverHTTPS(t *testing.T) {
+	t.Parallel()
+	server := startHTTPS(t, testserver.Config{})
+	device := idevid(t, server, "dev")
+	enrol := func(t *testing.T) ([]*x509.Certificate, error) {
+		session, err := overHTTPS(t, server, device, nil)
+		if err != nil {
+			return nil, err
+		}
+		return (&est.Client{Session: session}).SimpleEnroll(t.Context(), newCSR(t, newKey(t), named("dev")))
+	}
+	isStatus := func(code string) func(error) bool {
+		return func(err error) bool {
+			var status *est.StatusError
+			return errors.As(err, &status) && status.Code == code
+		}
+	}
+	isPending := func(after time.Duration) func(error) bool {
+		return func(err error) bool {
+			var pending *est.PendingError
+			return errors.As(err, &pending) && pending.RetryAfter == after
+		}
+	}
+	is := func(want error) func(error) bool { return func(err error) bool { return errors.Is(err, want) } }
+	isAnswer := func(err error) bool { var answer *est.ResponseError; return errors.As(err, &answer) }
+	none := func(err error) bool { return err == nil }
+	for fault, check := range map[string]func(error) bool{
+		"answer=4.12": isStatus("412 Precondition Failed"), "answer=5.04": isStatus("504 Gateway Timeout"),
+		"defer=1": isPending(time.Minute), "defer=1,max-age=0s": isPending(0), "defer=1,max-age=90s": isPending(90 * time.Second),
+		"defer=1 retry-after=Fri, 31 Dec 9999 23:59:59 GMT": isPending(est.MaxRetryAfter),
+		"refuse-all": is(est.ErrCredentialRefused), "refuse-all refuse-code=4.01": isStatus("401 Unauthorized"), "refuse-all refuse-code=4.03": isStatus("403 Forbidden"),
+		"body=pkcs7-truncated": isAnswer, "body=wrong-format": isAnswer, "body=empty": isAnswer, "body=swapped-format": isAnswer, "body=pkix-trailing": isAnswer,
+		"body=no-format": none, "body=two-leaves": none, // which a client judges
+		"http=bare": none, "http=created": none, "http=close": none,
+		"http=cut": is(est.ErrUnreachable), "http=wrong-type": isAnswer, "http=not-base64": isAnswer, "http=endless-body": isAnswer, "http=long-header": isAnswer,
+		"http=not-http": isAnswer, "http=redirect-loop": isAnswer, "http=redirect-elsewhere": isAnswer,
+		"server-certificate=expired": is(est.ErrNotValidNow), "server-certificate=not-yet-valid": is(est.ErrNotValidNow), "server-certificate=other-name": is(est.ErrNotTrusted),
+		"server-certificate=foreign": is(est.ErrNotTrusted), "server-certificate=client": is(est.ErrNotTrusted), "server-certificate=truncated": is(est.ErrHandshake), "server-certificate=trailing": is(est.ErrNotTrusted),
+	} {
+		t.Run(fault, func(t *testing.T) {
+			faults := []string{fault}
+			if first, second, two := strings.Cut(fault, " "); two {
+				faults = []string{first, second}
+			}
+			setFaults(t, server, faults...)
+			if _, err := enrol(t); !check(err) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	setFaults(t, server, "refuse-all", "refuse-code=4.03", "long-detail")
+	var status *est.StatusError
+	if _, err := enrol(t); !errors.As(err, &status) || len(status.Detail) < 400 || strings.ContainsRune(status.Detail, 0x1b) {
+		t.Errorf("long-detail: got %v", err)
+	}
+	setFaults(t, server, "http=slow-body")
+	session, err := overHTTPS(t, server, device, func(c *https.Config) { c.ExchangeTimeout = 300 * time.Millisecond })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := (&est.Client{Session: session}).SimpleEnroll(t.Context(), newCSR(t, newKey(t), named("dev"))); !errors.Is(err, est.ErrUnreachable) {
+		t.Errorf("slow-body: got %v", err)
+	}
+	setFaults(t, server, "crts=foreign")
+	if certs, err := clientOver(t, server, device).CACerts(t.Context()); err != nil || certs[0].Equal(server.Root()) {
+		t.Errorf("crts=foreign: got %v", err)
+	}
+	// What globalsign/est remembers of cacerts is not in the way of a renewal.
+	setFaults(t, server)
+	key := newKey(t)
+	issued, err := clientOver(t, server, device).SimpleEnroll(t.Context(), newCSR(t, key, named("dev")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := clientOver(t, server, credential{issued[0], key}).SimpleReenroll(t.Context(), newCSR(t, key, named("dev"))); err != nil {
+		t.Errorf("after crts=foreign: %v", err)
+	}
+}
+
+func clientOver(t *testing.T, server *testserver.Server, device credential) *est.Client {
+	t.Helper()
+	session, err := overHTTPS(t, server, device, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &est.Client{Session: session}
+}
+
+// After a rollover of the CA the door renews what the new one has issued.
+func TestRolloverOverHTTPS(t *testing.T) {
+	t.Parallel()
+	server := startHTTPS(t, testserver.Config{})
+	device := idevid(t, server, "dev")
+	if _, err := clientOver(t, server, device).CACerts(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := server.Rollover(testserver.Rollover{Phase: testserver.RolloverFinished}); err != nil {
+		t.Fatal(err)
+	}
+	key := newKey(t)
+	issued, err := clientOver(t, server, device).SimpleEnroll(t.Context(), newCSR(t, key, named("dev")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := clientOver(t, server, credential{issued[0], key}).SimpleReenroll(t.Context(), newCSR(t, key, named("dev"))); err != nil {
+		t.Error(err)
+	}
+}
+
+// files writes what a foreign client needs of a server and a device.
+func files(t *testing.T, server *testserver.Server) (dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	run(t, dir, "openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem")
+	run(t, dir, "openssl", "req", "-new", "-key", "key.pem", "-subj", "/O=Example/CN=device-1", "-addext", "subjectAltName=DNS:device-1.example", "-outform", "DER", "-out", "csr.der")
+	run(t, dir, "openssl", "req", "-in", "csr.der", "-inform", "DER", "-out", "csr.pem")
+	csr, err := os.ReadFile(filepath.Join(dir, "csr.der"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	factory, err := server.IssueIDevID(testserver.IDevIDRequest{CSR: csr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(dir, "idevid.pem"), pemOf(factory))
+	writeFile(t, filepath.Join(dir, "ca.pem"), pemOf(server.Root()))
+	run(t, dir, "openssl", "base64", "-in", "csr.der", "-out", "csr.b64")
+	return dir
+}
+
+// curl fetches the CA certificates without a certificate of its own, and enrols and
+// renews a CSR that OpenSSL made, which OpenSSL verifies.
+func TestCurl(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"1.2", "1.3"} {
+		t.Run("TLS "+version, func(t *testing.T) {
+			t.Parallel()
+			server := startHTTPS(t, testserver.Config{TLS12: version == "1.2"})
+			dir, root := files(t, server), server.HTTPSURI()+"/.well-known/est/"
+			curl := func(args ...string) {
+				run(t, dir, "curl", append([]string{"--silent", "--show-error", "--fail", "--cacert", "ca.pem", "--http1.1"}, args...)...)
+			}
+			decode := func(name string) []byte {
+				run(t, dir, "openssl", "base64", "-d", "-in", name+".b64.p7", "-out", name+".p7")
+				certs := run(t, dir, "openssl", "pkcs7", "-inform", "DER", "-in", name+".p7", "-print_certs")
+				writeFile(t, filepath.Join(dir, name+".pem"), certs)
+				return certs
+			}
+			post := func(operation, certificate, output string) {
+				curl("--cert", certificate, "--key", "key.pem", "-H", "Content-Type: application/pkcs10", "-H", "Content-Transfer-Encoding: base64",
+					"--data-binary", "@csr.b64", "-o", output+".b64.p7", root+operation)
+			}
+			curl("-o", "cacerts.b64.p7", root+"cacerts")
+			if got := bytes.Count(decode("cacerts"), []byte("BEGIN CERTIFICATE")); got != 2 {
+				t.Errorf("cacerts: %d certificates, want 2", got)
+			}
+			post("simpleenroll", "idevid.pem", "issued")
+			decode("issued")
+			post("simplereenroll", "issued.pem", "renewed")
+			decode("renewed")
+			for _, name := range []string{"issued.pem", "renewed.pem"} {
+				run(t, dir, "openssl", "verify", "-x509_strict", "-purpose", "sslclient", "-CAfile", "ca.pem", "-untrusted", "cacerts.pem", name)
+			}
+			if got := len(server.Issuances()); got != 2 {
+				t.Errorf("issued %d, want 2", got)
+			}
+			// Who shows neither certificate nor password is asked for one.
+			anonymous := exec.CommandContext(t.Context(), "curl", "--silent", "--show-error", "--cacert", "ca.pem", "-H", "Content-Type: application/pkcs10",
+				"-H", "Content-Transfer-Encoding: base64", "--data-binary", "@csr.b64", "-D", "-", root+"simpleenroll")
+			anonymous.Dir = dir
+			if out, err := anonymous.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(" 401 Unauthorized")) || !bytes.Contains(out, []byte("Www-Authenticate: Basic")) {
+				t.Errorf("anonymous: %v\n%s", err, out)
+			}
+		})
+	}
+}
+
+// A password takes the place of a certificate for curl, which openssl s_client sees
+// the door ask for.
+func TestBasicWithoutCertificate(t *testing.T) {
+	t.Parallel()
+	server := startHTTPS(t, testserver.Config{HTTPUser: "dev-17", HTTPPassword: "open sesame", TLS12: true})
+	dir := files(t, server)
+	run(t, dir, "curl", "--silent", "--show-error", "--fail", "--cacert", "ca.pem", "--user", "dev-17:open sesame", "-H", "Content-Type: application/pkcs10",
+		"-H", "Content-Transfer-Encoding: base64", "--data-binary", "@csr.b64", server.HTTPSURI()+"/.well-known/est/simpleenroll")
+	issued := server.Issuances()
+	if len(issued) != 1 || issued[0].Client != "" || issued[0].Subject != "CN=device-1,O=Example" {
+		t.Errorf("got %+v", issued)
+	}
+	address := strings.TrimPrefix(server.HTTPSURI(), "https://")
+	s := exec.CommandContext(t.Context(), "openssl", "s_client", "-connect", address, "-CAfile", "ca.pem", "-verify_return_error", "-verify_ip", "127.0.0.1")
+	s.Dir = dir
+	out, err := s.CombinedOutput() // its input is empty
+	if err != nil || !bytes.Contains(out, []byte("Verify return code: 0 (ok)")) || !bytes.Contains(out, []byte("Requested Signature Algorithms: ")) {
+		t.Errorf("openssl s_client: %v\n%s", err, out)
+	}
+}
+
+// Each verb of the client of globalsign/est, with a certificate or with a password.
+func TestEstclient(t *testing.T) {
+	t.Parallel()
+	client, err := globalsigntest.Build(t.TempDir(), globalsigntest.Client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := startHTTPS(t, testserver.Config{Labels: []string{"factory-2"}})
+	dir := files(t, server)
+	at := func(verb string, args ...string) []byte {
+		return run(t, dir, client, append([]string{verb, "-server", strings.TrimPrefix(server.HTTPSURI(), "https://"), "-explicit", "ca.pem"}, args...)...)
+	}
+	as := func(certificate string) []string { return []string{"-certs", certificate, "-key", "key.pem"} }
+	if got := bytes.Count(at("cacerts"), []byte("BEGIN CERTIFICATE")); got != 2 {
+		t.Errorf("cacerts: %d certificates, want 2", got)
+	}
+	writeFile(t, filepath.Join(dir, "chain.pem"), at("cacerts", "-aps", "factory-2"))
+	at("csrattrs")
+	at("enroll", append(as("idevid.pem"), "-csr", "csr.pem", "-out", "issued.pem")...)
+	at("enroll", append(as("idevid.pem"), "-csr", "csr.pem", "-aps", "factory-2", "-out", "labelled.pem")...)
+	at("reenroll", append(as("issued.pem"), "-out", "renewed.pem")...)
+	at("serverkeygen", append(as("idevid.pem"), "-cn", "device-2", "-keyout", "generated.key", "-out", "generated.pem")...)
+	for _, name := range []string{"issued.pem", "labelled.pem", "renewed.pem", "generated.pem"} {
+		run(t, dir, "openssl", "verify", "-x509_strict", "-purpose", "sslclient", "-CAfile", "ca.pem", "-untrusted", "chain.pem", name)
+	}
+	// The key that came is that of the certificate that came with it.
+	if got, want := run(t, dir, "openssl", "pkey", "-in", "generated.key", "-pubout"), run(t, dir, "openssl", "x509", "-in", "generated.pem", "-noout", "-pubkey"); !bytes.Equal(got, want) {
+		t.Errorf("serverkeygen: the key is another's:\n%s%s", got, want)
+	}
+	var operations []est.Operation
+	for _, event := range server.Issuances() {
+		operations = append(operations, event.Operation)
+	}
+	if want := []est.Operation{est.SimpleEnroll, est.SimpleReenroll, est.ServerKeyGen}; !slices.Equal(operations, want) {
+		t.Errorf("issued for %q, want %q", operations, want) // the CSR with a label was the same one
+	}
+	withPassword := startHTTPS(t, testserver.Config{HTTPUser: "dev-17", HTTPPassword: "open sesame"})
+	dir = files(t, withPassword)
+	server = withPassword
+	at("enroll", "-csr", "csr.pem", "-user", "dev-17", "-pass", "open sesame", "-out", "issued.pem")
+	run(t, dir, "openssl", "x509", "-in", "issued.pem", "-noout", "-checkend", "60")
+	if got := len(withPassword.Issuances()); got != 1 {
+		t.Errorf("with a password: issued %d, want 1", got)
+	}
+}
+
+func TestNoHTTPSDoor(t *testing.T) {
+	t.Parallel()
+	server := start(t, testserver.Config{})
+	if uri := server.HTTPSURI(); uri != "" {
+		t.Errorf("got %s", uri)
+	}
+	for _, faults := range []testserver.Faults{{HTTP: "cut"}, {RetryAfter: "soon"}} {
+		if err := server.SetFaults(faults); err == nil || !strings.Contains(err.Error(), "no HTTPS door") {
+			t.Errorf("got %v", err)
+		}
+	}
+	if other, err := testserver.New(testserver.Config{ListenHTTPS: "0.0.0.0:0"}); err == nil || !strings.Contains(err.Error(), "not a loopback address") {
+		t.Errorf("got %v, %v", other, err)
+	}
+}
