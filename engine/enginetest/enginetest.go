@@ -86,12 +86,24 @@ type Token struct {
 // Harness is what the suite needs of a driver.
 type Harness struct {
 	New func(t *testing.T) Token
+	// Without are the rules that say nothing of this driver, each with the reason: it
+	// has no PIN, say. A name that is no rule's fails the suite.
+	Without map[string]string
 }
 
 // Run runs the suite. The tests are not parallel: a module is one for a process.
 func Run(t *testing.T, h Harness) {
 	before := runtime.NumGoroutine()
-	for _, rule := range slices.Concat(keyRules, certificateRules, pinRules, deviceRules) {
+	rules := slices.Concat(keyRules, certificateRules, pinRules, deviceRules)
+	for name := range h.Without {
+		if !slices.ContainsFunc(rules, func(r rule) bool { return r.name == name }) && !slices.ContainsFunc(algorithmRules, func(r algorithmRule) bool { return r.name == name }) {
+			t.Errorf("no rule is named %q", name)
+		}
+	}
+	for _, rule := range rules {
+		if h.Without[rule.name] != "" {
+			continue
+		}
 		t.Run(rule.name, func(t *testing.T) { rule.test(&suite{T: t, Token: h.New(t)}) })
 	}
 	t.Run("algorithm", func(t *testing.T) { runAlgorithms(t, h) })
