@@ -236,15 +236,21 @@ func (c *Credential) securityWith(object *lwm2m.SecurityObject, key, cert engine
 	instance.Mode = lwm2m.ModeEST
 	instance.ClientCertificate = engine.CertificateChainFromEngine(cert)
 	instance.PrivateKey = engine.PrivateKeyFromEngine(key)
+	set := func(certificate []byte, matching lwm2m.MatchingType, usage *lwm2m.CertificateUsage) {
+		instance.ServerPublicKey, instance.MatchingType, instance.CertificateUsage = certificate, matching, usage
+	}
+	// A server that has not been met yet: what it is judged by stands for it.
+	usage, implicit := lwm2m.TrustAnchorAssertion, c.cfg.ImplicitTA.Certificates()
 	switch {
 	case len(c.cfg.Security.ServerCertificate) > 0:
-		instance.ServerPublicKey, instance.CertificateUsage = c.cfg.Security.ServerCertificate, nil
+		set(c.cfg.Security.ServerCertificate, lwm2m.MatchExact, nil)
 	case len(serverCertificate) > 0:
-		instance.ServerPublicKey, instance.CertificateUsage = serverCertificate, nil
-	case len(instance.ServerPublicKey) == 0:
-		// The server has not been met yet: what it is judged by stands for it.
-		usage := lwm2m.TrustAnchorAssertion
-		instance.ServerPublicKey, instance.CertificateUsage = c.cfg.ImplicitTA.Certificates()[0].Raw, &usage
+		set(serverCertificate, lwm2m.MatchExact, nil)
+	case len(instance.ServerPublicKey) > 0:
+	case len(implicit) > 0:
+		set(implicit[0].Raw, lwm2m.MatchExact, &usage)
+	case len(c.cfg.AnchorFingerprints) > 0:
+		set(c.cfg.AnchorFingerprints[0][:], lwm2m.MatchSHA256, &usage)
 	}
 	next.Set(c.cfg.Security.Instance, instance)
 	return next

@@ -133,7 +133,8 @@ type CredentialConfig struct {
 	// literal that its certificate must carry.
 	ServerURI  string
 	ServerName string
-	// ImplicitTA judges the EST server until there is an Explicit TA.
+	// ImplicitTA judges the EST server until there is an Explicit TA. A device that
+	// has est.NoTrustAnchors meets a server whose root AnchorFingerprints vouch for.
 	ImplicitTA *est.TrustAnchors
 	// AnchorFingerprints are roots that the operator vouches for: they become part of
 	// the Explicit TA when the server publishes them. Default: those alone that an

@@ -209,3 +209,27 @@ func FuzzParseFingerprint(f *testing.F) {
 		}
 	})
 }
+
+// Without any anchor nobody is judged, and nothing but a fingerprint makes one.
+func TestNoTrustAnchors(t *testing.T) {
+	ca, other := root(t, "root", asCA), root(t, "root", asCA)
+	server := []*x509.Certificate{issue(t, ca, "server", newKey(t), func(c *x509.Certificate) { c.DNSNames = []string{"est.example"} })}
+	none := est.NoTrustAnchors()
+	if err := none.VerifyServer(server, "est.example", epoch); !errors.Is(err, est.ErrNotTrusted) || !errors.Is(err, est.ErrNoAnchor) {
+		t.Errorf("got %v", err)
+	}
+	published := []*x509.Certificate{ca.cert, other.cert}
+	if _, err := none.Succeed(published, nil, epoch); !errors.Is(err, est.ErrNotVouched) {
+		t.Errorf("without a fingerprint: got %v", err)
+	}
+	next, err := none.Succeed(published, []est.Fingerprint{est.FingerprintOf(ca.cert)}, epoch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Anchors.VerifyServer(server, "est.example", epoch); err != nil || len(next.Anchors.Anchors()) != 1 {
+		t.Errorf("got %v, %d anchors", err, len(next.Anchors.Anchors()))
+	}
+	if joined := none.Join(next.Anchors); joined.VerifyServer(server, "est.example", epoch) != nil {
+		t.Error("joined with anchors it does not judge as they do")
+	}
+}

@@ -57,6 +57,11 @@ func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 	return t, nil
 }
 
+// NoTrustAnchors are those of a device that has none yet. They judge nobody's
+// certificate; only a root that an operator vouches for by its fingerprint succeeds
+// them (RFC 7030 §4.1.1).
+func NoTrustAnchors() *TrustAnchors { return &TrustAnchors{roots: x509.NewCertPool()} }
+
 // signedBy reports whether a CA, by its name and its key, signed a certificate.
 func signedBy(cert, ca *x509.Certificate) bool {
 	return bytes.Equal(cert.RawIssuer, ca.RawSubject) && cert.CheckSignatureFrom(ca) == nil

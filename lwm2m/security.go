@@ -69,7 +69,8 @@ const (
 // It is a value, but its slices and pointers are shared by copies; a
 // [SecurityObject] makes its own.
 type Security struct {
-	// ServerURI is coap:, coaps:, coap+tcp: or coaps+tcp: (0; RFC 7252 §6, RFC 8323 §8).
+	// ServerURI is coap:, coaps:, coap+tcp: or coaps+tcp: (0; RFC 7252 §6, RFC 8323 §8), or
+	// https: where it is an EST server and no LwM2M server.
 	ServerURI string `json:"server_uri"`
 	// BootstrapServer says that this is the LwM2M Bootstrap-Server (1).
 	BootstrapServer bool         `json:"bootstrap_server"`

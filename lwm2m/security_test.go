@@ -230,6 +230,7 @@ func TestValidate(t *testing.T) {
 		{"everything", everything(certificate), nil, ""},
 		{"PSK", psk, nil, ""},
 		{"raw public key", rpk, nil, ""},
+		{"EST server over HTTPS", est, func(s *lwm2m.Security) { s.ServerURI = "https://a.example:443/.well-known/est" }, ""},
 		{"certificate", est, func(s *lwm2m.Security) { s.Mode = lwm2m.ModeCertificate }, ""},
 		{"certificate in a buffer", est, func(s *lwm2m.Security) {
 			s.Mode, s.ClientCertificate = lwm2m.ModeCertificate, engine.CertificateChainFromBuffer(certificate)
@@ -237,12 +238,12 @@ func TestValidate(t *testing.T) {
 		{"NoSec", lwm2m.Security{ServerURI: "coap://a.example", Mode: lwm2m.ModeNoSec, ShortServerID: 1}, nil, ""},
 		{"bootstrap server without a short id", est, func(s *lwm2m.Security) { s.BootstrapServer, s.ShortServerID = true, 0 }, ""},
 
-		{"scheme", est, func(s *lwm2m.Security) { s.ServerURI = "https://a.example" }, "/0/0/0: not a coap:, coaps:, coap+tcp: or coaps+tcp: URI"},
-		{"no URI", est, func(s *lwm2m.Security) { s.ServerURI = "" }, "/0/0/0: not a coap:, coaps:, coap+tcp: or coaps+tcp: URI"},
+		{"scheme", est, func(s *lwm2m.Security) { s.ServerURI = "http://a.example" }, "/0/0/0: not a coap:, coaps:, coap+tcp:, coaps+tcp: or https: URI"},
+		{"no URI", est, func(s *lwm2m.Security) { s.ServerURI = "" }, "/0/0/0: not a coap:, coaps:, coap+tcp:, coaps+tcp: or https: URI"},
 		{"not a URI", est, func(s *lwm2m.Security) { s.ServerURI = "coaps://a.example:SECRET" }, "/0/0/0: not a URI"},
 		{"no host", est, func(s *lwm2m.Security) { s.ServerURI = "coaps://:5684" }, "/0/0/0: a URI without a host"},
-		{"user", est, func(s *lwm2m.Security) { s.ServerURI = "coaps://u:SECRET@a.example" }, "/0/0/0: a CoAP URI has neither user nor fragment"},
-		{"fragment", est, func(s *lwm2m.Security) { s.ServerURI = "coaps://a.example/#" }, "/0/0/0: a CoAP URI has neither user nor fragment"},
+		{"user", est, func(s *lwm2m.Security) { s.ServerURI = "coaps://u:SECRET@a.example" }, "/0/0/0: a server's URI has neither user nor fragment"},
+		{"fragment", est, func(s *lwm2m.Security) { s.ServerURI = "coaps://a.example/#" }, "/0/0/0: a server's URI has neither user nor fragment"},
 		{"long URI", est, func(s *lwm2m.Security) { s.ServerURI = "coaps://a.example/" + strings.Repeat("x", 238) }, "/0/0/0: a length of 256 is not in 0..255"},
 		{"unprotected scheme", est, func(s *lwm2m.Security) { s.ServerURI = "coap://a.example" }, "/0/0/0: coap: is not protected, against mode 4 (certificate with EST)"},
 		{"protected scheme", est, func(s *lwm2m.Security) {

@@ -218,7 +218,10 @@ func (s *Security) validateServerKey(at complain) {
 }
 
 // schemes of server URIs and whether each is protected (RFC 7252 §6, RFC 8323 §8).
-var schemes = map[string]bool{"coap": false, "coap+tcp": false, "coaps": true, "coaps+tcp": true}
+//
+// Deviation: https too, for an entry whose server is an EST server over HTTPS and
+// no LwM2M server; the registered definition has CoAP URIs alone.
+var schemes = map[string]bool{"coap": false, "coap+tcp": false, "coaps": true, "coaps+tcp": true, "https": true}
 
 func checkURI(text string, mode SecurityMode) error {
 	u, err := url.Parse(text)
@@ -228,11 +231,11 @@ func checkURI(text string, mode SecurityMode) error {
 	protected, known := schemes[u.Scheme]
 	switch {
 	case !known:
-		return errors.New("not a coap:, coaps:, coap+tcp: or coaps+tcp: URI")
+		return errors.New("not a coap:, coaps:, coap+tcp:, coaps+tcp: or https: URI")
 	case u.Hostname() == "":
 		return errors.New("a URI without a host") // RFC 7252 §6.1: "the URI is considered invalid"
 	case u.User != nil, u.Fragment != "" || strings.Contains(text, "#"):
-		return errors.New("a CoAP URI has neither user nor fragment") // RFC 7252 §6.1
+		return errors.New("a server's URI has neither user nor fragment") // RFC 7252 §6.1
 	case protected && mode == ModeNoSec:
 		return fmt.Errorf("%s: needs a security mode, not %s", u.Scheme, mode)
 	case !protected && mode != ModeNoSec:
