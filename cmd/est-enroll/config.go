@@ -39,6 +39,8 @@ var examples = map[string][]string{
 	"server":                      {"coaps://est.example.com"},
 	"trust-anchors":               {"/etc/est-enroll/ca.pem"},
 	"label":                       {"factory-2"},
+	"http-user":                   {"dev-17"},
+	"http-password-file":          {"/etc/est-enroll/http-password"},
 	"key":                         {"pkcs11:object=idevid;type=private"},
 	"key-usage":                   {"digitalSignature"},
 	"ext-key-usage":               {"clientAuth", "serverAuth"},

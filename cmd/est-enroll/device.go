@@ -15,14 +15,16 @@ import (
 	"estenroll"
 	"estenroll/csr"
 	"estenroll/engine"
+	"estenroll/engine/file"
 	"estenroll/engine/pkcs11"
 	"estenroll/est"
 	"estenroll/est/coaps"
+	"estenroll/est/https"
 	"estenroll/internal/durable"
 )
 
 // drivers are the engines that this program knows.
-var drivers = engine.Drivers{"pkcs11": pkcs11.Driver}
+var drivers = engine.Drivers{"pkcs11": pkcs11.Driver, file.Scheme: file.Driver}
 
 // openDevice turns the settings into typed values, once, and opens the device.
 func (s *settings) openDevice(ctx context.Context, out *output) (*estenroll.Device, error) {
@@ -52,7 +54,7 @@ func (s *settings) lifecycle(out *output, tell func(estenroll.Event)) (cfg esten
 				refused = engine.PINSource{}
 			}
 			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockTimeout: s.lockTimeout, Command: s.command, AddressSource: s.engineSource,
-				RefusedPIN: refused, PINCopy: pinCopy(os.LookupEnv), PINCopyName: credentialSource, AskPIN: out.askPIN(os.Stdin)})
+				RefusedPIN: refused, PINCopy: credentialFile(os.LookupEnv, pinCredential), PINCopyName: credentialSource, AskPIN: out.askPIN(os.Stdin)})
 		},
 		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: tell,
 	}
@@ -106,8 +108,11 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	if err != nil {
 		return cfg, err
 	}
-	if cfg.ImplicitTA, err = est.NewTrustAnchors(anchors); err != nil {
-		return cfg, fmt.Errorf("trust-anchors: %w", err)
+	cfg.ImplicitTA = est.NoTrustAnchors()
+	if s.trustAnchors != "" {
+		if cfg.ImplicitTA, err = est.NewTrustAnchors(anchors); err != nil {
+			return cfg, fmt.Errorf("trust-anchors: %w", err)
+		}
 	}
 	if cfg.AnchorAddress, err = anchorAddresses(s.anchorAddress); err != nil {
 		return cfg, err
@@ -141,7 +146,7 @@ var requiredSettings = []string{"engine", "server", "trust-anchors"}
 func (s *settings) required() error {
 	var missing []string
 	for name, value := range map[string]string{"engine": s.engine, "server": s.server, "trust-anchors": s.trustAnchors} {
-		if value == "" {
+		if value == "" && (name != "trust-anchors" || len(s.anchorFingerprints) == 0) { // which vouch for a root too
 			missing = append(missing, name)
 		}
 	}
@@ -203,6 +208,9 @@ func (s *settings) tokenAddress(tell func(estenroll.Event)) (engine.Address, err
 	if err != nil {
 		return nil, fmt.Errorf("engine: %w", err)
 	}
+	if token.Scheme() == file.Scheme {
+		tell(estenroll.Event{Warning: true, Message: "the keys are in files, which is for development: whoever can read " + token.String() + " has them"})
+	}
 	if uri, ok := token.(pkcs11.URI); ok && uri.HasPINValue() {
 		if s.engineFromArgs {
 			return nil, errors.New("engine: a PIN in an argument list is readable by every user: change it, and name its file with pin-source=file:… instead")
@@ -249,20 +257,25 @@ func (s *settings) request(template *csr.Template) (err error) {
 	return err
 }
 
-// transport chooses how EST is carried.
+// transport chooses how EST is carried: by the scheme of the server's URI.
 func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 	server, err := est.ParseURI(s.server)
 	if err != nil {
 		return fmt.Errorf("server: %w", err)
 	}
-	options := coaps.Config{
-		URI: server, BlockSize: s.blockSize, AckTimeout: s.ackTimeout, MaxRetransmit: s.maxRetransmit,
-		ExchangeTimeout: s.exchangeTimeout, HandshakeTimeout: s.handshakeTimeout,
-	}
-	if err := s.resources(&options); err != nil {
+	label, err := s.resources(server)
+	if err != nil {
 		return err
 	}
-	cfg.ServerURI, cfg.ServerName = server.WithLabel(options.Label).String(), server.Host
+	cfg.ServerURI, cfg.ServerName = server.WithLabel(label).String(), server.Host
+	if server.Scheme == est.SchemeHTTPS {
+		return s.overHTTPS(cfg, https.Config{URI: server, Label: label, ExchangeTimeout: s.exchangeTimeout, HandshakeTimeout: s.handshakeTimeout})
+	}
+	options := coaps.Config{
+		URI: server, Label: label, Discovery: s.discovery.word == "on",
+		BlockSize: s.blockSize, AckTimeout: s.ackTimeout, MaxRetransmit: s.maxRetransmit,
+		ExchangeTimeout: s.exchangeTimeout, HandshakeTimeout: s.handshakeTimeout,
+	}
 	if s.maxRetransmit == 0 {
 		options.MaxRetransmit = -1 // there, zero means the default
 	}
@@ -275,19 +288,40 @@ func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 	return nil
 }
 
-// resources says where on the server EST is. A path in the server's URI is used as
-// it is, so it is not to be looked for, nor to be made longer.
-func (s *settings) resources(options *coaps.Config) (err error) {
-	options.Discovery = s.discovery.word == "on"
-	if s.label != "" {
-		if options.Label, err = est.ParseLabel(s.label); err != nil {
-			return err
-		}
+// overHTTPS has EST carried by HTTPS.
+func (s *settings) overHTTPS(cfg *estenroll.CredentialConfig, options https.Config) (err error) {
+	if options.User, options.Password, err = s.httpPassword(os.LookupEnv); err != nil {
+		return err
 	}
-	if options.URI.Root != est.DefaultRoot && (options.Discovery || options.Label != "") {
-		return errors.New("server: it has a path: want it without, or neither discovery nor label")
+	cfg.Dial = func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
+		if info, err := os.Stat(s.httpPasswordFile); err == nil && info.Mode().Perm()&0o077 != 0 {
+			with.Warn("the password file %s is open to other users: chmod 600", s.httpPasswordFile)
+		}
+		dial := options
+		dial.Certificate, dial.Key, dial.Trust, dial.Now = with.Certificate, with.Key, with.Trust, with.Now
+		dial.Provisional = with.Provisional
+		return https.Dial(ctx, dial)
 	}
 	return nil
+}
+
+// resources says where on the server EST is. A path in the server's URI is used as
+// it is, so it is not to be looked for, nor to be made longer; and only over CoAPs
+// there is a way to look for it.
+func (s *settings) resources(server est.URI) (label est.Label, err error) {
+	discovery := s.discovery.word == "on"
+	if s.label != "" {
+		if label, err = est.ParseLabel(s.label); err != nil {
+			return "", err
+		}
+	}
+	switch {
+	case server.Root != est.DefaultRoot && (discovery || label != ""):
+		return "", errors.New("server: it has a path: want it without, or neither discovery nor label")
+	case discovery && server.Scheme != est.SchemeCoAPs:
+		return "", errors.New("discovery: there is none over HTTPS: want a path in server, or none for " + est.DefaultRoot)
+	}
+	return label, nil
 }
 
 const certificatesLimit = 1 << 20 // bytes

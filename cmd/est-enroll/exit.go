@@ -198,9 +198,11 @@ var judgements = []struct {
 	{est.ErrNotVouched, judgement{exitRefused, "check trust-anchors; where the CA has changed its root, compare the SHA-256 with what its people say, and name it with --anchor-fingerprint"}},
 	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate"}},
 	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},
-	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it: compare its suites, its key and its certificate with that"}},
+	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it, or TLS 1.2 or 1.3: compare its suites, its key and its certificate with that"}},
 	{est.ErrCredentialNotYetValid, judgement{exitTryLater, "the server's clock is not the device's: wait, or set it"}},
 	{est.ErrKeyUnsuitable, judgement{exitRefused, "use a key of another key-type; that of an IDevID only the factory changes: ask the people of the server to accept it"}},
+	{est.ErrPasswordWanted, judgement{exitRefused, "ask the people of the server for a user and a password: --http-user names the one, --http-password-file the file with the other"}},
+	{est.ErrPasswordRefused, judgement{exitRefused, "check http-user and what is in http-password-file; each run tries them once"}},
 	{est.ErrCredentialRefused, judgement{exitRefused, "the server does not accept the certificate of this device: ask the people of the server"}},
 	{est.ErrUnreachable, judgement{exitTryLater, "check the network and the server's URI; the key and the request are kept for the next run"}},
 }

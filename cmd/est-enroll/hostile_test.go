@@ -50,6 +50,7 @@ const (
 // hostileCase is one thing that a server, or somebody before it, gets wrong.
 type hostileCase struct {
 	name   string
+	https  bool     // it is met at the HTTPS door
 	faults []string // of the server
 	link   tamper   // of the network
 	effect effect
@@ -216,6 +217,29 @@ var hostileCases = []hostileCase{
 		says: `Extended Master Secret extension, but server does not support it: no secure session$`},
 	{name: "DTLS 1.0", link: withVersion(0xfeff), effect: forged, code: exitRefused,
 		says: `unsupported protocol version: no secure session$`},
+	// HTTPS.
+	{name: "HTTPS: a slow body", https: true, faults: []string{"http=slow-body"}, effect: open, code: exitTryLater,
+		says: `enroll: no answer in time: context deadline exceeded$`, issued: 1, again: true},
+	{name: "HTTPS: half a body", https: true, faults: []string{"http=cut"}, effect: open, code: exitTryLater,
+		says: `enroll: unexpected EOF$`, issued: 1, again: true},
+	{name: "HTTPS: a body without an end", https: true, faults: []string{"http=endless-body"}, effect: final, code: exitRefused,
+		says: `enroll: answer: a body of more than 262144 bytes$`, issued: 1},
+	{name: "HTTPS: a header of 1 MiB", https: true, faults: []string{"http=long-header"}, effect: final, code: exitRefused,
+		says: `enroll: answer: .*headers exceeded 32768 bytes`, issued: 1},
+	{name: "HTTPS: not HTTP", https: true, faults: []string{"http=not-http"}, effect: final, code: exitRefused,
+		says: `enroll: answer: .*malformed HTTP`, issued: 1},
+	{name: "HTTPS: HTML", https: true, faults: []string{"http=wrong-type"}, effect: final, code: exitRefused,
+		says: `enroll: answer: content type "text/html", which is not one of EST$`, issued: 1},
+	{name: "HTTPS: not base64", https: true, faults: []string{"http=not-base64"}, effect: final, code: exitRefused,
+		says: `enroll: answer: the body is not base64$`, issued: 1},
+	{name: "HTTPS: redirections in a circle", https: true, faults: []string{"http=redirect-loop"}, effect: final, code: exitRefused,
+		says: `enroll: answer: more than 5 redirections$`, issued: 1},
+	{name: "HTTPS: a redirection to another server", https: true, faults: []string{"http=redirect-elsewhere"}, effect: final, code: exitRefused,
+		says: `enroll: answer: a redirection to another server, "https://elsewhere\.example/`, issued: 1},
+	{name: "HTTPS: Retry-After in the year 9999", https: true, faults: []string{"defer=1", "retry-after=Fri, 31 Dec 9999 23:59:59 GMT"}, effect: open, code: exitPending,
+		says: `asks for 2562047h47m16\.[0-9]+s of patience: after 720h0m0s the device asks again$`},
+	{name: "HTTPS: refused in the place of the first answer", https: true, faults: []string{"refuse-all"}, effect: forged, code: exitRefused,
+		says: `cacerts: the server's alert 42: the server refuses our certificate$`},
 }
 
 // TestHostile has the program meet each of the hostile cases, as a process, and
@@ -272,7 +296,7 @@ type hostileSite struct {
 	server    *testserver.Server
 	proxy     *coaptest.Proxy
 	link      atomic.Pointer[tamper]
-	uri       string
+	uri       string // through the proxy
 	anchors   string
 	templates map[situation]*snapshot
 	factory   string // directory of a device that has its IDevID
@@ -283,7 +307,7 @@ type hostileSite struct {
 func newHostileSite(t *testing.T) *hostileSite {
 	t.Helper()
 	s := &hostileSite{bin: builtPrograms(t), token: softhsm.New(t, softhsm.WithPIN(markerPIN)), templates: map[situation]*snapshot{}, factory: filepath.Join(t.TempDir(), "factory"), devices: t.TempDir()}
-	server, err := testserver.New(testserver.Config{Raw: true})
+	server, err := testserver.New(testserver.Config{Raw: true, ListenHTTPS: "127.0.0.1:0"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -336,14 +360,15 @@ func (s *hostileSite) prepare(t *testing.T) {
 	if err := os.CopyFS(filepath.Join(s.factory, "tokens"), os.DirFS(s.token.Dir)); err != nil {
 		t.Fatal(err)
 	}
-	s.templates[firstBoot] = s.began(t, []string{"answer=4.03"}, nil, exitRefused)
-	s.templates[renewal] = s.began(t, nil, nil, exitDone)
+	s.templates[firstBoot] = s.began(t, s.uri, []string{"answer=4.03"}, nil, exitRefused)
+	s.templates[renewal] = s.began(t, s.uri, nil, nil, exitDone)
 }
 
 // began enrols a factory device, which ends with an exit code.
-func (s *hostileSite) began(t *testing.T, faults []string, link tamper, code int) *snapshot {
+func (s *hostileSite) began(t *testing.T, uri string, faults []string, link tamper, code int) *snapshot {
 	t.Helper()
 	d := s.copyOf(t, s.factory)
+	d.uri = uri
 	s.turn(t, faults, link)
 	defer s.turn(t, nil, nil)
 	settings := honest
@@ -357,11 +382,14 @@ func (s *hostileSite) began(t *testing.T, faults []string, link tamper, code int
 }
 
 // before is a device's state before it meets a case.
-func (s *hostileSite) before(t *testing.T, in situation) *snapshot {
-	if in == underWay {
-		return s.began(t, nil, silence(ofFlight(2)), exitTryLater)
+func (s *hostileSite) before(t *testing.T, c hostileJob) *snapshot {
+	switch {
+	case c.situation == underWay && c.https:
+		return s.began(t, s.server.HTTPSURI(), []string{"answer=5.00"}, nil, exitTryLater)
+	case c.situation == underWay:
+		return s.began(t, s.uri, nil, silence(ofFlight(2)), exitTryLater)
 	}
-	return s.templates[in]
+	return s.templates[c.situation]
 }
 
 // turn makes server and network hostile, or honest again.
@@ -380,13 +408,14 @@ func (s *hostileSite) turn(t *testing.T, texts []string, link tamper) {
 // hostileDevice is a copy of a device.
 type hostileDevice struct {
 	site *hostileSite
+	uri  string // of the server
 	dir  string
 }
 
 func (s *hostileSite) copyOf(t *testing.T, template string) *hostileDevice {
 	t.Helper()
 	s.count++
-	d := &hostileDevice{site: s, dir: filepath.Join(s.devices, fmt.Sprint(s.count))}
+	d := &hostileDevice{site: s, uri: s.uri, dir: filepath.Join(s.devices, fmt.Sprint(s.count))}
 	if err := os.CopyFS(d.dir, os.DirFS(template)); err != nil {
 		t.Fatal(err)
 	}
@@ -449,7 +478,7 @@ func (d *hostileDevice) run(t *testing.T, settings []string, args ...string) hos
 		"EST_ENROLL_STATE_DIR=" + filepath.Join(d.dir, "state"),
 		"EST_ENROLL_LOCK_DIR=" + filepath.Join(d.dir, "locks"),
 		"EST_ENROLL_ENGINE=" + token.URI(),
-		"EST_ENROLL_SERVER=" + d.site.uri,
+		"EST_ENROLL_SERVER=" + d.uri,
 		"EST_ENROLL_TRUST_ANCHORS=" + d.site.anchors,
 	}, settings...)
 	var output bytes.Buffer
@@ -571,8 +600,11 @@ func (s *snapshot) changes(after *snapshot) (changes []string) {
 
 // meet is one case in one situation.
 func (s *hostileSite) meet(t *testing.T, c hostileJob, report *hostileReport) {
-	before := s.before(t, c.situation)
+	before := s.before(t, c)
 	d := s.copyOf(t, before.dir)
+	if c.https {
+		d.uri = s.server.HTTPSURI()
+	}
 	command := []string{"enroll"}
 	if c.situation == renewal {
 		command = []string{"renew", "--force"}

@@ -1,6 +1,6 @@
 // Command est-enroll gets, keeps and renews a device's certificate with a
 // private key that never leaves its hardware security module (HSM), over EST
-// (RFC 9148). See est-enroll --help, which suffices alone.
+// (RFC 7030, RFC 9148). See est-enroll --help, which suffices alone.
 package main
 
 import (
@@ -28,8 +28,8 @@ func main() {
 }
 
 const rootHelp = `est-enroll gets a certificate for a key that is born in a hardware security
-module (HSM) and never leaves it, and renews it, over EST (RFC 7030) carried by
-CoAPs (RFC 9148). What it enrols is described by the entries of the LwM2M
+module (HSM) and never leaves it, and renews it, over EST carried by HTTPS
+(RFC 7030) or CoAPs (RFC 9148). What it enrols is described by the entries of the LwM2M
 Security object in the state directory.
 
 A run that is killed between any two calls into the PKCS#11 module loses nothing:

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 
 	"golang.org/x/term"
 
@@ -23,15 +22,6 @@ const pinCredential = "est-enroll-pin"
 // copy at each start of a unit, in a directory of that unit, so its path, inode and
 // ctime say nothing of the PIN.
 const credentialSource = "the credential " + pinCredential
-
-// pinCopy returns the path of the credential, if this process has credentials.
-func pinCopy(lookupEnv func(string) (string, bool)) string {
-	directory, _ := lookupEnv("CREDENTIALS_DIRECTORY")
-	if !filepath.IsAbs(directory) {
-		return ""
-	}
-	return filepath.Join(directory, pinCredential)
-}
 
 // askPIN asks the person at the terminal, without an echo. It is nil where standard
 // input is none.

@@ -21,6 +21,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -33,6 +34,7 @@ import (
 	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/enginetest/tpm"
+	"estenroll/testserver/globalsigntest"
 )
 
 // markerPIN is the PIN of every token in the scripts: it must never be seen.
@@ -85,6 +87,15 @@ var programs = sync.OnceValues(func() (string, error) {
 		return "", fmt.Errorf("%s: %w\n%s", build, err, out)
 	}
 	return dir, nil
+})
+
+// estserver builds that of globalsign/est once.
+var estserver = sync.OnceValues(func() (string, error) {
+	dir, err := programs()
+	if err != nil {
+		return "", err
+	}
+	return globalsigntest.Build(dir, globalsigntest.Server)
 })
 
 func builtPrograms(t *testing.T) string {
@@ -143,6 +154,7 @@ type session struct {
 	env      *testscript.Env
 	server   *exec.Cmd
 	uri      string // of the server
+	coaps    string // its CoAPs door
 	factory  bool
 	programs map[string]*program
 }
@@ -186,7 +198,7 @@ func findMarker(dir string) []string {
 			return err
 		}
 		switch entry.Name() {
-		case "right", "spy.log", "pin.yaml", pinCredential:
+		case "right", "spy.log", "pin.yaml", pinCredential, passwordCredential:
 			return nil
 		}
 		data, err := os.ReadFile(path)
@@ -217,8 +229,10 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"testserver": plain(func(ts *testscript.TestScript, args []string) error {
 			err := s.startServer(args)
 			ts.Setenv("SERVER", s.uri)
+			ts.Setenv("COAPS", s.coaps)
 			return err
 		}),
+		"estserver":     plain(s.startEstserver),
 		"stopserver":    plain(func(*testscript.TestScript, []string) error { return s.stopServer() }),
 		"fault":         plain(s.setFaults),
 		"issued":        plain(s.checkIssued),
@@ -295,7 +309,8 @@ func (s *session) addIDevID(_ *testscript.TestScript, args []string) error {
 	return s.token.WriteCertificate(cert, args[1], args[2])
 }
 
-// startServer starts the test CA and points the configuration at it.
+// startServer starts the test CA and points the configuration at it: at its HTTPS
+// door where it has one.
 func (s *session) startServer(args []string) error {
 	dir := filepath.Join(s.work, "ca")
 	args = append([]string{"serve", "--listen", "127.0.0.1:0", "--write-dir", dir, "--control", filepath.Join(dir, "control"),
@@ -309,7 +324,12 @@ func (s *session) startServer(args []string) error {
 	if err := s.server.Start(); err != nil {
 		return err
 	}
-	line, err := bufio.NewReader(stdout).ReadString('\n')
+	lines := bufio.NewReader(stdout)
+	line, err := lines.ReadString('\n')
+	s.coaps = strings.TrimPrefix(strings.TrimSpace(line), "listening ")
+	if err == nil && slices.Contains(args, "--listen-https") {
+		line, err = lines.ReadString('\n')
+	}
 	if err != nil {
 		return fmt.Errorf("est-testserver: %w", err)
 	}
@@ -325,6 +345,27 @@ func (s *session) startServer(args []string) error {
 		return s.token.StoreIDevID(func(publicKey []byte) ([]byte, error) { return s.signIDevID(publicKey) })
 	}
 	return nil
+}
+
+// startEstserver starts that of globalsign/est, which accepts the IDevIDs of the test
+// CA's factory, and points the configuration at it.
+func (s *session) startEstserver(ts *testscript.TestScript, _ []string) error {
+	program, err := estserver()
+	if err != nil {
+		return err
+	}
+	ca, err := globalsigntest.Start(program, ts.MkAbs("."), filepath.Join(s.work, "ca", "factory-ca.pem"))
+	if err != nil {
+		return err
+	}
+	s.env.Defer(func() {
+		if err := ca.Close(); err != nil {
+			s.env.T().Fatal(err)
+		}
+	})
+	ts.Setenv("EST_ENROLL_TRUST_ANCHORS", ca.RootFile)
+	ts.Setenv("SERVER", ca.URI)
+	return s.writeConfig(ca.URI)
 }
 
 // signIDevID has the factory CA certify a public key (DER).

@@ -43,6 +43,8 @@ type settings struct {
 	crtsInterval          parsed[time.Duration]
 	discovery             oneOf
 	label                 string
+	httpUser              string
+	httpPasswordFile      string
 	subject               string
 	san                   []string
 	keyUsage, extKeyUsage []string
@@ -116,14 +118,16 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
 	flags.StringVarP(&s.config, "config", "c", "", "configuration `file` (default "+defaultConfig+" where it exists)")
 	flags.StringVar(&s.stateDir, "state-dir", "/var/lib/est-enroll", "`directory` of the journal, the Security object and the trust anchors")
-	flags.StringVar(&s.engine, "engine", "", "engine `address` of the token: pkcs11:token=…?module-path=…&pin-source=file:…")
+	flags.StringVar(&s.engine, "engine", "", "engine `address` of the token: pkcs11:token=…?module-path=…&pin-source=file:…; for development, file:/directory")
 	flags.StringVar(&s.credential, "credential", "device", "`name` of the credential, the label of its key in the token; of several, the one to treat")
-	flags.StringVar(&s.server, "server", "", "EST server: coaps://host[:port][/path], the path is /.well-known/est unless given")
+	flags.StringVar(&s.server, "server", "", "EST server: coaps:// or https://host[:port][/path], the path is /.well-known/est unless given")
 	s.discovery = oneOf{word: "off", allowed: []string{"off", "on"}}
 	flags.Var(&s.discovery, "discovery", "on asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1)")
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
+	flags.StringVar(&s.httpUser, "http-user", "", "`name` to give to an https:// server that asks for it, with a password, by HTTP Basic (RFC 7030 §3.2.3)")
+	flags.StringVar(&s.httpPasswordFile, "http-password-file", "", "`file` with that password, in one line (default: systemd's credential "+passwordCredential+")")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
-	flags.StringArrayVar(&s.anchorFingerprints, "anchor-fingerprint", nil, "`SHA-256` of a root that is trusted when the server publishes it, repeatable, though no trust anchor of the device vouches for it")
+	flags.StringArrayVar(&s.anchorFingerprints, "anchor-fingerprint", nil, "`SHA-256` of a root that is trusted when the server publishes it, repeatable, though no trust anchor of the device vouches for it; it can take the place of --trust-anchors")
 	flags.StringVar(&s.anchorAddress, "anchor-address", "", "engine `address` where the HSM keeps each trust anchor of the Explicit TA: pkcs11:object=est-ta-{fingerprint}, with 16 digits of its SHA-256 for {fingerprint} (default: none is stored)")
 	s.crtsInterval = parsed[time.Duration]{text: "0", parse: parseInterval, kind: "duration", wanted: "a duration, such as 30d or 720h, or 0"}
 	flags.Var(&s.crtsInterval, "crts-interval", "the `time` after the server was asked for its CA certificates in which a renewal does not ask again: 30d or 720h, 0 asks each time")
@@ -160,8 +164,8 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.IntVar(&s.blockSize, "block-size", 512, "block size in bytes: 16, 32, 64, 128, 256, 512 or 1024 (RFC 7959)")
 	flags.DurationVar(&s.ackTimeout, "ack-timeout", 2*time.Second, "ACK_TIMEOUT (RFC 7252 §4.8)")
 	flags.IntVar(&s.maxRetransmit, "max-retransmit", 4, "MAX_RETRANSMIT (RFC 7252 §4.8), 0 for none")
-	flags.DurationVar(&s.exchangeTimeout, "exchange-timeout", 0, "bound on one request and all blocks of it and of its answer (default: by RFC 7252)")
-	flags.DurationVar(&s.handshakeTimeout, "handshake-timeout", 30*time.Second, "bound on one DTLS handshake")
+	flags.DurationVar(&s.exchangeTimeout, "exchange-timeout", 0, "bound on one request and all of its answer (default: by RFC 7252 over CoAPs, 2m over HTTPS)")
+	flags.DurationVar(&s.handshakeTimeout, "handshake-timeout", 30*time.Second, "bound on one handshake, with the connection over HTTPS")
 	flags.StringVar(&s.exportDir, "export-dir", "", "`directory` for other programs: certificate, chain and the key's address, as files below NAME/")
 	flags.StringVar(&s.hookBefore, "hook-before", "", "`file` to execute before a run acts: without a shell or arguments, with EST_ENROLL_HOOK and others in its environment")
 	flags.StringVar(&s.hookAfter, "hook-after", "", "`file` to execute when there is a new certificate, by each run until it has succeeded")

@@ -407,12 +407,13 @@ func (d *doctor) checkClock() {
 	}
 }
 
-// server finds out how far the way to the EST server is open: datagrams, the handshake
-// with the pair that the next run shows, and the EST root.
+// server finds out how far the way to the EST server is open: datagrams or a
+// connection, the handshake with the pair that the next run shows, and the EST root.
 func (d *doctor) server(ctx context.Context, check *Check, c *estenroll.CredentialInspection) {
 	at := slices.IndexFunc(d.cfg.Credentials, func(cfg estenroll.CredentialConfig) bool { return cfg.Name == c.Name() })
 	cfg := d.cfg.Credentials[at]
-	if net.ParseIP(cfg.ServerName) == nil {
+	overHTTPS := strings.HasPrefix(cfg.ServerURI, est.SchemeHTTPS+":")
+	if net.ParseIP(cfg.ServerName) == nil && !overHTTPS { // whose proxy may know more names
 		if _, err := net.DefaultResolver.LookupHost(ctx, cfg.ServerName); err != nil {
 			check.fail("check the name in server, and that this device has a name server that knows it", fmt.Errorf("path: %w: %w", err, est.ErrUnreachable))
 			return
@@ -424,6 +425,10 @@ func (d *doctor) server(ctx context.Context, check *Check, c *estenroll.Credenti
 		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers the %s certificate, and its CA certificates vouch for it", cfg.ServerURI, contact.As)
 	case errors.Is(err, estenroll.ErrIDevID):
 		check.Result, check.Text = Skipped, fmt.Sprintf("for the %s, which comes first", CheckPair)
+	case overHTTPS && contact.Connected && errors.Is(err, est.ErrUnreachable):
+		check.fail("the handshake passes, and the answer does not come: the server's log knows, or what lies between", fmt.Errorf("EST root: %w", err))
+	case overHTTPS && errors.Is(err, est.ErrUnreachable):
+		check.fail("let TCP pass to the host and port in server, or name the proxy in HTTPS_PROXY: a firewall, another address, or a server that does not run", fmt.Errorf("path: %w", err))
 	case contact.Connected && errors.Is(err, est.ErrUnreachable):
 		check.fail("the handshake passes, and a larger answer does not: try a smaller block-size, and look at what lies between", fmt.Errorf("EST root: %w", err))
 	case contact.Connected:
