@@ -64,6 +64,23 @@ func (c *Credential) findKey(ctx context.Context) (engine.Address, error) {
 	return objects[0].Address, nil
 }
 
+// warnOfOtherKey says where the configuration asks for another key than the enrolled
+// one, which an enrolment leaves in its place.
+func (c *Credential) warnOfOtherKey(ctx context.Context, enrolled *Result) error {
+	const stays = "the enrolled key stays in its place: %s"
+	if c.cfg.Key == nil {
+		if got := engine.AlgorithmOf(enrolled.Certificate.PublicKey); got != c.keyType() {
+			c.warn(stays, fmt.Sprintf("it is of type %s, a rekey makes one of type %s, as it is configured", got, c.keyType()))
+		}
+		return nil
+	}
+	same, err := c.named(ctx, c.cfg.Key, enrolled.Key)
+	if err == nil && !same {
+		c.warn(stays, fmt.Sprintf("the configuration names %s, which is used after a reset", c.cfg.Key))
+	}
+	return err
+}
+
 // checkKeyPolicy wants of an existing key what a generated one is: not
 // extractable, sensitive, for signing. What a token does not report it does not
 // promise; only that a key signs, a signature shows.

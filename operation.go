@@ -47,6 +47,9 @@ func (c *Credential) Enroll(ctx context.Context) (*Result, error) {
 			return recovered, err
 		}
 		if usable, err := c.usable(ctx); err != nil || usable != nil {
+			if err == nil {
+				err = c.warnOfOtherKey(ctx, usable)
+			}
 			return usable, err
 		}
 		if err := c.startEnroll(ctx); err != nil {

@@ -54,17 +54,30 @@ func (c *Credential) RenewDue(ctx context.Context) (*Result, error) {
 		}
 		renewal, current, err = c.renewal(ctx) // it was given up
 	}
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, err
-	case renewal == nil: // which is an error there
-	case renewal.waits():
+	}
+	switch c.begins(renewal) {
+	case "":
 		c.say(StepPrepare, "%s: the renewal is due at %s, the next attempt at %s", renewal.State, stamp(renewal.Due), stamp(renewal.NextAttempt))
 		return current, nil
-	case renewal.State == RenewalExpired && !c.cfg.NoFallback:
+	case KindEnroll:
 		return c.Enroll(ctx)
 	}
 	return c.renew(ctx, KindRenew, false)
+}
+
+// begins returns the kind of the operation that RenewDue begins where none is to be
+// gone on with, "" for none.
+func (c *Credential) begins(renewal *Renewal) Kind {
+	switch {
+	case renewal == nil: // which is an error there
+	case renewal.waits():
+		return ""
+	case renewal.State == RenewalExpired && !c.cfg.NoFallback:
+		return KindEnroll
+	}
+	return KindRenew
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }

@@ -3,6 +3,7 @@ package estenroll
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"crypto/rsa"
 	"crypto/x509"
 	"errors"
@@ -88,16 +89,7 @@ func (c *Credential) stillPending() error {
 // this run or the next, sends the same bytes.
 func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 	op := c.journal.Operation
-	template := c.cfg.Request
-	switch {
-	case op.Kind.reenrolls():
-		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
-		// All else is asked for as it is configured.
-		old := csr.ForReenrollment(auth.chain[0])
-		template.RawSubject, template.SANs, template.RawSAN = old.RawSubject, nil, old.RawSAN
-	case len(template.RawSubject) == 0:
-		template.RawSubject = auth.chain[0].RawSubject
-	}
+	template := c.template(op.Kind, auth)
 	if len(op.CSR) > 0 {
 		built, err := op.request()
 		if err != nil {
@@ -107,17 +99,8 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 			return err
 		}
 	}
-	return c.timed(StepRequest, func() (string, error) {
-		signer, err := c.signer(ctx, op.Key.Address)
-		if err != nil {
-			return "", err
-		}
-		if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS { // which the CSR alone does not show
-			if err := signsHandshakes(signer); err != nil {
-				return "", err
-			}
-		}
-		if op.CSR, err = csr.Build(c.cfg.Rand, template, signer); err != nil {
+	return c.timed(StepRequest, func() (_ string, err error) {
+		if op.CSR, err = c.signCSR(ctx, op.Key.Address, template); err != nil {
 			return "", err
 		}
 		// Another question: what the server said of the old one does not hold for it.
@@ -125,6 +108,35 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 		op.Deadline = c.cfg.Now().Add(c.cfg.PendingLimit)
 		return "built the CSR, signed in the token", c.save()
 	})
+}
+
+// template is what an operation asks for.
+func (c *Credential) template(kind Kind, auth *pair) csr.Template {
+	template := c.cfg.Request
+	switch {
+	case kind.reenrolls():
+		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
+		// All else is asked for as it is configured.
+		old := csr.ForReenrollment(auth.chain[0])
+		template.RawSubject, template.SANs, template.RawSAN = old.RawSubject, nil, old.RawSAN
+	case len(template.RawSubject) == 0:
+		template.RawSubject = auth.chain[0].RawSubject
+	}
+	return template
+}
+
+// signCSR has the token sign a CSR.
+func (c *Credential) signCSR(ctx context.Context, key engine.Address, template csr.Template) ([]byte, error) {
+	signer, err := c.signer(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS { // which the CSR alone does not show
+		if err := signsHandshakes(signer); err != nil {
+			return nil, err
+		}
+	}
+	return csr.Build(c.cfg.Rand, template, signer)
 }
 
 func (op *operation) request() (*x509.CertificateRequest, error) {
@@ -162,26 +174,11 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err != nil {
 		return nil, err
 	}
-	if known, ok := session.(est.KeyAccepter); ok && !known.AcceptsKey(request.PublicKey) {
-		// The certificate could never be proven: it is not asked for.
-		return nil, fmt.Errorf("%s: %w with %s: %w", c.cfg.ServerURI, errNoUse, engine.AlgorithmOf(request.PublicKey), est.ErrKeyUnsuitable)
+	anchors, now, err := c.meet(ctx, session, request.PublicKey)
+	if err != nil {
+		return nil, err
 	}
 	client := est.Client{Session: session}
-	caCerts, err := client.CACerts(ctx)
-	if err != nil {
-		return nil, err
-	}
-	anchors, err := est.NewTrustAnchors(caCerts)
-	if err != nil {
-		return nil, err
-	}
-	now, err := c.verificationTime()
-	if err != nil {
-		return nil, err
-	}
-	if err := anchors.VerifyServer(session.PeerChain(), c.cfg.ServerName, now); err != nil {
-		return nil, fmt.Errorf("judge the server by its own cacerts: %w", err)
-	}
 	enroll := client.SimpleEnroll
 	if op.Kind.reenrolls() {
 		enroll = client.SimpleReenroll
@@ -199,6 +196,34 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	return &answer{chain: chain, anchors: anchors, server: session.PeerChain()[0]}, nil
+}
+
+// meet asks for crts on a new session and judges its server by them, at the time that
+// it returns. The key is one that a certificate shall be asked for, nil where there is
+// none yet.
+func (c *Credential) meet(ctx context.Context, session est.Session, key crypto.PublicKey) (*est.TrustAnchors, time.Time, error) {
+	var none time.Time
+	if known, ok := session.(est.KeyAccepter); ok && key != nil && !known.AcceptsKey(key) {
+		// The certificate could never be proven: it is not asked for.
+		return nil, none, fmt.Errorf("%s: %w with %s: %w", c.cfg.ServerURI, errNoUse, engine.AlgorithmOf(key), est.ErrKeyUnsuitable)
+	}
+	client := est.Client{Session: session}
+	caCerts, err := client.CACerts(ctx)
+	if err != nil {
+		return nil, none, err
+	}
+	anchors, err := est.NewTrustAnchors(caCerts)
+	if err != nil {
+		return nil, none, err
+	}
+	now, err := c.verificationTime()
+	if err != nil {
+		return nil, none, err
+	}
+	if err := anchors.VerifyServer(session.PeerChain(), c.cfg.ServerName, now); err != nil {
+		return nil, none, fmt.Errorf("judge the server by its own cacerts: %w", err)
+	}
+	return anchors, now, nil
 }
 
 // compare holds an issued certificate to what the CSR asked for, which for a

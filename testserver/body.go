@@ -35,13 +35,13 @@ func (s *Server) shape(kind string, resp *coap.Response, certs []*x509.Certifica
 	leaf := certs[0].Raw
 	switch kind {
 	case "none":
-		resp.Body, err = est.MarshalCertsOnly(s.ca.own())
+		resp.Body, err = est.MarshalCertsOnly(s.ca.Load().own())
 	case "empty":
 		resp.Body, err = est.MarshalCertsOnly(nil)
 	case "nothing":
 		resp.Body = nil
 	case "two-leaves":
-		resp.Body, err = est.MarshalCertsOnly(append(slices.Clone(certs), s.leaf))
+		resp.Body, err = est.MarshalCertsOnly(append(slices.Clone(certs), s.ca.Load().leaf))
 	case "pkcs7-truncated":
 		resp.Body = resp.Body[:len(resp.Body)/2]
 	case "pkcs7-trailing":
@@ -94,11 +94,11 @@ var crtsFaults = map[string]string{
 func (s *Server) crts() []*x509.Certificate {
 	switch s.Faults().CRTS {
 	case "foreign":
-		return []*x509.Certificate{s.ca.foreign.cert}
+		return []*x509.Certificate{s.ca.Load().foreign.cert}
 	case "leaf":
-		return []*x509.Certificate{s.leaf}
+		return []*x509.Certificate{s.ca.Load().leaf}
 	}
-	return s.ca.caCerts()
+	return s.ca.Load().caCerts()
 }
 
 // The faults of the certificate that the server shows.
@@ -115,7 +115,7 @@ var serverCertificateFaults = map[string]string{
 // presentedChain is what the server shows in a handshake, or what the fault
 // makes of it, always for the same key.
 func (s *Server) presentedChain(pub crypto.PublicKey) ([][]byte, error) {
-	leaf := s.leaf.Raw
+	leaf := s.ca.Load().leaf.Raw
 	var err error
 	switch kind := s.Faults().ServerCertificate; kind {
 	case "":
@@ -128,14 +128,14 @@ func (s *Server) presentedChain(pub crypto.PublicKey) ([][]byte, error) {
 		return nil, err
 	}
 	chain := [][]byte{leaf}
-	for _, cert := range s.ca.chain() {
+	for _, cert := range s.ca.Load().chain() {
 		chain = append(chain, cert.Raw)
 	}
 	return chain, nil
 }
 
 func (s *Server) wrongServerCertificate(kind string, pub crypto.PublicKey) ([]byte, error) {
-	template, issuer, now := *s.leaf, s.ca.issuing, s.now()
+	template, issuer, now := *s.ca.Load().leaf, s.ca.Load().issuing, s.now()
 	template.SerialNumber, template.ExtraExtensions, template.Raw = nil, nil, nil
 	switch kind {
 	case "other-name":
@@ -145,7 +145,7 @@ func (s *Server) wrongServerCertificate(kind string, pub crypto.PublicKey) ([]by
 	case "not-yet-valid":
 		template.NotBefore = now.Add(time.Hour)
 	case "foreign":
-		issuer = s.ca.foreign
+		issuer = s.ca.Load().foreign
 	case "client":
 		template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
 	}

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"estenroll/csr"
+	"estenroll/est"
 )
 
 // noExpiry is the date of a certificate without a well-defined end
@@ -78,11 +79,24 @@ func (a *authority) issued(cert *x509.Certificate) bool {
 	return cert.CheckSignatureFrom(a.cert) == nil
 }
 
+// generation is what a rollover replaces: a root, the CA below it that issues, and
+// the server's certificate.
+type generation struct {
+	root, issuing *authority
+	leaf          *x509.Certificate
+}
+
 // authorities are all keys of one test server.
 type authorities struct {
-	root, issuing, factory *authority
+	*generation // that issues
+	factory     *authority
 	// foreign carries the issuing CA's name and another key: the fault foreign-chain.
 	foreign *authority
+	// rollover is the one that was begun and not finished, nil if there is none, and
+	// links are the NewWithOld of those before that are still published.
+	rollover *rollover
+	links    []*x509.Certificate
+	clients  *est.TrustAnchors // judge the certificates of clients
 	// others have nothing to do with this server: intermediates, then their roots.
 	others []*x509.Certificate
 }
@@ -90,9 +104,9 @@ type authorities struct {
 // maxOtherCAs is far more than a client needs to take.
 const maxOtherCAs = 32
 
-func newAuthorities(now time.Time, single bool, others int) (*authorities, error) {
-	notBefore := now.Add(-caAge)
-	root, err := newAuthority("TEST ONLY EST root CA", nil, notBefore)
+func (s *Server) newAuthorities() (*authorities, error) {
+	notBefore := s.now().Add(-caAge)
+	own, err := s.newGeneration(notBefore)
 	if err != nil {
 		return nil, err
 	}
@@ -100,18 +114,38 @@ func newAuthorities(now time.Time, single bool, others int) (*authorities, error
 	if err != nil {
 		return nil, err
 	}
-	issuing := root
-	if !single {
-		if issuing, err = newAuthority("TEST ONLY EST issuing CA", root, notBefore); err != nil {
-			return nil, err
-		}
-	}
-	foreign, err := newAuthority(issuing.cert.Subject.CommonName, nil, notBefore)
+	foreign, err := newAuthority(own.issuing.cert.Subject.CommonName, nil, notBefore)
 	if err != nil {
 		return nil, err
 	}
-	all := &authorities{root: root, issuing: issuing, factory: factory, foreign: foreign}
-	return all, all.addOthers(others, notBefore)
+	all := &authorities{generation: own, factory: factory, foreign: foreign}
+	if err := all.addOthers(s.cfg.OtherCAs, notBefore); err != nil {
+		return nil, err
+	}
+	return all, all.setClients()
+}
+
+// newGeneration makes a root and what is below it. All generations have the same
+// names: a CA that changes its key keeps its own (RFC 4210 §4.4).
+func (s *Server) newGeneration(notBefore time.Time) (*generation, error) {
+	root, err := newAuthority("TEST ONLY EST root CA", nil, notBefore)
+	if err != nil {
+		return nil, err
+	}
+	made := &generation{root: root, issuing: root}
+	if !s.cfg.SingleCA {
+		if made.issuing, err = newAuthority("TEST ONLY EST issuing CA", root, notBefore); err != nil {
+			return nil, err
+		}
+	}
+	made.leaf, err = made.serverCertificate(s.names, s.key.Public(), notBefore)
+	return made, err
+}
+
+// setClients makes the trust anchors for the certificates of clients.
+func (a *authorities) setClients() (err error) {
+	a.clients, err = est.NewTrustAnchors(append(a.known(), a.factory.cert))
+	return err
 }
 
 func (a *authorities) addOthers(n int, notBefore time.Time) error {
@@ -135,33 +169,29 @@ func (a *authorities) addOthers(n int, notBefore time.Time) error {
 // (RFC 7030 §4.2.3) builds the chain from here. With others among them the order
 // is one that no client may count on.
 func (a *authorities) caCerts() []*x509.Certificate {
-	own := a.own()
+	own := append(a.known(), a.published()...)
 	if len(a.others) > 0 {
 		slices.Reverse(own)
 	}
 	return append(slices.Clone(a.others), own...)
 }
 
-// own are the CAs that a certificate of this server leads to, root first.
-func (a *authorities) own() []*x509.Certificate {
-	if a.issuing == a.root {
-		return []*x509.Certificate{a.root.cert}
+// own are the CAs that a certificate of this generation leads to, root first.
+func (g *generation) own() []*x509.Certificate {
+	if g.issuing == g.root {
+		return []*x509.Certificate{g.root.cert}
 	}
-	return []*x509.Certificate{a.root.cert, a.issuing.cert}
+	return []*x509.Certificate{g.root.cert, g.issuing.cert}
 }
 
 // chain returns what is sent beside a leaf: the intermediate, never the root.
-func (a *authorities) chain() []*x509.Certificate { return a.own()[1:] }
+func (g *generation) chain() []*x509.Certificate { return g.own()[1:] }
 
 // serverCertificate makes the server's own leaf.
-func (a *authorities) serverCertificate(names []string, now time.Time) (*x509.Certificate, *ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, fmt.Errorf("generate server key: %w", err)
-	}
+func (g *generation) serverCertificate(names []string, pub crypto.PublicKey, notBefore time.Time) (*x509.Certificate, error) {
 	template := &x509.Certificate{
 		Subject:     pkix.Name{CommonName: "TEST ONLY EST server"},
-		NotBefore:   now.Add(-caAge),
+		NotBefore:   notBefore,
 		NotAfter:    noExpiry,
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
@@ -173,11 +203,11 @@ func (a *authorities) serverCertificate(names []string, now time.Time) (*x509.Ce
 			template.DNSNames = append(template.DNSNames, name)
 		}
 	}
-	cert, err := a.issuing.sign(template, key.Public())
+	cert, err := g.issuing.sign(template, pub)
 	if err != nil {
-		return nil, nil, fmt.Errorf("server certificate: %w", err)
+		return nil, fmt.Errorf("server certificate: %w", err)
 	}
-	return cert, key, nil
+	return cert, nil
 }
 
 // parseCSR accepts what this CA signs: PKCS#10 whose signature proves

@@ -21,6 +21,8 @@ func (s *Server) listen(key crypto.Signer) (door, error) {
 		return s.listenRaw(key)
 	}
 	cfg := coap.Config{
+		Certificate:     s.rawChain(),
+		Chain:           s.rawChain,
 		Key:             key,
 		Verify:          s.verifyClient,
 		BlockSize:       s.cfg.BlockSize,
@@ -29,10 +31,15 @@ func (s *Server) listen(key crypto.Signer) (door, error) {
 		FlightInterval:  s.cfg.FlightInterval,
 		Logger:          s.cfg.Logger,
 	}
-	for _, cert := range s.ServerChain() {
-		cfg.Certificate = append(cfg.Certificate, cert.Raw)
-	}
 	return coap.Listen(s.cfg.Listen, cfg)
+}
+
+// rawChain is what the server shows of itself: what it is by now.
+func (s *Server) rawChain() (chain [][]byte) {
+	for _, cert := range s.ServerChain() {
+		chain = append(chain, cert.Raw)
+	}
+	return chain
 }
 
 func (s *Server) serveCoAP(ctx context.Context, req *coap.Request) *coap.Response {
@@ -67,7 +74,7 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		return diagnostic(codes.Unauthorized, "a client certificate is needed")
 	}
 	client := req.Peer[0]
-	if faults := s.Faults(); faults.RefuseCode != "" && faults.refuses(client, s.ca.issuing) {
+	if faults := s.Faults(); faults.RefuseCode != "" && faults.refuses(client, s.ca.Load()) {
 		code := codes.Unauthorized
 		if faults.RefuseCode == "4.03" {
 			code = codes.Forbidden
@@ -103,10 +110,10 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 func (s *Server) answered(cert *x509.Certificate) []*x509.Certificate {
 	answer := []*x509.Certificate{cert}
 	if s.cfg.AnswerChain {
-		answer = append(answer, s.ca.chain()...)
+		answer = append(answer, s.ca.Load().chain()...)
 	}
 	if s.cfg.AnswerRoot {
-		answer = append(answer, s.ca.root.cert)
+		answer = append(answer, s.ca.Load().root.cert)
 	}
 	return answer
 }

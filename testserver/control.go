@@ -26,18 +26,23 @@ type controlRequest struct {
 	Subject     []byte `json:"subject,omitempty"`
 	SAN         []byte `json:"san,omitempty"`
 	SANCritical bool   `json:"san_critical,omitempty"`
+	// Rollover is what controlRollover asks for.
+	Rollover Rollover `json:"rollover,omitzero"`
 }
 
 const (
 	controlFaults    = "faults"
 	controlSetFaults = "set-faults"
 	controlIDevID    = "idevid"
+	controlRollover  = "rollover"
 )
 
 type controlResponse struct {
 	Error       string   `json:"error,omitempty"`
 	Faults      []string `json:"faults,omitempty"`
 	Certificate []byte   `json:"certificate,omitempty"`
+	// Rollover is the DER of the four certificates, in their fields' order.
+	Rollover [][]byte `json:"rollover,omitempty"`
 }
 
 const (
@@ -122,6 +127,9 @@ func (s *Server) command(req controlRequest) (controlResponse, error) {
 			return controlResponse{}, err
 		}
 		return controlResponse{Certificate: cert.Raw}, nil
+	case controlRollover:
+		made, err := s.Rollover(req.Rollover)
+		return controlResponse{Rollover: made.raw()}, err
 	}
 	return controlResponse{}, fmt.Errorf("control: no command %q", req.Command)
 }
@@ -141,6 +149,15 @@ func (c Control) Faults() ([]string, error) {
 func (c Control) SetFaults(faults []string) ([]string, error) {
 	resp, err := c.do(controlRequest{Command: controlSetFaults, Faults: faults})
 	return resp.Faults, err
+}
+
+// Rollover is [Server.Rollover] of the running server.
+func (c Control) Rollover(to Rollover) (RolloverCertificates, error) {
+	resp, err := c.do(controlRequest{Command: controlRollover, Rollover: to})
+	if err != nil {
+		return RolloverCertificates{}, err
+	}
+	return parseRollover(resp.Rollover)
 }
 
 // IssueIDevID is [Server.IssueIDevID] of the running server.

@@ -89,7 +89,7 @@ func (s *Server) links() []link {
 		for _, operation := range operations {
 			answer := s.answered(nil)
 			if operation == est.CACerts {
-				answer = s.ca.caCerts()
+				answer = s.ca.Load().caCerts()
 			}
 			formats := []string{fmt.Sprint(est.ContentFormatPKCS7CertsOnly)}
 			if len(answer) == 1 {

@@ -145,7 +145,7 @@ func (s *Server) replays(earlier issued, now time.Time) bool {
 // be identical to the corresponding fields in the certificate being
 // renewed/rekeyed." They are compared as bytes, as servers in the field do.
 func (s *Server) checkReenrollment(csr *x509.CertificateRequest, client *x509.Certificate) error {
-	if !s.ca.issuing.issued(client) {
+	if !s.ca.Load().issued(client) {
 		return &refusal{kind: refusedClient, detail: "the client certificate was not issued by this CA"}
 	}
 	if !bytes.Equal(csr.RawSubject, client.RawSubject) {
@@ -187,9 +187,9 @@ func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time
 	if faults.CAFlag {
 		template.BasicConstraintsValid, template.IsCA = true, true
 	}
-	ca, pub := s.ca.issuing, crypto.PublicKey(request.PublicKey)
+	ca, pub := s.ca.Load().issuing, crypto.PublicKey(request.PublicKey)
 	if faults.ForeignChain {
-		ca = s.ca.foreign
+		ca = s.ca.Load().foreign
 	}
 	if faults.WrongKey {
 		key, err := keyLike(pub)
@@ -203,11 +203,12 @@ func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time
 
 // verifyClient judges a client's chain in the handshake.
 func (s *Server) verifyClient(chain []*x509.Certificate) error {
-	verified, err := s.clients.VerifyClient(chain, s.now())
+	ca := s.ca.Load()
+	verified, err := ca.clients.VerifyClient(chain, s.now())
 	if err != nil {
 		return err
 	}
-	if faults := s.Faults(); faults.RefuseCode == "" && faults.refuses(verified[0], s.ca.issuing) {
+	if faults := s.Faults(); faults.RefuseCode == "" && faults.refuses(verified[0], ca) {
 		return fmt.Errorf("client certificate %s: refused by a fault", verified[0].SerialNumber.Text(16))
 	}
 	return nil

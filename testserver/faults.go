@@ -343,8 +343,8 @@ func (f Faults) issuing() []string {
 }
 
 // refuses reports whether the client's certificate is to be refused.
-func (f Faults) refuses(client *x509.Certificate, issuing *authority) bool {
-	if f.RefuseAll || f.RefuseIssued && issuing.issued(client) {
+func (f Faults) refuses(client *x509.Certificate, ca *authorities) bool {
+	if f.RefuseAll || f.RefuseIssued && ca.issued(client) {
 		return true
 	}
 	serial, digest := client.SerialNumber.Text(16), fingerprint(client.Raw)

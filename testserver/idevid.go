@@ -56,7 +56,7 @@ func (s *Server) issueIDevID(req IDevIDRequest) (*x509.Certificate, error) {
 		return nil, err
 	}
 	now := s.now()
-	cert, err := s.ca.factory.sign(leafTemplate(rawSubject, san, now.Add(-caAge), noExpiry), pub)
+	cert, err := s.ca.Load().factory.sign(leafTemplate(rawSubject, san, now.Add(-caAge), noExpiry), pub)
 	if err != nil {
 		return nil, err
 	}

@@ -20,6 +20,10 @@ package testserver
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -27,9 +31,9 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
-	"estenroll/est"
 	"estenroll/internal/coap"
 )
 
@@ -104,14 +108,14 @@ type Config struct {
 // Server is a running test server. It is safe for concurrent use.
 type Server struct {
 	cfg     Config
-	ca      *authorities
-	leaf    *x509.Certificate
-	clients *est.TrustAnchors
+	ca      atomic.Pointer[authorities] // what it points at is never changed
+	key     crypto.Signer               // of the server's certificates
+	names   []string                    // in them
 	record  *record
 	coap    door
 	control net.Listener
 
-	mu       sync.Mutex // over what follows, and over each issuance as a whole
+	mu       sync.Mutex // over what follows, and over each issuance and each rollover as a whole
 	faults   Faults
 	deferred map[replayKey]int
 	issued   map[shapedKey]issued
@@ -164,28 +168,25 @@ func start(cfg Config) (_ *Server, err error) {
 	if err := s.SetFaults(cfg.Faults); err != nil {
 		return nil, err
 	}
-	if s.ca, err = newAuthorities(s.now(), cfg.SingleCA, cfg.OtherCAs); err != nil {
-		return nil, err
+	s.names = append([]string{"localhost", "127.0.0.1", "::1"}, cfg.Names...)
+	if ip := net.ParseIP(host); ip != nil && !ip.IsUnspecified() && !slices.Contains(s.names, host) {
+		s.names = append(s.names, host)
 	}
-	if s.clients, err = est.NewTrustAnchors(append(s.ca.own(), s.ca.factory.cert)); err != nil {
-		return nil, err
+	if s.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		return nil, fmt.Errorf("generate server key: %w", err)
 	}
-	names := append([]string{"localhost", "127.0.0.1", "::1"}, cfg.Names...)
-	if ip := net.ParseIP(host); ip != nil && !ip.IsUnspecified() && !slices.Contains(names, host) {
-		names = append(names, host)
-	}
-	leaf, key, err := s.ca.serverCertificate(names, s.now())
+	ca, err := s.newAuthorities()
 	if err != nil {
 		return nil, err
 	}
-	s.leaf = leaf
+	s.ca.Store(ca)
 	if s.record, err = openRecord(cfg.Record); err != nil {
 		return nil, err
 	}
 	if s.control, err = listenControl(cfg.Control); err != nil {
 		return nil, err
 	}
-	if s.coap, err = s.listen(key); err != nil {
+	if s.coap, err = s.listen(s.key); err != nil {
 		return nil, err
 	}
 	s.serving.Go(func() {
@@ -258,19 +259,20 @@ func (s *Server) URI() string { return "coaps://" + s.coap.Addr().String() }
 // Addr returns the UDP address.
 func (s *Server) Addr() net.Addr { return s.coap.Addr() }
 
-// Root returns the EST CA's root: the Implicit TA of a client.
-func (s *Server) Root() *x509.Certificate { return s.ca.root.cert }
+// Root returns the root of the EST CA that issues: the Implicit TA of a client.
+func (s *Server) Root() *x509.Certificate { return s.ca.Load().root.cert }
 
 // Issuing returns the CA that signs what is enrolled: the root with SingleCA.
-func (s *Server) Issuing() *x509.Certificate { return s.ca.issuing.cert }
+func (s *Server) Issuing() *x509.Certificate { return s.ca.Load().issuing.cert }
 
 // FactoryRoot returns the CA of the IDevIDs.
-func (s *Server) FactoryRoot() *x509.Certificate { return s.ca.factory.cert }
+func (s *Server) FactoryRoot() *x509.Certificate { return s.ca.Load().factory.cert }
 
 // ServerChain returns what the server sends of itself: its leaf, then the
 // intermediate CA.
 func (s *Server) ServerChain() []*x509.Certificate {
-	return append([]*x509.Certificate{s.leaf}, s.ca.chain()...)
+	ca := s.ca.Load()
+	return append([]*x509.Certificate{ca.leaf}, ca.chain()...)
 }
 
 // Events returns the whole record.

@@ -107,6 +107,9 @@ func command(s *settings, out *output, began func()) *cobra.Command {
 				return nil // help, or a shell that asks: whatever the configuration is
 			}
 			out.quiet, out.verbose = s.quiet, s.verbose
+			for _, name := range unknownVariables(cmd.Flags(), os.Environ()) {
+				out.warning("environment " + name + ": there is no such setting, it is ignored")
+			}
 			return s.complete(cmd.Flags(), os.LookupEnv)
 		},
 	}

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,14 +16,14 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// The README's table of exit codes is that of --help, and each code is reached
-// by a script.
+// The README's table of exit codes is that of --help and of exit.go, and each code has
+// its part in exit_codes.txt, where est-enroll comes to it.
 func TestExitCodes(t *testing.T) {
 	t.Parallel()
-	readme := read(t, "../../README.md")
-	var fromReadme, fromHelp []string
-	for _, row := range regexp.MustCompile(`(?m)^\| (\d+) \| (.+) \|$`).FindAllStringSubmatch(readme, -1) {
+	var fromReadme, fromHelp, codes []string
+	for _, row := range regexp.MustCompile(`(?m)^\| (\d+) \| (.+) \|$`).FindAllStringSubmatch(read(t, "../../README.md"), -1) {
 		fromReadme = append(fromReadme, row[1]+" "+row[2])
+		codes = append(codes, row[1])
 	}
 	for _, row := range regexp.MustCompile(`(?m)^  (\d+) +(.+)$`).FindAllStringSubmatch(exitCodeHelp, -1) {
 		fromHelp = append(fromHelp, row[1]+" "+row[2])
@@ -30,25 +31,29 @@ func TestExitCodes(t *testing.T) {
 	if diff := cmp.Diff(fromHelp, fromReadme); len(fromHelp) == 0 || diff != "" {
 		t.Errorf("(-help +README)\n%s", diff)
 	}
-	scripts, err := filepath.Glob("testdata/script/*.txt")
-	if err != nil {
-		t.Fatal(err)
+	var constants []string
+	for _, row := range regexp.MustCompile(`(?m)^\texit[A-Z]\w+ += (\d+)`).FindAllStringSubmatch(read(t, "exit.go"), -1) {
+		constants = append(constants, row[1])
 	}
-	var all strings.Builder
-	for _, script := range scripts {
-		all.WriteString(read(t, script))
+	if diff := cmp.Diff(codes, constants); diff != "" {
+		t.Errorf("(-README +exit.go)\n%s", diff)
 	}
-	for _, row := range fromHelp {
-		code, _, _ := strings.Cut(row, " ")
-		reached := "exitcode " + code + " est-enroll"
-		switch code {
-		case "0":
-			reached = "exec est-enroll"
-		case "130":
-			reached = "interrupt " // which wants this code
+	reached := map[string]bool{}
+	code := ""
+	for line := range strings.Lines(read(t, "testdata/script/exit_codes.txt")) {
+		if part := regexp.MustCompile(`^# (\d+): `).FindStringSubmatch(line); part != nil {
+			code = part[1]
+			if !slices.Contains(codes, code) {
+				t.Errorf("exit_codes.txt has a part on %s, the README has none", code)
+			}
 		}
-		if !strings.Contains(all.String(), reached) {
-			t.Errorf("no script has %q", reached)
+		if strings.HasPrefix(line, "exitcode "+code+" est-enroll ") || code == "130" && strings.HasPrefix(line, "interrupt ") { // which wants this code
+			reached[code] = true
+		}
+	}
+	for _, code := range codes {
+		if !reached[code] {
+			t.Errorf("exit_codes.txt comes to no %s in its part on it", code)
 		}
 	}
 }
@@ -183,6 +188,7 @@ func TestInstall(t *testing.T) {
 		"/usr/share/man/man1/est-testserver-serve.1":           "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-idevid.1":          "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-fault.1":           "-rw-r--r--",
+		"/usr/share/man/man1/est-testserver-rollover.1":        "-rw-r--r--",
 	}
 	if diff := cmp.Diff(want, installed()); diff != "" {
 		t.Errorf("installed (-want +got)\n%s", diff)

@@ -176,7 +176,7 @@ func (s *settings) fromEnvironment(flags *pflag.FlagSet, given map[string]bool, 
 		if onlyFlags[f.Name] || given[f.Name] || failure != nil {
 			return
 		}
-		name := envPrefix + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		name := variable(f.Name)
 		value, _ := lookupEnv(name)
 		if value == "" {
 			return // set to nothing is not set
@@ -190,6 +190,29 @@ func (s *settings) fromEnvironment(flags *pflag.FlagSet, given map[string]bool, 
 		}
 	})
 	return failure
+}
+
+// unknownVariables are the names of an environment that look like settings and are
+// none: misspelt ones, or flags that are no settings.
+func unknownVariables(flags *pflag.FlagSet, environ []string) (unknown []string) {
+	known := map[string]bool{envPrefix + "CONFIG": true}
+	flags.VisitAll(func(f *pflag.Flag) {
+		if !onlyFlags[f.Name] {
+			known[variable(f.Name)] = true
+		}
+	})
+	for _, pair := range environ {
+		name, value, _ := strings.Cut(pair, "=")
+		if strings.HasPrefix(name, envPrefix) && value != "" && !known[name] {
+			unknown = append(unknown, name)
+		}
+	}
+	return unknown
+}
+
+// variable is the name of a setting in the environment.
+func variable(setting string) string {
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(setting, "-", "_"))
 }
 
 func (s *settings) fromFile(flags *pflag.FlagSet, given map[string]bool) error {

@@ -28,7 +28,7 @@ func command() *cobra.Command {
 
 "serve" runs the server: crts, sen and sren below /.well-known/est over CoAPs,
 for clients that hold an IDevID of its factory CA or a certificate it issued.
-"idevid" and "fault" ask a running server through its control socket.
+"idevid", "fault" and "rollover" ask a running server through its control socket.
 
   est-testserver serve --listen 127.0.0.1:0 --write-dir ca --control ca/control &
   est-testserver idevid --control ca/control --csr factory.csr --out idevid.der
@@ -39,7 +39,7 @@ Exit status: 0 done or stopped by SIGINT or SIGTERM, 1 anything else.`,
 		SilenceErrors:     true,
 		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true},
 	}
-	root.AddCommand(serveCommand(), idevidCommand(), faultCommand())
+	root.AddCommand(serveCommand(), idevidCommand(), faultCommand(), rolloverCommand())
 	return root
 }
 

@@ -25,7 +25,7 @@ func TestManPages(t *testing.T) {
 	if err := man.Generate(dir, command(), *manDate); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"est-testserver", "est-testserver-serve", "est-testserver-idevid", "est-testserver-fault"} {
+	for _, name := range []string{"est-testserver", "est-testserver-serve", "est-testserver-idevid", "est-testserver-fault", "est-testserver-rollover"} {
 		page := filepath.Join(dir, name+".1")
 		if err := man.Lint(page); err != nil {
 			t.Error(err)

@@ -98,7 +98,7 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.BoolVar(&cfg.AllowNonLoopback, "allow-non-loopback", false, "permit a --listen address that other machines can reach")
 	flags.StringSliceVar(&cfg.Names, "name", nil, "DNS `NAME` or IP address in the server's certificate, beside localhost, 127.0.0.1 and ::1")
 	flags.StringVar(&writeDir, "write-dir", "", "write the CA certificates to this `DIR`, created if missing")
-	flags.StringVar(&cfg.Control, "control", "", "`PATH` of a Unix socket to make for the commands idevid and fault")
+	flags.StringVar(&cfg.Control, "control", "", "`PATH` of a Unix socket to make for the commands idevid, fault and rollover")
 	flags.StringVar(&cfg.Record, "record", "", "append every issuance to this `FILE` of JSON lines")
 	flags.DurationVar(&cfg.Lifetime, "lifetime", 90*24*time.Hour, "`DURATION` an issued certificate lives from now on, in whole seconds")
 	flags.DurationVar(&cfg.Backdate, "backdate", time.Minute, "`DURATION` before now that an issued certificate begins")

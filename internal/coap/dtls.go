@@ -175,7 +175,11 @@ func (h *handshake) certificate(cfg *Config) *tls.Certificate {
 	if cfg.Key == nil {
 		return new(tls.Certificate)
 	}
-	return &tls.Certificate{Certificate: cfg.Certificate, PrivateKey: proofSigner{cfg.Key, h}}
+	chain := cfg.Certificate
+	if cfg.Chain != nil {
+		chain = cfg.Chain()
+	}
+	return &tls.Certificate{Certificate: chain, PrivateKey: proofSigner{cfg.Key, h}}
 }
 
 // dtlsOptions are common to both ends.

@@ -33,6 +33,9 @@ type Config struct {
 	// with an empty list.
 	Certificate [][]byte
 	Key         crypto.Signer
+	// Chain is a server's Certificate of each handshake, for the same key.
+	// Default: always Certificate.
+	Chain func() [][]byte
 
 	// ServerName is sent as SNI by a client. Empty sends none, which is right
 	// for an IP literal (RFC 6066 §3).
