@@ -32,6 +32,29 @@ func (c *Client) SimpleReenroll(ctx context.Context, csr []byte) ([]*x509.Certif
 	return c.exchange(ctx, &Request{Operation: SimpleReenroll, Body: csr})
 }
 
+// CSRAttrs returns what the server wants to find in a CSR (RFC 7030 §4.5), as DER of
+// at most 64 KiB that is for package csr to parse; nil if it has nothing to say.
+func (c *Client) CSRAttrs(ctx context.Context) ([]byte, error) {
+	resp, err := c.Session.RoundTrip(ctx, &Request{Operation: CSRAttrs})
+	var status *StatusError
+	switch {
+	case errors.As(err, &status) && status.NotFound: // RFC 9148 §4.5, RFC 7030 §4.5.2
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case len(resp.Body) == 0:
+		return nil, nil
+	case len(resp.Body) > maxAnswer:
+		err = fmt.Errorf("%d bytes, more than %d", len(resp.Body), maxAnswer)
+	case resp.ContentFormat != ContentFormatCSRAttrs:
+		err = fmt.Errorf("content-format %d, want %d", resp.ContentFormat, ContentFormatCSRAttrs)
+	}
+	if err != nil {
+		return nil, &ResponseError{Operation: CSRAttrs, Err: err}
+	}
+	return resp.Body, nil
+}
+
 func (c *Client) exchange(ctx context.Context, req *Request) ([]*x509.Certificate, error) {
 	resp, err := c.Session.RoundTrip(ctx, req)
 	if err != nil {

@@ -18,6 +18,7 @@ const (
 	CACerts        Operation = "cacerts"        // RFC 7030 §4.1
 	SimpleEnroll   Operation = "simpleenroll"   // RFC 7030 §4.2.1
 	SimpleReenroll Operation = "simplereenroll" // RFC 7030 §4.2.2
+	CSRAttrs       Operation = "csrattrs"       // RFC 7030 §4.5
 )
 
 // DefaultRoot is the path every server supports (RFC 9148 §4.1).
@@ -32,9 +33,14 @@ func (o Operation) ShortPath() string {
 		return "sen"
 	case SimpleReenroll:
 		return "sren"
+	case CSRAttrs:
+		return "att"
 	}
 	return ""
 }
+
+// Asks reports the operations that ask for something and have no body: GET.
+func (o Operation) Asks() bool { return o == CACerts || o == CSRAttrs }
 
 // ResourceType returns the operation's resource type, by which it is discovered
 // (RFC 9148 §4.1, §8.2).
@@ -55,13 +61,14 @@ const (
 	ContentFormatPKIXCert       ContentFormat = 287
 )
 
-// Request is one EST request. Body is DER, empty for cacerts.
+// Request is one EST request. Body is DER, empty for an operation that asks.
 type Request struct {
 	Operation Operation
 	Body      []byte
 }
 
-// Response is a successful answer. Body is DER in the format that arrived.
+// Response is a successful answer. Body is DER in the format that arrived; none at
+// all means "no attributes" in an answer of csrattrs (RFC 7030 §4.5.2).
 type Response struct {
 	ContentFormat ContentFormat
 	Body          []byte

@@ -64,7 +64,7 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		return diagnostic(codes.NotFound, "no such resource")
 	}
 	method := codes.POST
-	if operation == est.CACerts {
+	if operation.Asks() {
 		method = codes.GET
 	}
 	if req.Method != method {
@@ -81,7 +81,10 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		}
 		return diagnostic(code, "the client certificate is refused")
 	}
-	if operation == est.CACerts {
+	switch operation {
+	case est.CSRAttrs:
+		return s.attributes(req)
+	case est.CACerts:
 		return s.answer(codes.Content, req, s.crts())
 	}
 	if req.ContentFormat == nil || *req.ContentFormat != uint16(est.ContentFormatPKCS10) {
@@ -104,6 +107,14 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		}
 	}
 	return resp
+}
+
+// attributes is the answer of att.
+func (s *Server) attributes(req *coap.Request) *coap.Response {
+	if req.Accept != nil && *req.Accept != uint16(est.ContentFormatCSRAttrs) {
+		return diagnostic(codes.NotAcceptable, "offered is 285")
+	}
+	return &coap.Response{Code: codes.Content, ContentFormat: new(uint16(est.ContentFormatCSRAttrs)), Body: s.cfg.CSRAttributes}
 }
 
 // answered is the answer of sen and sren.

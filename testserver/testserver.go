@@ -34,6 +34,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"estenroll/csr"
 	"estenroll/internal/coap"
 )
 
@@ -70,6 +71,10 @@ type Config struct {
 	// Labels are EST labels (RFC 9148 §4.1): the resources are also below
 	// /.well-known/est/LABEL and /e/plz/LABEL.
 	Labels []string
+
+	// CSRAttributes is what att answers (RFC 7030 §4.5), in DER; csr.Attributes makes
+	// it. Default: none, and no att.
+	CSRAttributes []byte
 
 	// ReplayWindow is how long the same CSR for the same operation from the same
 	// client certificate gets the same certificate, as long as that has not
@@ -231,6 +236,11 @@ func (c *Config) complete() error {
 	}
 	for _, label := range c.Labels {
 		if err := checkLabel(label); err != nil {
+			return err
+		}
+	}
+	if c.CSRAttributes != nil {
+		if _, err := csr.ParseAttributes(c.CSRAttributes); err != nil {
 			return err
 		}
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -18,10 +19,13 @@ import (
 	"estenroll/testserver"
 )
 
+const attributesLimit = 64 << 10 // bytes
+
 func serveCommand() *cobra.Command {
 	var (
 		cfg      testserver.Config
 		faults   []string
+		wanted   string
 		writeDir string
 		verbose  bool
 	)
@@ -43,7 +47,7 @@ Files in --write-dir, all PEM, written before that line:
   server.pem      the server's certificate and the intermediate CA
   factory-ca.pem  the CA of the IDevIDs
 
-The resources are crts, sen and sren below /.well-known/est and, the same ones,
+The resources are crts, sen, sren and, with --csr-attributes, att below /.well-known/est and, the same ones,
 below /e/plz, which a client has to discover: GET /.well-known/core?rt=ace.est*
 (RFC 9148 §4.1). With --label, also below /.well-known/est/LABEL and
 /e/plz/LABEL. Key usage and extended key usage are issued as they are asked for.
@@ -64,6 +68,11 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			}
 			if cfg.Lifetime == 0 || cfg.Backdate == 0 || cfg.ReplayWindow == 0 {
 				return errors.New("--lifetime, --backdate and --replay-window are at least 1s") // a zero Config field is a default
+			}
+			if wanted != "" {
+				if cfg.CSRAttributes, err = readAttributes(wanted); err != nil {
+					return err
+				}
 			}
 			if verbose {
 				cfg.Logger = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -107,6 +116,7 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.BoolVar(&cfg.AnswerRoot, "answer-root", false, "answer sen and sren with the root CA beside the certificate")
 	flags.IntVar(&cfg.OtherCAs, "other-cas", 0, "answer crts with `N` unrelated CAs too, a root and an intermediate of each, this server's own last")
 	flags.StringSliceVar(&cfg.Labels, "label", nil, "EST `LABEL` to serve beside the resources without one")
+	flags.StringVar(&wanted, "csr-attributes", "", "`FILE` with what att answers, DER or base64 (RFC 7030 §4.5, RFC 9908); without it there is no att")
 	flags.DurationVar(&cfg.ReplayWindow, "replay-window", 24*time.Hour, "`DURATION` in which a repeated CSR gets the same certificate")
 	flags.BoolVar(&cfg.NoReplay, "no-replay", false, "issue anew for every request")
 	flags.StringArrayVar(&faults, "fault", nil, "`FAULT` to begin with, see above")
@@ -115,6 +125,18 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.DurationVar(&cfg.AckTimeout, "ack-timeout", 2*time.Second, "`DURATION` before the first retransmission of a separate response")
 	flags.BoolVarP(&verbose, "verbose", "v", false, "log the transport to standard error")
 	return cmd
+}
+
+// readAttributes reads DER, or the base64 of it that RFC 7030 and RFC 9908 print.
+func readAttributes(path string) ([]byte, error) {
+	data, err := durable.ReadFile(path, attributesLimit)
+	if err != nil {
+		return nil, fmt.Errorf("read CSR attributes: %w", err)
+	}
+	if der, err := base64.StdEncoding.DecodeString(string(data)); err == nil { // which skips line breaks
+		return der, nil
+	}
+	return data, nil
 }
 
 func writeCertificates(dir string, server *testserver.Server) error {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"estenroll/est"
@@ -69,8 +70,10 @@ type Config struct {
 type Session struct {
 	conn *coap.Conn
 	uri  URI
-	// resources are what discovery found; others are below the URI's path.
+	// resources are what discovery found; others are below the URI's path, but for
+	// absent, which a server that supports discovery would have listed.
 	resources map[est.Operation]resource
+	absent    []est.Operation
 }
 
 var (
@@ -205,12 +208,15 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 	}
 	at, discovered := s.resources[req.Operation]
 	if !discovered {
-		at = resource{path: s.uri.Root + "/" + name, accept: est.ContentFormatPKCS7CertsOnly} // RFC 9148 §4.3
+		at = resource{path: s.uri.Root + "/" + name, accept: formats(req.Operation)[0]}
 	}
 	server := URI{Host: s.uri.Host, Port: s.uri.Port, Root: at.path}.String()
+	if slices.Contains(s.absent, req.Operation) {
+		return nil, &est.StatusError{Operation: req.Operation, Server: server, Code: "not among the resources discovered", Class: 4, NotFound: true}
+	}
 	accept := uint16(at.accept)
 	request := &coap.Request{Method: codeGET, Path: at.path, Accept: &accept}
-	if req.Operation != est.CACerts {
+	if !req.Operation.Asks() {
 		format := uint16(est.ContentFormatPKCS10)
 		request.Method, request.ContentFormat, request.Body = codePOST, &format, req.Body
 	}
@@ -222,6 +228,15 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 		return nil, fmt.Errorf("%s at %s: %w", req.Operation, server, classify(ctx, err))
 	}
 	return interpret(req.Operation, server, response)
+}
+
+// formats are those that an answer may have, the one to ask for without a choice
+// first (RFC 9148 §4.3).
+func formats(operation est.Operation) []est.ContentFormat {
+	if operation == est.CSRAttrs {
+		return []est.ContentFormat{est.ContentFormatCSRAttrs}
+	}
+	return []est.ContentFormat{est.ContentFormatPKCS7CertsOnly, est.ContentFormatPKIXCert}
 }
 
 // isWrongAnswer reports an answer that came, and whose blocks, options or size
