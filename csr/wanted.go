@@ -128,9 +128,8 @@ func rsaKey(bits int) (WantedKey, error) {
 }
 
 // Wanted reads what the attributes mean. An OID or an attribute that is not known is
-// ignored: "the client ... MUST ignore any OID or attribute it does not recognize"
-// (RFC 7030 §4.5.2). Where there is a template of the whole request, it is all
-// that counts (RFC 9908 §4). ErrContradictory.
+// ignored (RFC 7030 §4.5.2). Where there is a template of the whole request, it is
+// all that counts (RFC 9908 §4). ErrContradictory.
 func (a Attributes) Wanted() (Wanted, error) {
 	var w Wanted
 	err := w.readTemplate(a)

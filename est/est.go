@@ -84,8 +84,9 @@ type Session interface {
 	RoundTrip(ctx context.Context, req *Request) (*Response, error)
 	// PeerChain returns the chain the server sent in this session, leaf first.
 	PeerChain() []*x509.Certificate
-	// ChannelBinding returns what proof of possession binds a CSR to
-	// (RFC 7030 §3.5), or an error wrapping errors.ErrUnsupported.
+	// ChannelBinding returns what proof of possession binds a CSR to: tls-unique
+	// (RFC 7030 §3.5), or the exporter of RFC 9266 under TLS 1.3. An error wraps
+	// errors.ErrUnsupported where the transport has none.
 	ChannelBinding() ([]byte, error)
 	// Close ends the session.
 	Close() error

@@ -95,7 +95,7 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 	if s.accepted(req, s.answered(nil)) == 0 {
 		return notAcceptable()
 	}
-	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body})
+	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
 	if err != nil {
 		return refused(err)
 	}

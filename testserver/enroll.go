@@ -7,7 +7,10 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,12 +48,25 @@ type enrollment struct {
 	path      string // of the resource that was asked
 	client    *x509.Certificate
 	csr       []byte // DER
+	binding   []byte // of the session, nil where it is not known
 }
 
-// replayKey is one enrolment: who asked what. A repetition has the same key.
+// replayKey is one enrolment: who asked what. A repetition has the same key, in
+// another session too, where a CSR that is linked to it is another one.
 type replayKey struct {
-	operation   est.Operation
-	client, csr [sha256.Size]byte
+	operation     est.Operation
+	client, asked [sha256.Size]byte
+}
+
+func newReplayKey(asked enrollment, request *x509.CertificateRequest) replayKey {
+	what := asked.csr
+	if csr.ChallengePassword(request) != "" {
+		what = slices.Concat(request.RawSubject, request.RawSubjectPublicKeyInfo)
+		for _, extension := range request.Extensions {
+			what = append(what, extension.Value...)
+		}
+	}
+	return replayKey{asked.operation, sha256.Sum256(asked.client.Raw), sha256.Sum256(what)}
 }
 
 // shapedKey adds the faults that shaped a certificate: it is not given again
@@ -72,6 +88,9 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 	request, err := parseCSR(asked.csr)
 	if err == nil {
 		err = cmp.Or(checkNames(request.RawSubject, subjectAltName(request.Extensions)), checkUsage(request))
+	}
+	if err == nil {
+		err = s.checkLink(request, asked.binding)
 	}
 	if err != nil {
 		return nil, &refusal{kind: refusedRequest, detail: err.Error()}
@@ -99,7 +118,7 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	key := replayKey{asked.operation, sha256.Sum256(asked.client.Raw), sha256.Sum256(asked.csr)}
+	key := newReplayKey(asked, request)
 	if s.deferred[key] < faults.Defer {
 		s.deferred[key]++
 		return nil, &refusal{kind: refusedForNow, detail: "not decided yet, come again", retryAfter: faults.DeferMaxAge}
@@ -138,6 +157,19 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 // within the window, and while it is of use.
 func (s *Server) replays(earlier issued, now time.Time) bool {
 	return now.Sub(earlier.at) < s.cfg.ReplayWindow && now.Before(earlier.cert.NotAfter)
+}
+
+// checkLink holds a request to the session that it came in: whoever got hold of one
+// cannot use it in another (RFC 7030 §3.5).
+func (s *Server) checkLink(request *x509.CertificateRequest, binding []byte) error {
+	password := csr.ChallengePassword(request)
+	switch {
+	case password == "" && s.cfg.RequirePoP:
+		return errors.New("the request has no challengePassword that links it to this session")
+	case password != "" && (len(binding) == 0 || password != base64.StdEncoding.EncodeToString(binding)):
+		return errors.New("the challengePassword is not that of this session")
+	}
+	return nil
 }
 
 // checkReenrollment holds the request to the identity of the client certificate:

@@ -76,6 +76,10 @@ type Config struct {
 	// it. Default: none, and no att.
 	CSRAttributes []byte
 
+	// RequirePoP refuses a CSR that is not linked to its session by a challengePassword
+	// (RFC 7030 §3.5). One that has a challengePassword is held to it anyway.
+	RequirePoP bool
+
 	// ReplayWindow is how long the same CSR for the same operation from the same
 	// client certificate gets the same certificate, as long as that has not
 	// expired. Default: 24 h.

@@ -117,6 +117,7 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.IntVar(&cfg.OtherCAs, "other-cas", 0, "answer crts with `N` unrelated CAs too, a root and an intermediate of each, this server's own last")
 	flags.StringSliceVar(&cfg.Labels, "label", nil, "EST `LABEL` to serve beside the resources without one")
 	flags.StringVar(&wanted, "csr-attributes", "", "`FILE` with what att answers, DER or base64 (RFC 7030 §4.5, RFC 9908); without it there is no att")
+	flags.BoolVar(&cfg.RequirePoP, "require-pop", false, "refuse a CSR without a challengePassword that links it to its session (RFC 7030 §3.5)")
 	flags.DurationVar(&cfg.ReplayWindow, "replay-window", 24*time.Hour, "`DURATION` in which a repeated CSR gets the same certificate")
 	flags.BoolVar(&cfg.NoReplay, "no-replay", false, "issue anew for every request")
 	flags.StringArrayVar(&faults, "fault", nil, "`FAULT` to begin with, see above")

@@ -281,11 +281,8 @@ func codeText(code coap.Code) string {
 // PeerChain implements est.Session.
 func (s *Session) PeerChain() []*x509.Certificate { return s.conn.PeerCertificates() }
 
-// ChannelBinding implements est.Session: proof of possession bound to the
-// session is not there yet.
-func (s *Session) ChannelBinding() ([]byte, error) {
-	return nil, fmt.Errorf("channel binding of DTLS: %w", errors.ErrUnsupported)
-}
+// ChannelBinding implements est.Session: tls-unique (RFC 9148 §3).
+func (s *Session) ChannelBinding() ([]byte, error) { return s.conn.ChannelBinding() }
 
 // ClientAuthenticated implements est.ClientAuthenticator.
 func (s *Session) ClientAuthenticated() bool { return s.conn.ClientAuthenticated() }
