@@ -12,7 +12,7 @@ PREFIX ?= /usr/local
 BUILDVCS := $(shell git status >/dev/null 2>&1 && echo true || echo false)
 export BIN SHARE PREFIX DESTDIR BUILDVCS
 
-.PHONY: demo test build docs install uninstall build-arm64 build-armhf lint deps loss crash hostile fleet bench figures fuzz
+.PHONY: demo test build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile fleet bench figures fuzz
 
 demo:
 	@packaging/deps gcc libc6-dev openssl softhsm2 opensc
@@ -40,6 +40,11 @@ docs: build
 # After "make build docs", perhaps as another user, below DESTDIR.
 install uninstall:
 	@packaging/install $@
+
+# The installed services under a systemd that is booted for them in namespaces of its
+# own: they enrol, renew and rekey with a SoftHSM token, as hardened as they are.
+boot: deps docs
+	@packaging/systemd/boot
 
 lint:
 	@unformatted=$$(gofmt -l .); test -z "$$unformatted" || { echo "not gofmt-ed: $$unformatted" >&2; exit 1; }

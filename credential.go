@@ -266,8 +266,22 @@ func (c *Credential) prepare(ctx context.Context) (*pair, error) {
 // restoreSecurity makes up for a Security object that was lost while the journal
 // was not: it points at the newest credential that is whole, else at the IDevID.
 func (c *Credential) restoreSecurity(ctx context.Context) error {
+	restored, err := c.restored(ctx)
+	if restored == nil || err != nil {
+		return err
+	}
+	instance, _ := restored.Instance(c.cfg.Security.Instance)
+	if at, _ := instance.ClientCertificate.Engine(); !c.isIDevID(at) {
+		c.warn("the Security object has no instance /0/%d: it points at %s again", c.cfg.Security.Instance, at)
+	}
+	return c.saveSecurity(restored)
+}
+
+// restored returns what restoreSecurity makes of the Security object, nil where
+// nothing is lost.
+func (c *Credential) restored(ctx context.Context) (*lwm2m.SecurityObject, error) {
 	if _, exists := c.security.Instance(c.cfg.Security.Instance); exists || len(c.journal.Pairs) == 0 && c.journal.Operation == nil {
-		return nil
+		return nil, nil
 	}
 	for _, kept := range c.journal.Pairs {
 		_, err := c.openCredential(ctx, kept)
@@ -275,11 +289,12 @@ func (c *Credential) restoreSecurity(ctx context.Context) error {
 			continue
 		}
 		if err != nil {
-			return err
+			return nil, err
 		}
-		c.warn("the Security object has no instance /0/%d: it points at %s again", c.cfg.Security.Instance, kept.Certificates[0])
-		return c.pointSecurityAt(kept.Key.Address, kept.Certificates[0].Address, nil)
+		return c.securityWith(c.security, kept.Key.Address, kept.Certificates[0].Address, nil), nil
 	}
-	_, err := c.prepare(ctx)
-	return err
+	if _, err := c.openIDevID(ctx); err != nil {
+		return nil, err
+	}
+	return c.securityWith(c.security, c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil), nil
 }

@@ -89,8 +89,11 @@ type Config struct {
 	// StateDir holds the journal, the Security object and the trust anchors; it
 	// is created with mode 0700.
 	StateDir string
-	// LockWait bounds the wait for another run. Default: 30s.
-	LockWait time.Duration
+	// LockTimeout bounds the wait for another run. Default: 30s.
+	LockTimeout time.Duration
+	// Command names this run to those who wait for it: "est-enroll renew". Whoever
+	// may read the state directory reads it: no arguments. Default: the program's name.
+	Command string
 	// OpenEngine opens the token. refused is the source of the PIN that the
 	// token refused in an earlier run, to be passed on in engine.Options.
 	OpenEngine func(ctx context.Context, refused engine.PINSource) (engine.Engine, error)
@@ -210,6 +213,9 @@ type Credential struct {
 // Name returns the credential's name.
 func (c *Credential) Name() string { return c.cfg.Name }
 
+// ServerURI returns the EST server's.
+func (c *Credential) ServerURI() string { return c.cfg.ServerURI }
+
 // Configured reports whether the configuration has the credential. One that it
 // has no more keeps what it has in the token: it can be looked at and reset.
 func (c *Credential) Configured() bool { return !c.forgotten }
@@ -227,8 +233,8 @@ func CheckName(name string) error {
 }
 
 func (c *Config) setDefaults() {
-	if c.LockWait == 0 {
-		c.LockWait = 30 * time.Second
+	if c.LockTimeout == 0 {
+		c.LockTimeout = 30 * time.Second
 	}
 	if c.Now == nil {
 		c.Now = time.Now
@@ -347,9 +353,9 @@ func (d *Device) checkStateDir() error {
 }
 
 func (d *Device) acquire(ctx context.Context) error {
-	waiting, cancel := context.WithTimeout(ctx, d.cfg.LockWait)
+	waiting, cancel := context.WithTimeout(ctx, d.cfg.LockTimeout)
 	defer cancel()
-	lock, err := durable.Acquire(waiting, filepath.Join(d.cfg.StateDir, lockName), 0o600)
+	lock, err := durable.Acquire(waiting, filepath.Join(d.cfg.StateDir, lockName), 0o600, d.cfg.Command)
 	var held *durable.LockedError
 	switch {
 	case errors.As(err, &held):

@@ -73,10 +73,17 @@ func (c *Credential) Renew(ctx context.Context) (*Result, error) {
 // what the server has not answered by the deadline of the request: the current key
 // can be renewed then. ErrKeyNamed, ErrRekeyGivenUp, and as Renew.
 func (c *Credential) Rekey(ctx context.Context) (*Result, error) {
-	if c.cfg.Key != nil {
-		return nil, fmt.Errorf("generate a key beside %s: %w", c.cfg.Key, ErrKeyNamed)
+	if err := c.checkRekey(); err != nil {
+		return nil, err
 	}
 	return c.renew(ctx, KindRekey, true)
+}
+
+func (c *Credential) checkRekey() error {
+	if c.cfg.Key != nil {
+		return fmt.Errorf("generate a key beside %s: %w", c.cfg.Key, ErrKeyNamed)
+	}
+	return nil
 }
 
 // renew begins a renewal, or a rekey, which is one too: where one was begun it is

@@ -180,7 +180,7 @@ func (s *site) device(t *testing.T, name string) *device {
 	d := &device{t: t, site: s, name: name, dir: filepath.Join(t.TempDir(), "state"), now: time.Now, ctx: t.Context()}
 	d.cfg.Config = estenroll.Config{
 		StateDir: d.dir, OpenEngine: d.openEngine, ParseAddress: s.parse,
-		BuildTime: s.born.Add(-time.Hour), LockWait: 5 * time.Second,
+		BuildTime: s.born.Add(-time.Hour), LockTimeout: 5 * time.Second,
 		Now:      func() time.Time { return d.now() },
 		Progress: func(e estenroll.Event) { d.events = append(d.events, e) },
 	}

@@ -107,14 +107,14 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	impatient := d.cfg
-	impatient.LockWait = 100 * time.Millisecond
+	impatient.LockTimeout = 100 * time.Millisecond
 	began := time.Now()
 	_, err = estenroll.Open(t.Context(), impatient.config())
 	wantError(t, err, estenroll.ErrBusy)
 	if err != nil && !strings.Contains(err.Error(), fmt.Sprintf("(pid %d)", os.Getpid())) {
 		t.Errorf("the error does not name the holder: %v", err)
 	}
-	if waited := time.Since(began); waited < impatient.LockWait {
+	if waited := time.Since(began); waited < impatient.LockTimeout {
 		t.Errorf("waited for %s only", waited)
 	}
 

@@ -197,10 +197,13 @@ type Options struct {
 	// LockDir holds the writer locks of tokens, shared by all users of a token.
 	// Default: /run/lock/est-enroll, created with mode 1777.
 	LockDir string
-	// LockWait bounds the wait for a writer lock that another process holds, in
+	// LockTimeout bounds the wait for a writer lock that another process holds, in
 	// Open and in every writing operation; their contexts may end it earlier.
 	// Default: 30s.
-	LockWait time.Duration
+	LockTimeout time.Duration
+	// Command names this program to others that wait for the lock: "est-enroll renew".
+	// All users of the machine may read it: no arguments. Default: the program's name.
+	Command string
 	// PINCopy is the path of a file that holds the PIN where the address names none,
 	// if it exists: one that is written anew for each run, so that neither inode nor
 	// ctime tell whether the PIN has changed. Its source is PINCopyName and the size.

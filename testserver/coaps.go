@@ -30,6 +30,8 @@ func (s *Server) listen(key crypto.Signer) (door, error) {
 		AckTimeout:      s.cfg.AckTimeout,
 		FlightInterval:  s.cfg.FlightInterval,
 		Logger:          s.cfg.Logger,
+		// Clients that are killed, one after another, leave theirs behind for minutes.
+		MaxConnections: 4096,
 	}
 	return coap.Listen(s.cfg.Listen, cfg)
 }

@@ -44,13 +44,13 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 		return cfg, err
 	}
 	cfg = estenroll.Config{
-		StateDir: s.stateDir, LockWait: s.lockWait,
+		StateDir: s.stateDir, LockTimeout: s.lockTimeout, Command: s.command,
 		OpenEngine: func(ctx context.Context, refused engine.PINSource) (engine.Engine, error) {
 			if s.retryPIN {
 				refused = engine.PINSource{}
 			}
-			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockWait: s.lockWait, AddressSource: s.engineSource, RefusedPIN: refused,
-				PINCopy: pinCopy(os.LookupEnv), PINCopyName: credentialSource, AskPIN: out.askPIN(os.Stdin)})
+			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockTimeout: s.lockTimeout, Command: s.command, AddressSource: s.engineSource,
+				RefusedPIN: refused, PINCopy: pinCopy(os.LookupEnv), PINCopyName: credentialSource, AskPIN: out.askPIN(os.Stdin)})
 		},
 		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: out.progress,
 	}
@@ -166,7 +166,7 @@ func (s *settings) inRange() error {
 	}
 	for name, d := range map[string]time.Duration{
 		"pending-limit": s.pendingLimit, "retry-interval": s.retryInterval, "ack-timeout": s.ackTimeout,
-		"handshake-timeout": s.handshakeTimeout, "lock-wait": s.lockWait,
+		"handshake-timeout": s.handshakeTimeout, "lock-timeout": s.lockTimeout,
 	} {
 		if d <= 0 {
 			return fmt.Errorf("%s: %s is not longer than nothing", name, d)

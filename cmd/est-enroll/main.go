@@ -106,7 +106,7 @@ func command(s *settings, out *output, began func()) *cobra.Command {
 			if !cmd.HasParent() || cmd.Hidden {
 				return nil // help, or a shell that asks: whatever the configuration is
 			}
-			out.quiet, out.verbose = s.quiet, s.verbose
+			s.command, out.quiet, out.verbose = cmd.CommandPath(), s.quiet, s.verbose
 			for _, name := range unknownVariables(cmd.Flags(), os.Environ()) {
 				out.warning("environment " + name + ": there is no such setting, it is ignored")
 			}

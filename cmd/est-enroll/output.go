@@ -142,6 +142,28 @@ func (o *output) outcome(r *estenroll.Result) {
 	o.result("certificate: %s", r.CertificateAddress)
 }
 
+// plan prints what a run would do, and how far it was tried.
+func (o *output) plan(c *estenroll.Credential, p *estenroll.Plan, err error) {
+	o.result("dry run:      nothing is changed, no certificate was asked for")
+	what := string(p.Kind)
+	if p.Step != "" {
+		what = fmt.Sprintf("go on with the %s at step %s", p.Kind, p.Step)
+	}
+	o.result("would do:     %s", what)
+	if p.Acts {
+		o.result("when:         now")
+	} else {
+		o.result("when:         %s", stamp(p.At))
+	}
+	if p.NewKey != "" {
+		o.result("key:          a new one of type %s", p.NewKey)
+	}
+	var pending *estenroll.PendingError
+	if p.Kind != estenroll.KindReset && (err == nil || errors.As(err, &pending)) {
+		o.result("server:       %s answers, and is the one that it should be", c.ServerURI())
+	}
+}
+
 // json prints a value for a program.
 func (o *output) json(value any) error {
 	encoder := json.NewEncoder(o.stdout)

@@ -184,15 +184,25 @@ func TestInstall(t *testing.T) {
 		"/usr/share/man/man1/est-enroll-renew.1":               "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-reset.1":               "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-status.1":              "-rw-r--r--",
+		"/usr/share/est-enroll/cron.d/est-enroll":              "-rw-r--r--",
+		"/usr/lib/sysusers.d/est-enroll.conf":                  "-rw-r--r--",
+		"/usr/lib/tmpfiles.d/est-enroll.conf":                  "-rw-r--r--",
+		"/usr/lib/systemd/system/est-enroll-enroll.service":    "-rw-r--r--",
+		"/usr/lib/systemd/system/est-enroll-renew.service":     "-rw-r--r--",
+		"/usr/lib/systemd/system/est-enroll-renew.timer":       "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver.1":                 "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-serve.1":           "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-idevid.1":          "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-fault.1":           "-rw-r--r--",
 		"/usr/share/man/man1/est-testserver-rollover.1":        "-rw-r--r--",
 	}
+	for _, example := range dropIns {
+		want["/usr/share/est-enroll/systemd/"+example] = "-rw-r--r--"
+	}
 	if diff := cmp.Diff(want, installed()); diff != "" {
 		t.Errorf("installed (-want +got)\n%s", diff)
 	}
+	t.Run("units", func(t *testing.T) { judgeUnits(t, dest) })
 	if out, err := exec.CommandContext(t.Context(), filepath.Join(dest, "usr/bin/est-enroll"), "--version").Output(); err != nil || !bytes.HasPrefix(out, []byte("est-enroll version ")) {
 		t.Errorf("the installed program says %q, %v", out, err)
 	}
@@ -208,6 +218,127 @@ func TestInstall(t *testing.T) {
 	mk("uninstall")
 	if diff := cmp.Diff(map[string]string{"/etc/est-enroll/config.yaml": "-rw-------"}, installed()); diff != "" || read(t, config) != "# mine\n" {
 		t.Errorf("uninstalled (-want +got)\n%s", diff)
+	}
+}
+
+// dropIns are the examples of what a service needs for its HSM.
+var dropIns = []string{"export-dir.conf", "pin.conf", "smart-card.conf", "softhsm.conf", "tpm.conf"}
+
+// judgeUnits has systemd look at the units in a root, as they are and with each
+// drop-in; make boot runs them.
+func judgeUnits(t *testing.T, dest string) {
+	services := []string{"est-enroll-renew.service", "est-enroll-enroll.service"}
+	root := "--root=" + dest
+	judge := func(name string, args ...string) error {
+		out, err := exec.CommandContext(t.Context(), name, append([]string{root}, args...)...).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, out)
+		}
+		return nil
+	}
+	verify := func() error {
+		// The manual pages are in the root too, where man does not look for them.
+		return judge("systemd-analyze", append([]string{"verify", "--recursive-errors=no", "--man=no", "est-enroll-renew.timer"}, services...)...)
+	}
+	// Out of 100: 2.0 of systemd's 10. PrivateDevices= would take the HSM away.
+	exposure := func(service string) error {
+		return judge("systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", service)
+	}
+	check := func() {
+		t.Helper()
+		if err := verify(); err != nil {
+			t.Error(err)
+		}
+		for _, service := range services {
+			if err := exposure(service); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	check()
+	for _, service := range services {
+		unit := read(t, filepath.Join(dest, "usr/lib/systemd/system", service))
+		for _, want := range []string{"\nExecStart=/usr/bin/est-enroll ", "\nUser=est-enroll\n", "\nStateDirectory=est-enroll\n", "\nSuccessExitStatus=3\n"} {
+			if !strings.Contains(unit, want) {
+				t.Errorf("%s has no line %q", service, want)
+			}
+		}
+		if strings.Contains(unit, "\nPrivateDevices=") {
+			t.Errorf("%s has PrivateDevices", service)
+		}
+	}
+	timer := read(t, filepath.Join(dest, "usr/lib/systemd/system/est-enroll-renew.timer"))
+	for _, want := range []string{"\nRandomizedDelaySec=", "\nPersistent=true\n"} {
+		if !strings.Contains(timer, want) {
+			t.Errorf("the timer has no %q", want)
+		}
+	}
+	// Of all units that begin so.
+	dir := filepath.Join(dest, "etc/systemd/system/est-enroll-.service.d")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	with := func(content string, do func()) {
+		t.Helper()
+		path := filepath.Join(dir, "it.conf")
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		do()
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, example := range dropIns {
+		with(read(t, filepath.Join(dest, "usr/share/est-enroll/systemd", example)), check)
+	}
+	// The judges would see it.
+	with("[Service]\nSupplementaryGroup=tss\n", func() {
+		if verify() == nil {
+			t.Error("a misspelt key passes")
+		}
+	})
+	with("[Service]\nCapabilityBoundingSet=CAP_SYS_ADMIN\nProtectSystem=no\nRestrictNamespaces=no\n", func() {
+		if exposure(services[0]) == nil {
+			t.Error("less protection passes")
+		}
+	})
+	if err := os.RemoveAll(filepath.Join(dest, "etc/systemd")); err != nil {
+		t.Fatal(err)
+	}
+
+	// The user, and the directory of the locks, which only root can make another's.
+	if err := judge("systemd-sysusers"); err != nil {
+		t.Error(err)
+	}
+	if users := read(t, filepath.Join(dest, "etc/passwd")); !strings.Contains(users, "\nest-enroll:") && !strings.HasPrefix(users, "est-enroll:") {
+		t.Errorf("no user in %s", users)
+	}
+	if os.Geteuid() == 0 {
+		if err := judge("systemd-tmpfiles", "--create"); err != nil {
+			t.Error(err)
+		}
+		status, err := os.Stat(filepath.Join(dest, "run/lock/est-enroll"))
+		if err != nil || status.Mode() != fs.ModeDir|fs.ModeSticky|0o777 {
+			t.Errorf("the directory of the locks: %v, %v", status, err)
+		}
+	}
+	for _, made := range []string{"etc/passwd", "etc/group", "etc/shadow", "etc/gshadow", "etc/.pwd.lock", "run"} {
+		if err := os.RemoveAll(filepath.Join(dest, made)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(filepath.Join(dest, "etc/est-enroll/config.yaml"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The cron line is one that cron takes: five fields, a user, the installed program.
+func TestCronLine(t *testing.T) {
+	t.Parallel()
+	line := regexp.MustCompile(`(?m)^\*/5( \*){4}  est-enroll  @bindir@/est-enroll renew$`)
+	if text := read(t, "../../packaging/cron/est-enroll"); !line.MatchString(text) {
+		t.Errorf("no line of cron's in\n%s", text)
 	}
 }
 

@@ -11,7 +11,7 @@ import (
 )
 
 func renewCommand(s *settings, out *output) *cobra.Command {
-	var force, rekey, detailed, asJSON bool
+	var force, rekey, dry, detailed, asJSON bool
 	command := &cobra.Command{
 		Use:   "renew",
 		Short: "get a new certificate when it is due, for the same key or a new one",
@@ -31,8 +31,15 @@ one, of the configured key-type, and gets the certificate for that. The old key
 stays, with its certificate, until the next completed renewal. A key that the
 configuration names (key) is not replaced.
 
+With --dry-run it changes nothing and asks for no certificate, but does all that
+comes before: it opens the token and the pair that is used, has the server answer
+crts and judges it, and has the token sign the request; a key is not generated. It
+says what a run would do and when, also where nothing is due, and exits as a run
+would that comes so far. A wrong PIN costs a try and is remembered.
+
 With --json it prints one object: action (none, renewed, rekeyed, enrolled,
-unchanged, pending or failed), reason, the old and the new certificate and the next attempt.
+unchanged, pending or failed), reason, the old and the new certificate, the next
+attempt, and with --dry-run the plan.
 Where the configuration has "credentials:", it is an object by their names.`,
 		Example: `  */5 * * * *  root  est-enroll renew    # /etc/cron.d/est-enroll`,
 		Args:    noArguments,
@@ -42,13 +49,7 @@ Where the configuration has "credentials:", it is an object by their names.`,
 			}
 			changed, all := false, map[string]*renewReport{}
 			err := withCredentials(cmd.Context(), s, out, func(ctx context.Context, t turn) error {
-				renew := t.credential.RenewDue
-				switch {
-				case rekey:
-					renew = t.credential.Rekey
-				case force:
-					renew = t.credential.Renew
-				}
+				do := renewTask(t.credential, force, rekey)
 				var report *renewReport
 				if asJSON {
 					report = &renewReport{Name: t.credential.Name()}
@@ -58,7 +59,18 @@ Where the configuration has "credentials:", it is an object by their names.`,
 						return err
 					}
 				}
-				result, err := renew(ctx)
+				if dry {
+					plan, err := do.rehearse(ctx, t.credential)
+					changed = changed || err == nil && plan.Acts
+					if asJSON {
+						report.Plan = plan
+						report.after(ctx, t.credential, nil, err)
+					} else if plan != nil {
+						out.plan(t.credential, plan, err)
+					}
+					return err
+				}
+				result, err := do.run(ctx)
 				changed = changed || err == nil && result != nil && result.Changed
 				switch {
 				case asJSON:
@@ -79,9 +91,36 @@ Where the configuration has "credentials:", it is an object by their names.`,
 	}
 	command.Flags().BoolVar(&force, "force", false, "renew now, whatever the age of the certificate")
 	command.Flags().BoolVar(&rekey, "rekey", false, "get the certificate for a new key, which is generated; with --force")
+	command.Flags().BoolVar(&dry, "dry-run", false, "do everything but ask for a certificate, change nothing, and say what a run would do")
 	command.Flags().BoolVar(&detailed, "detailed-exit-code", false, "exit 10 where there is a new certificate, 0 where nothing was to do")
 	command.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return command
+}
+
+// task is what a command does with a credential, and the plan of it.
+type task struct {
+	run  func(context.Context) (*estenroll.Result, error)
+	plan func(context.Context) (*estenroll.Plan, error)
+}
+
+func renewTask(c *estenroll.Credential, force, rekey bool) task {
+	switch {
+	case rekey:
+		return task{c.Rekey, c.PlanRekey}
+	case force:
+		return task{c.Renew, c.PlanRenew}
+	}
+	return task{c.RenewDue, c.PlanRenewDue}
+}
+
+// rehearse plans a task and does what of it changes nothing; the plan is nil where
+// there can be none.
+func (t task) rehearse(ctx context.Context, c *estenroll.Credential) (*estenroll.Plan, error) {
+	plan, err := t.plan(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return plan, c.DryRun(ctx, plan)
 }
 
 // renewReport is what renew did with a credential, for a program.
@@ -95,6 +134,8 @@ type renewReport struct {
 	Old         *validity `json:"old,omitempty"`
 	New         *validity `json:"new,omitempty"`
 	NextAttempt time.Time `json:"next_attempt,omitzero"`
+	// Plan is what a run would do, of a dry run alone.
+	Plan *estenroll.Plan `json:"plan,omitempty"`
 }
 
 type validity struct {

@@ -33,7 +33,6 @@ import (
 	"estenroll/engine/enginetest/opensc"
 	"estenroll/engine/enginetest/softhsm"
 	"estenroll/engine/enginetest/tpm"
-	"estenroll/internal/durable"
 )
 
 // markerPIN is the PIN of every token in the scripts: it must never be seen.
@@ -236,7 +235,6 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"pin-in-config": plain(s.pinInConfig),
 		"credentials":   plain(s.withCredentials),
 		"interrupt":     plain(s.interrupt),
-		"hold-lock":     plain(s.holdLock),
 		"other-ca":      plain(otherCA),
 		"status-uris":   plain(statusURIs),
 		"until-expired": plain(untilStatus("next attempt: at the next run (expired)")),
@@ -506,18 +504,6 @@ func (s *session) command(ts *testscript.TestScript, name string, args ...string
 	}
 	cmd.Env = append(cmd.Env, s.token.Env()...)
 	return cmd
-}
-
-// holdLock holds the state directory as another run would, to the script's end.
-func (s *session) holdLock(*testscript.TestScript, []string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	lock, err := durable.Acquire(ctx, filepath.Join(s.work, "state", "lock"), 0o600)
-	if err != nil {
-		return err
-	}
-	s.env.Defer(func() { _ = lock.Release() })
-	return nil
 }
 
 // otherCA FILE writes the certificate of a CA that nobody uses.

@@ -33,44 +33,46 @@ const (
 type settings struct {
 	config string
 
-	stateDir, lockDir      string
-	engine                 string
-	credential             string
-	server, trustAnchors   string
-	discovery              oneOf
-	label                  string
-	subject                string
-	san                    []string
-	keyUsage, extKeyUsage  []string
-	subjectMismatch        oneOf
-	keyType, rsaPadding    oneOf
-	key                    string
-	allowExtractable       bool
-	idevidKey, idevidCert  string
-	idevidChain            string
-	securityInstance       uint16
-	securityServer         string
-	securityServerCert     string
-	shortServerID          uint16
-	noFallback             bool
-	nominalUsage           parsed[estenroll.Fraction]
-	maxMargin              parsed[time.Duration]
-	attempts               uint
-	noJitter               bool
-	pendingLimit, lockWait time.Duration
-	tries                  uint
-	retryInterval          time.Duration
-	blockSize              int
-	ackTimeout             time.Duration
-	maxRetransmit          int
-	exchangeTimeout        time.Duration
-	handshakeTimeout       time.Duration
-	requireClock           bool
-	exportDir              string
-	retryPIN               bool
-	quiet, verbose         bool
-	engineSource           engine.PINSource // where the engine's address was read
-	engineFromArgs         bool
+	stateDir, lockDir     string
+	engine                string
+	credential            string
+	server, trustAnchors  string
+	discovery             oneOf
+	label                 string
+	subject               string
+	san                   []string
+	keyUsage, extKeyUsage []string
+	subjectMismatch       oneOf
+	keyType, rsaPadding   oneOf
+	key                   string
+	allowExtractable      bool
+	idevidKey, idevidCert string
+	idevidChain           string
+	securityInstance      uint16
+	securityServer        string
+	securityServerCert    string
+	shortServerID         uint16
+	noFallback            bool
+	nominalUsage          parsed[estenroll.Fraction]
+	maxMargin             parsed[time.Duration]
+	attempts              uint
+	noJitter              bool
+	pendingLimit          time.Duration
+	lockTimeout           time.Duration
+	tries                 uint
+	retryInterval         time.Duration
+	blockSize             int
+	ackTimeout            time.Duration
+	maxRetransmit         int
+	exchangeTimeout       time.Duration
+	handshakeTimeout      time.Duration
+	requireClock          bool
+	exportDir             string
+	retryPIN              bool
+	quiet, verbose        bool
+	engineSource          engine.PINSource // where the engine's address was read
+	engineFromArgs        bool
+	command               string // the program and its verb
 	// credentials are the settings of each credential of the file, nil where
 	// there is the one that these settings name.
 	credentials []*settings
@@ -81,7 +83,7 @@ type settings struct {
 // deviceWide are the settings that all credentials of a device share: no entry of
 // "credentials" has them.
 var deviceWide = map[string]bool{
-	"credential": true, "engine": true, "state-dir": true, "lock-dir": true, "lock-wait": true, "require-clock": true,
+	"credential": true, "engine": true, "state-dir": true, "lock-dir": true, "lock-timeout": true, "require-clock": true,
 }
 
 // keyTypeNames are the words of key-type, in the order of engine.Algorithms.
@@ -99,7 +101,7 @@ const (
 )
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "uri": true, "example": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "dry-run": true, "uri": true, "example": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -149,7 +151,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.exportDir, "export-dir", "", "`directory` for other programs: certificate, chain and the key's address, as files below NAME/")
 	flags.BoolVar(&s.requireClock, "require-clock", false, "refuse to work while the system clock is behind what the device has verified")
 	flags.StringVar(&s.lockDir, "lock-dir", "/run/lock/est-enroll", "`directory` of the writer locks that all users of a token share")
-	flags.DurationVar(&s.lockWait, "lock-wait", 30*time.Second, "how long to wait for another run")
+	flags.DurationVar(&s.lockTimeout, "lock-timeout", 30*time.Second, "how long to wait for another run that has the state directory or the token")
 	flags.BoolVar(&s.retryPIN, "retry-pin", false, "try a PIN again that the token refused, though its source has not changed")
 	flags.BoolVarP(&s.quiet, "quiet", "q", false, "print errors only")
 	flags.BoolVarP(&s.verbose, "verbose", "v", false, "print each step with its time, on a terminal or not")

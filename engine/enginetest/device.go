@@ -172,7 +172,7 @@ var deviceRules = []rule{
 		_, err = e.GenerateKey(ctx, made, engine.KeySpec{})
 		s.wants(err, engine.ErrLocked)
 		opts := s.Options
-		opts.LockWait = time.Millisecond
+		opts.LockTimeout = time.Millisecond
 		_, err = s.try(s.Address, opts)
 		s.wants(err, engine.ErrLocked)
 		s.signs(e, at, public) // reading needs no lock

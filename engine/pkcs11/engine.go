@@ -18,8 +18,8 @@ import (
 )
 
 const (
-	defaultLockDir  = "/run/lock/est-enroll"
-	defaultLockWait = 30 * time.Second
+	defaultLockDir     = "/run/lock/est-enroll"
+	defaultLockTimeout = 30 * time.Second
 )
 
 // Engine is one user of an open token.
@@ -71,8 +71,8 @@ func openToken(ctx context.Context, uri URI, opts engine.Options) (*Engine, erro
 	if opts.LockDir == "" {
 		opts.LockDir = defaultLockDir
 	}
-	if opts.LockWait == 0 {
-		opts.LockWait = defaultLockWait
+	if opts.LockTimeout == 0 {
+		opts.LockTimeout = defaultLockTimeout
 	}
 	m, err := loadModule(uri.ModulePath)
 	if err != nil {
@@ -142,9 +142,9 @@ func (e *Engine) acquireLock(ctx context.Context) (*durable.Lock, error) {
 	if err := makeLockDir(e.opts.LockDir); err != nil {
 		return nil, fmt.Errorf("lock token: %w", err)
 	}
-	waiting, cancel := context.WithTimeout(ctx, e.opts.LockWait)
+	waiting, cancel := context.WithTimeout(ctx, e.opts.LockTimeout)
 	defer cancel()
-	lock, err := durable.Acquire(waiting, e.lock, 0o666)
+	lock, err := durable.Acquire(waiting, e.lock, 0o666, e.opts.Command)
 	var held *durable.LockedError
 	switch {
 	case errors.As(err, &held) && errors.Is(ctx.Err(), context.Canceled):

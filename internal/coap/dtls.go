@@ -432,11 +432,16 @@ type accepted struct {
 	recorder *recorder
 }
 
-func acceptAssociation(a *association, options []dtls.ServerOption) (*accepted, error) {
-	recorder := newRecorder()
-	conn, err := dtls.ServerWithOptions(recordedConn{a, recorder}, a.remote, append(slices.Clone(options), dtls.WithKeyLogWriter(recorder))...)
+// accept waits for the next connection, whose handshake is not done yet.
+func accept(s *socket, options []dtls.ServerOption) (*accepted, error) {
+	association, from, err := s.Accept()
 	if err != nil {
-		return nil, errors.Join(err, a.Close())
+		return nil, err
+	}
+	recorder := newRecorder()
+	conn, err := dtls.ServerWithOptions(recordedConn{association, recorder}, from, append(slices.Clone(options), dtls.WithKeyLogWriter(recorder))...)
+	if err != nil {
+		return nil, errors.Join(err, association.Close())
 	}
 	return &accepted{conn, recorder}, nil
 }

@@ -44,6 +44,9 @@ var HasClearRecord = hasClearRecord
 // ChoosesP521 looks for a ServerKeyExchange with that curve.
 var ChoosesP521 = choosesP521
 
+// HelloRandom looks for a ClientHello's random.
+var HelloRandom = helloRandom
+
 // Remembered is the number of messages whose replies are kept.
 func (c *Conn) Remembered() int {
 	c.mu.Lock()

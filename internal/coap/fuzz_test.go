@@ -88,6 +88,23 @@ func FuzzServerCurve(f *testing.F) {
 	})
 }
 
+// A socket finds a hello's random whatever follows it, and no hello in another epoch.
+func FuzzClientHello(f *testing.F) {
+	hello := append([]byte{22, 0xfe, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 46, 1, 0, 0, 34, 0, 0, 0, 0, 0, 0, 0, 34, 0xfe, 0xfd}, numbers(32)...)
+	f.Add([]byte(nil))
+	f.Add(hello)
+	f.Fuzz(func(t *testing.T, rest []byte) {
+		coap.HelloRandom(rest)
+		datagram := append(bytes.Clone(hello), rest...)
+		if random, found := coap.HelloRandom(datagram); !found || !bytes.Equal(random[:], numbers(32)) {
+			t.Errorf("%x: found %v, %x", datagram, found, random)
+		}
+		if datagram[4] = 1; func() bool { _, found := coap.HelloRandom(datagram); return found }() {
+			t.Error("a hello in epoch 1")
+		}
+	})
+}
+
 // split cuts fuzzed input into datagrams, each after a byte with its length
 // (0xff: the rest). It returns at most 64.
 func split(input []byte) [][]byte {

@@ -23,12 +23,12 @@ type Handler func(ctx context.Context, req *Request) *Response
 
 // Server answers requests over DTLS.
 type Server struct {
-	cfg      Config
-	options  []dtls.ServerOption
-	listener *listener
-	ctx      context.Context
-	cancel   context.CancelFunc
-	serving  sync.WaitGroup
+	cfg     Config
+	options []dtls.ServerOption
+	socket  *socket
+	ctx     context.Context
+	cancel  context.CancelFunc
+	serving sync.WaitGroup
 
 	mu     sync.Mutex
 	closed bool
@@ -45,26 +45,26 @@ func Listen(addr string, cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen: %s: %w", addr, err)
 	}
-	listener, err := listenUDP(addr)
+	udpAddr, err := net.ResolveUDPAddr("udp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %s: %w", addr, err)
 	}
-	s := &Server{cfg: cfg, options: serverOptions(&cfg), listener: listener, conns: map[*accepted]struct{}{}}
+	socket, err := listenUDP(udpAddr)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %s: %w", addr, err)
+	}
+	s := &Server{cfg: cfg, options: serverOptions(&cfg), socket: socket, conns: map[*accepted]struct{}{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }
 
 // Addr is the socket's address.
-func (s *Server) Addr() net.Addr { return s.listener.Addr() }
+func (s *Server) Addr() net.Addr { return s.socket.Addr() }
 
 // Serve answers requests until Close, which makes it return nil.
 func (s *Server) Serve(handler Handler) error {
 	for {
-		association, err := s.listener.Accept()
-		var conn *accepted
-		if err == nil {
-			conn, err = acceptAssociation(association, s.options)
-		}
+		conn, err := accept(s.socket, s.options)
 		s.mu.Lock()
 		if s.closed {
 			s.mu.Unlock()
@@ -96,15 +96,15 @@ func (s *Server) Close() error {
 	conns := s.conns
 	s.conns = map[*accepted]struct{}{}
 	s.mu.Unlock()
+	err := s.socket.Close()
 	for conn := range conns {
 		// Closing twice is no error, and the peer may have closed before us.
 		_ = conn.Close()
 	}
-	// After the connections, which say that they end.
-	err := s.listener.Close()
 	// After the connections: a handler that gives up must not become a 5.00.
 	s.cancel()
 	s.serving.Wait()
+	err = errors.Join(err, s.socket.shut())
 	if err != nil && !errors.Is(err, net.ErrClosed) {
 		return fmt.Errorf("close: %s: %w", s.Addr(), err)
 	}

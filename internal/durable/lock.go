@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,11 +22,11 @@ import (
 // three system calls each time.
 const PollInterval = 50 * time.Millisecond
 
-// holderLimit is the most that a lock file holds: "pid start program\n". A larger
-// file is not a lock file, and is refused before it is written to.
+// holderLimit is the most that a lock file holds: "pid start since command\n". A
+// larger file is not a lock file, and is refused before it is written to.
 const (
 	holderLimit  = 128
-	programLimit = 64
+	commandLimit = 64
 
 	creationAttempts = 4 // how often, a PollInterval apart, a new file may still lack its mode
 )
@@ -55,15 +56,16 @@ func (e *LockedError) Unwrap() error { return e.Err }
 // there is of a process that is gone.
 type Holder struct {
 	PID     int
-	Program string
+	Command string    // printable ASCII: the program and what it does, without arguments
+	Since   time.Time // by the holder's clock, in seconds
 }
 
-// String returns "est-enroll (pid 4711)".
+// String returns "est-enroll renew (pid 4711, since 2026-11-24T23:30:00Z)".
 func (h Holder) String() string {
 	if h.PID == 0 {
 		return "another process"
 	}
-	return fmt.Sprintf("%s (pid %d)", h.Program, h.PID)
+	return fmt.Sprintf("%s (pid %d, since %s)", h.Command, h.PID, h.Since.Format(time.RFC3339))
 }
 
 // Lock is a lock that is held. It ends with Release or with the process, however
@@ -76,19 +78,20 @@ type Lock struct {
 // Acquire takes the exclusive lock that the file at path stands for, and waits
 // for it until the context ends; then the error is a *LockedError. At least one
 // attempt is made: a context that has ended already asks without waiting.
-// Locks of one process exclude each other too.
+// Locks of one process exclude each other too. Those who wait are told the command,
+// by default the program's name; whoever may read the file reads it.
 //
 // The file is created with exactly the mode given and is never removed, by
 // anyone: two processes would then hold locks on two files of one name. It may
 // stand in a directory that all users write to (1777, with mode 0666): a
 // symbolic link, a second hard link, or anything that is not a small regular file
 // is refused with ErrNotLockFile.
-func Acquire(ctx context.Context, path string, mode os.FileMode) (*Lock, error) {
+func Acquire(ctx context.Context, path string, mode os.FileMode, command string) (*Lock, error) {
 	// Not flock's TryLockContext: each attempt must find the file anew. flock's own
 	// flags would follow a symbolic link, and its O_CREATE fails on another
 	// user's file in a sticky directory (sysctl fs.protected_regular).
 	for attempt := 0; ; attempt++ {
-		lock, err := tryAcquire(path, mode)
+		lock, err := tryAcquire(path, mode, command)
 		// Between another user's creation of the file and its Chmod it may be closed to us.
 		if err != nil && (attempt >= creationAttempts || !errors.Is(err, fs.ErrPermission)) {
 			wrap(&err, "lock", path)
@@ -108,7 +111,7 @@ func Acquire(ctx context.Context, path string, mode os.FileMode) (*Lock, error) 
 }
 
 // tryAcquire returns nil without an error while another holds the lock.
-func tryAcquire(path string, mode os.FileMode) (*Lock, error) {
+func tryAcquire(path string, mode os.FileMode, command string) (*Lock, error) {
 	if err := create(path, mode); err != nil {
 		return nil, err
 	}
@@ -139,7 +142,7 @@ func tryAcquire(path string, mode os.FileMode) (*Lock, error) {
 		return nil, lock.Unlock()
 	}
 	owned := &Lock{lock: lock}
-	owned.writeHolder(held, mode.Perm())
+	owned.writeHolder(held, mode.Perm(), command)
 	return owned, nil
 }
 
@@ -190,9 +193,9 @@ func (l *Lock) Release() error {
 	return nil
 }
 
-// writeHolder writes "pid start program\n" for those who wait. It may fail, on a
+// writeHolder writes "pid start since command\n" for those who wait. It may fail, on a
 // full disk or in another user's read-only file: the lock is held all the same.
-func (l *Lock) writeHolder(held fs.FileInfo, mode os.FileMode) {
+func (l *Lock) writeHolder(held fs.FileInfo, mode os.FileMode, command string) {
 	file, err := os.OpenFile(l.lock.Path(), os.O_RDWR|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return
@@ -204,18 +207,21 @@ func (l *Lock) writeHolder(held fs.FileInfo, mode os.FileMode) {
 	if held.Mode().Perm() != mode {
 		_ = file.Chmod(mode) // only its owner can
 	}
-	program := []byte(filepath.Base(os.Args[0]))
-	for i, c := range program {
-		if c <= ' ' || c > '~' {
-			program[i] = '_'
+	since := time.Now().UTC().Format(time.RFC3339)
+	_ = file.Truncate(0)
+	_, _ = fmt.Fprintf(file, "%d %s %s %s\n", os.Getpid(), startTime(os.Getpid()), since, printable(command))
+	l.file = file // kept open: where flock is emulated, closing it would unlock
+}
+
+// printable makes a command fit for a lock file.
+func printable(command string) string {
+	text := []byte(cmp.Or(command, filepath.Base(os.Args[0])))
+	for i, c := range text {
+		if c < ' ' || c > '~' {
+			text[i] = '_'
 		}
 	}
-	if len(program) > programLimit {
-		program = program[:programLimit]
-	}
-	_ = file.Truncate(0)
-	_, _ = fmt.Fprintf(file, "%d %s %s\n", os.Getpid(), startTime(os.Getpid()), program)
-	l.file = file // kept open: where flock is emulated, closing it would unlock
+	return string(text[:min(len(text), commandLimit)])
 }
 
 // readHolder returns the zero Holder unless the file names a process that lives.
@@ -230,23 +236,37 @@ func readHolder(path string) Holder {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return Holder{}
 	}
-	line, whole := strings.CutSuffix(string(content[:n]), "\n")
-	fields := strings.Split(line, " ")
-	if !whole || len(fields) != 3 || len(fields[2]) > programLimit {
-		return Holder{}
-	}
-	pid, err := strconv.Atoi(fields[0])
-	if err != nil || pid <= 0 || syscall.Kill(pid, 0) == syscall.ESRCH {
+	holder, start, ok := parseHolder(string(content[:n]))
+	if !ok || syscall.Kill(holder.PID, 0) == syscall.ESRCH {
 		return Holder{}
 	}
 	// A process of the same number that started at another time is not the holder.
-	if now := startTime(pid); now != "0" && now != fields[1] {
+	if now := startTime(holder.PID); now != "0" && now != start {
 		return Holder{}
 	}
-	if strings.ContainsFunc(fields[2], func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return Holder{}
+	return holder
+}
+
+// parseHolder reads "pid start since command\n", which anybody may have written,
+// and takes only what writeHolder writes.
+func parseHolder(content string) (holder Holder, start string, ok bool) {
+	line, whole := strings.CutSuffix(content, "\n")
+	fields := strings.SplitN(line, " ", 4)
+	if !whole || len(content) > holderLimit || len(fields) != 4 {
+		return Holder{}, "", false
 	}
-	return Holder{PID: pid, Program: fields[2]}
+	pid, err := strconv.ParseInt(fields[0], 10, 32)
+	if err != nil || pid <= 0 || strconv.FormatInt(pid, 10) != fields[0] {
+		return Holder{}, "", false
+	}
+	since, err := time.Parse(time.RFC3339, fields[2])
+	if err != nil || since.UTC().Format(time.RFC3339) != fields[2] {
+		return Holder{}, "", false
+	}
+	if fields[3] == "" || fields[3] != printable(fields[3]) {
+		return Holder{}, "", false
+	}
+	return Holder{PID: int(pid), Command: fields[3], Since: since.UTC()}, fields[1], true
 }
 
 // startTime returns when a process started, in clock ticks since the boot

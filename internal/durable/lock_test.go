@@ -36,9 +36,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+const holdCommand = "durable hold"
+
 // hold holds the lock until its standard input ends.
 func hold(path string) error {
-	lock, err := durable.Acquire(context.Background(), path, 0o666)
+	lock, err := durable.Acquire(context.Background(), path, 0o666, holdCommand)
 	if err != nil {
 		return err
 	}
@@ -54,7 +56,7 @@ const increments = 10
 // count adds to the number in a file, each time under the lock.
 func count(path string) error {
 	for range increments {
-		lock, err := durable.Acquire(context.Background(), path+".lock", 0o600)
+		lock, err := durable.Acquire(context.Background(), path+".lock", 0o600, "")
 		if err != nil {
 			return err
 		}
@@ -135,7 +137,7 @@ func release(t *testing.T, lock *durable.Lock) {
 // holderOf asks for a lock that is held.
 func holderOf(t *testing.T, path string) durable.Holder {
 	t.Helper()
-	_, err := durable.Acquire(ended(t), path, 0o666)
+	_, err := durable.Acquire(ended(t), path, 0o666, "")
 	var locked *durable.LockedError
 	if !errors.As(err, &locked) || !errors.Is(err, context.DeadlineExceeded) || locked.Path != path {
 		t.Fatalf("got %v, want a LockedError", err)
@@ -149,20 +151,25 @@ func holderOf(t *testing.T, path string) durable.Holder {
 func TestLockHeldByAnotherProcess(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "lock")
+	before := time.Now().Truncate(time.Second)
 	holder := startHolder(t, path)
-	want := durable.Holder{PID: holder.Process.Pid, Program: filepath.Base(os.Args[0])}
-	if got := holderOf(t, path); got != want {
-		t.Errorf("got %+v, want %+v", got, want)
+	got := holderOf(t, path)
+	if got.PID != holder.Process.Pid || got.Command != holdCommand || got.Since.Before(before) || got.Since.After(time.Now()) {
+		t.Errorf("got %+v, want pid %d, %q, since %s or later", got, holder.Process.Pid, holdCommand, before)
+	}
+	said := fmt.Sprintf("durable hold (pid %d, since %s)", got.PID, got.Since.UTC().Format("2006-01-02T15:04:05Z"))
+	if got.String() != said {
+		t.Errorf("got %q, want %q", got, said)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := durable.Acquire(ctx, path, 0o666); !errors.Is(err, context.Canceled) {
+	if _, err := durable.Acquire(ctx, path, 0o666, ""); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want context.Canceled", err)
 	}
 
 	acquired := make(chan error)
 	go func() {
-		lock, err := durable.Acquire(t.Context(), path, 0o666)
+		lock, err := durable.Acquire(t.Context(), path, 0o666, "")
 		if err == nil {
 			err = lock.Release()
 		}
@@ -211,7 +218,7 @@ func TestLockOfAKilledProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	lock, err := durable.Acquire(ended(t), path, 0o666)
+	lock, err := durable.Acquire(ended(t), path, 0o666, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -222,35 +229,78 @@ func TestLockOfAKilledProcess(t *testing.T) {
 func TestLockWithinOneProcess(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "lock")
-	lock, err := durable.Acquire(t.Context(), path, 0o600)
+	lock, err := durable.Acquire(t.Context(), path, 0o600, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := holderOf(t, path); got.PID != os.Getpid() {
-		t.Errorf("got %v, want this process", got)
+	if got := holderOf(t, path); got.PID != os.Getpid() || got.Command != filepath.Base(os.Args[0]) {
+		t.Errorf("got %v, want this process by its program", got)
 	}
 	release(t, lock)
-	lock, err = durable.Acquire(ended(t), path, 0o600)
+	lock, err = durable.Acquire(ended(t), path, 0o600, "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	release(t, lock)
 }
 
+// ownStart returns what a lock of this process says of its start, between spaces.
+func ownStart(t *testing.T) string {
+	path := filepath.Join(t.TempDir(), "lock")
+	lock, err := durable.Acquire(t.Context(), path, 0o600, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer release(t, lock)
+	content, err := os.ReadFile(path)
+	fields := strings.Fields(string(content))
+	if err != nil || len(fields) != 4 {
+		t.Fatalf("%q, %v", content, err)
+	}
+	return " " + fields[1] + " "
+}
+
+// What a caller calls itself is one line of a bounded length, whatever it is.
+func TestLockCommand(t *testing.T) {
+	t.Parallel()
+	for command, want := range map[string]string{
+		"est-enroll renew":          "est-enroll renew",
+		"two\nlines\x1b[31m":        "two_lines_[31m",
+		strings.Repeat("long ", 30): strings.Repeat("long ", 30)[:64],
+		"\u00e9t\u00e9":             "__t__",
+	} {
+		path := filepath.Join(t.TempDir(), "lock")
+		lock, err := durable.Acquire(t.Context(), path, 0o600, command)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := holderOf(t, path); got.Command != want {
+			t.Errorf("got %q, want %q", got.Command, want)
+		}
+		release(t, lock)
+	}
+}
+
 func TestLockHolderNotBelieved(t *testing.T) {
 	t.Parallel()
 	me := strconv.Itoa(os.Getpid())
+	start, since := ownStart(t), "2026-11-24T23:30:00Z"
 	for name, content := range map[string]string{
-		"empty":                   "",
-		"garbage":                 "\x1b[31mhacked\n",
-		"half a line":             me + " 0 dura",
-		"number used again":       me + " 1 est-enroll\n",
-		"control characters":      me + " 0 \x1b[31m\n",
-		"a group of processes":    "-1 0 est-enroll\n",
-		"no process":              "0 0 est-enroll\n",
-		"more fields":             me + " 0 est enroll\n",
-		"number beyond an int":    "99999999999999999999 0 est-enroll\n",
-		"program name of a novel": me + " 0 " + strings.Repeat("x", 65) + "\n",
+		"empty":                 "",
+		"garbage":               "\x1b[31mhacked\n",
+		"half a line":           me + start + since + " dura",
+		"number used again":     me + " 1 " + since + " est-enroll\n",
+		"control characters":    me + start + since + " \x1b[31m\n",
+		"two lines":             me + start + since + " est-enroll\nest-enroll\n",
+		"a group of processes":  "-1" + start + since + " est-enroll\n",
+		"no process":            "0" + start + since + " est-enroll\n",
+		"no command":            me + start + since + " \n",
+		"number beyond an int":  "99999999999999999999" + start + since + " est-enroll\n",
+		"number of another way": "+" + me + start + since + " est-enroll\n",
+		"not a time":            me + start + "yesterday est-enroll\n",
+		"a time to a fraction":  me + start + "2026-11-24T23:30:00.1Z est-enroll\n",
+		"time of another zone":  me + start + "2026-11-24T23:30:00+01:00 est-enroll\n",
+		"a novel":               me + start + since + " " + strings.Repeat("x", 65) + "\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -295,11 +345,11 @@ func TestLockRefusesWhatIsNoLockFile(t *testing.T) {
 	}
 	before := names(t, dir)
 	for _, name := range []string{"symbolic link", "dangling link", "hard link", "directory", "pipe", "data"} {
-		if _, err := durable.Acquire(t.Context(), at(name), 0o666); !errors.Is(err, durable.ErrNotLockFile) {
+		if _, err := durable.Acquire(t.Context(), at(name), 0o666, ""); !errors.Is(err, durable.ErrNotLockFile) {
 			t.Errorf("%s: got %v, want ErrNotLockFile", name, err)
 		}
 	}
-	if _, err := durable.Acquire(t.Context(), at("absent/lock"), 0o666); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := durable.Acquire(t.Context(), at("absent/lock"), 0o666, ""); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("missing directory: got %v, want fs.ErrNotExist", err)
 	}
 	if got := names(t, dir); !cmp.Equal(got, before) {
@@ -317,7 +367,7 @@ func TestLockMode(t *testing.T) { // not parallel: the umask is the process's
 	for _, mode := range []os.FileMode{0o666, 0o600} {
 		path := filepath.Join(t.TempDir(), "lock")
 		for range 2 { // as created, and as repaired
-			lock, err := durable.Acquire(t.Context(), path, mode)
+			lock, err := durable.Acquire(t.Context(), path, mode, "")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -368,8 +418,8 @@ func TestLockBetweenUsers(t *testing.T) {
 	path := filepath.Join(dir, "token.lock")
 	for _, user := range []uint32{nobody, daemon} { // the first creates the file, the second finds it
 		holder := start(t, "hold", path, as(user), binary)
-		if got, want := holderOf(t, path), (durable.Holder{PID: holder.Process.Pid, Program: "other"}); got != want {
-			t.Errorf("user %d: got %v, want %v", user, got, want)
+		if got := holderOf(t, path); got.PID != holder.Process.Pid || got.Command != holdCommand {
+			t.Errorf("user %d: got %v, want pid %d", user, got, holder.Process.Pid)
 		}
 		if err := holder.stdin.Close(); err != nil {
 			t.Fatal(err)

@@ -16,8 +16,7 @@
 //                  until C_Finalize. Once: the file goes
 //     kill         content: "<function>" or "<function> server": before it is called the
 //                  children of P11FAULT_SERVER are killed, or that too. Once: the file goes
-//     kill         content: "<function>" or "<function> server": before it is called the
-//                  children of P11FAULT_SERVER are killed, or that too. Once: the file goes
+//     wait         content: "<function>": it is not called before the file goes, or a minute has
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <signal.h>
@@ -136,6 +135,8 @@ static void prepare(const char *name, CK_ULONG *a)
 	static CK_ULONG bits = 2048;
 	static CK_BYTE p256[] = {0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07};
 	char content[256], wanted[64], server[16];
+	for (int i = 0; i < 6000 && fault("wait", content, sizeof content) && !strcmp(content, name); i++)
+		usleep(10000);
 	int words = fault("kill", content, sizeof content) ? sscanf(content, "%63s %15s", wanted, server) : 0;
 	if (words > 0 && !strcmp(wanted, name)) {
 		over("kill");

@@ -1,0 +1,240 @@
+package estenroll
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"estenroll/engine"
+)
+
+// Plan is what a run would do to a credential.
+type Plan struct {
+	// Acts says that a run now would do it; one that does not would do it at At.
+	Acts bool      `json:"now"`
+	At   time.Time `json:"at"`
+	// Kind of the operation.
+	Kind Kind `json:"kind"`
+	// Step that an operation which was begun is gone on with at; empty for one that
+	// is yet to begin.
+	Step Step `json:"step,omitempty"`
+	// NewKey is the type of the key that is generated for it, empty where none is.
+	NewKey engine.Algorithm `json:"new_key,omitempty"`
+}
+
+// PlanRenewDue says what RenewDue would do. It asks no server and changes nothing.
+// The errors are RenewDue's of before an operation begins.
+func (c *Credential) PlanRenewDue(ctx context.Context) (*Plan, error) {
+	return c.plan(ctx, func(renewal *Renewal) Kind { return c.begins(renewal) })
+}
+
+// PlanRenew is PlanRenewDue for Renew.
+func (c *Credential) PlanRenew(ctx context.Context) (*Plan, error) {
+	return c.plan(ctx, func(*Renewal) Kind { return KindRenew })
+}
+
+// PlanRekey is PlanRenewDue for Rekey.
+func (c *Credential) PlanRekey(ctx context.Context) (*Plan, error) {
+	if err := c.checkRekey(); err != nil {
+		return nil, err
+	}
+	return c.plan(ctx, func(*Renewal) Kind { return KindRekey })
+}
+
+// PlanEnroll is PlanRenewDue for Enroll: nil where there is nothing to do, now or later.
+func (c *Credential) PlanEnroll(ctx context.Context) (*Plan, error) {
+	if op := c.journal.Operation; op == nil {
+		if usable, err := c.usable(ctx); err != nil || usable != nil {
+			return nil, err
+		}
+	}
+	return c.plan(ctx, func(*Renewal) Kind { return KindEnroll })
+}
+
+// plan is the decision of a run, which begins the kind of operation that is chosen
+// where there is none to go on with, "" for none now.
+func (c *Credential) plan(ctx context.Context, begins func(*Renewal) Kind) (*Plan, error) {
+	if err := c.checkUse(); err != nil {
+		return nil, err
+	}
+	restore, err := c.assumeRestored(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer restore()
+	op := c.journal.Operation
+	if op != nil {
+		why, err := c.hopeless(ctx, op)
+		if err != nil {
+			return nil, &StepError{Step: op.Step, Err: err}
+		}
+		if why != "" {
+			c.warn("the interrupted %s would be given up, and what it created removed: %s", op.Kind, why)
+			c.journal.Operation = nil
+			defer func(given *operation) { c.journal.Operation = given }(op)
+			op = nil
+		}
+	}
+	renewal, current, err := c.renewal(ctx)
+	if err != nil {
+		return nil, err
+	}
+	now := c.cfg.Now().UTC()
+	kind := begins(renewal)
+	if op != nil {
+		return c.planToGoOn(op, kind != "", now, renewal), nil
+	}
+	p := &Plan{Acts: kind != "", At: now, Kind: kind}
+	if kind == "" {
+		then := &Renewal{State: RenewalDue}
+		if now.After(current.Certificate.NotAfter) {
+			then.State = RenewalExpired
+		}
+		p.At, p.Kind = renewal.NextAttempt, c.begins(then)
+	}
+	if err := c.checkSecurity(); err != nil {
+		return nil, &StepError{Step: StepPrepare, Err: err}
+	}
+	if p.Kind == KindRekey || p.Kind == KindEnroll && c.cfg.Key == nil {
+		p.NewKey = c.keyType()
+	}
+	if _, err := c.authenticates(ctx, p); err != nil {
+		return nil, &StepError{Step: StepPrepare, Err: err}
+	}
+	return p, nil
+}
+
+// planToGoOn is the plan where an operation was begun, and a run now goes on with it or
+// waits. A pending answer is waited for by every run.
+func (c *Credential) planToGoOn(op *operation, acts bool, now time.Time, renewal *Renewal) *Plan {
+	p := &Plan{Acts: acts, At: now, Kind: op.Kind, Step: op.Step}
+	if op.Step == StepGenerate {
+		p.NewKey = op.keyType()
+	}
+	var pending *PendingError
+	switch {
+	case op.Step == StepRequest && errors.As(c.stillPending(), &pending):
+		p.Acts, p.At = false, pending.NotBefore.UTC()
+	case !acts:
+		p.At = renewal.NextAttempt
+	}
+	return p
+}
+
+// assumeRestored makes the Security object what restoreSecurity would make it, for a
+// look at what follows and not on the disk; the function takes it back.
+func (c *Credential) assumeRestored(ctx context.Context) (func(), error) {
+	before := c.security
+	restored, err := c.restored(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if restored != nil {
+		c.security = restored
+	}
+	return func() { c.security = before }, nil
+}
+
+// DryRun does for a plan what the run would do before it asks for a certificate, and
+// changes nothing: it opens the pair that authenticates the request, has the server
+// answer crts and judges it by them, and has the token sign the CSR where its key is
+// there already. The errors are those of the run: a *PendingError too, where the
+// server has not decided and the time to ask again has not come.
+func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
+	restore, err := c.assumeRestored(ctx)
+	if err != nil {
+		return err
+	}
+	defer restore()
+	op := c.journal.Operation
+	if p.Step == "" {
+		op = nil
+	}
+	if p.Kind == KindReset {
+		return nil // no server's matter
+	}
+	auth, err := c.authenticates(ctx, p)
+	if err != nil {
+		return &StepError{Step: StepPrepare, Err: err}
+	}
+	err = c.timed(StepRequest, func() (string, error) {
+		key, err := c.rehearseCSR(ctx, p, op, auth)
+		if err != nil {
+			return "", err
+		}
+		_, err = retry(ctx, c, func() (struct{}, error) { return struct{}{}, c.rehearse(ctx, auth, key) })
+		return fmt.Sprintf("%s answers the %s certificate, and is the server that it should be", c.cfg.ServerURI, auth.name), err
+	})
+	if err != nil || op == nil || op.Step != StepRequest {
+		return err
+	}
+	return c.stillPending()
+}
+
+// authenticates opens the pair that authenticates what is planned.
+func (c *Credential) authenticates(ctx context.Context, p *Plan) (*pair, error) {
+	if p.Kind == KindEnroll {
+		return c.openIDevID(ctx)
+	}
+	kept, enrolled := c.current()
+	if !enrolled {
+		return nil, ErrNotEnrolled
+	}
+	current, err := c.openCredential(ctx, kept)
+	if errors.Is(err, engine.ErrNotFound) {
+		return nil, fmt.Errorf("%w: %w", ErrNotEnrolled, err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	now, err := c.verificationTime()
+	if err != nil {
+		return nil, err
+	}
+	if end := current.chain[0].NotAfter; now.After(end) {
+		return nil, fmt.Errorf("valid until %s: %w", stamp(end), ErrExpired)
+	}
+	return current, nil
+}
+
+// rehearseCSR has the token sign the CSR that is sent, and returns its key: nil where
+// that is yet to be generated, or there is none to send.
+func (c *Credential) rehearseCSR(ctx context.Context, p *Plan, op *operation, auth *pair) (crypto.PublicKey, error) {
+	var at engine.Address
+	switch {
+	case p.NewKey != "", op != nil && op.Step != StepRequest:
+		return nil, nil
+	case op != nil:
+		at = op.Key.Address
+	case p.Kind == KindEnroll:
+		var err error
+		if at, err = c.existingKey(ctx); err != nil {
+			return nil, err
+		}
+	default:
+		at = auth.key
+	}
+	der, err := c.signCSR(ctx, at, c.template(p.Kind, auth))
+	if err != nil {
+		return nil, err
+	}
+	request, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return nil, err
+	}
+	return request.PublicKey, request.CheckSignature()
+}
+
+// rehearse is an exchange that ends before sen or sren.
+func (c *Credential) rehearse(ctx context.Context, auth *pair, key crypto.PublicKey) error {
+	session, err := c.dial(ctx, auth)
+	if err != nil {
+		return err
+	}
+	defer c.closeSession(session)
+	_, _, err = c.meet(ctx, session, key)
+	return err
+}
