@@ -40,7 +40,12 @@ func (c *Credential) request(ctx context.Context) (*Result, error) {
 	if err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	if err := c.buildCSR(ctx, auth); err != nil {
+	if c.asksAttributes(op) {
+		_, err = c.openKey(ctx, op.Key.Address)
+	} else {
+		err = c.buildCSR(ctx, auth, nil)
+	}
+	if err != nil {
 		return nil, c.giveUpRekey(ctx, &StepError{Step: StepRequest, Err: err})
 	}
 	if err := c.stillPending(); err != nil {
@@ -54,6 +59,9 @@ func (c *Credential) request(ctx context.Context) (*Result, error) {
 		return fmt.Sprintf("%s at %s: a certificate valid until %s", operationOf(op.Kind), c.cfg.ServerURI,
 			got.chain[0].NotAfter.UTC().Format(time.RFC3339)), nil
 	})
+	if errors.Is(err, errAnotherKey) {
+		return nil, c.replaceKey(ctx)
+	}
 	if err != nil {
 		return nil, c.requestFailed(ctx, err)
 	}
@@ -86,16 +94,43 @@ func (c *Credential) stillPending() error {
 }
 
 // buildCSR makes the CSR once and keeps it in the journal: every repetition, in
-// this run or the next, sends the same bytes.
-func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
+// this run or the next, sends the same bytes. One that is linked to its session is
+// made in it, so without a session there is none to make.
+func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Session) error {
 	op := c.journal.Operation
-	template := c.template(op.Kind, auth)
+	wanted, err := c.wanted(op)
+	if err != nil {
+		return err
+	}
+	template, err := c.template(op.Kind, auth, wanted)
+	if err != nil {
+		return &est.ResponseError{Operation: est.CSRAttrs, Err: err}
+	}
+	links := c.links(wanted)
+	asked := false // of the server already, linked to this session or to another
 	if len(op.CSR) > 0 {
 		built, err := op.request()
 		if err != nil {
 			return err
 		}
-		if same, err := template.Describes(built); same || err != nil {
+		before := template
+		if links {
+			before.ChallengePassword = csr.ChallengePassword(built)
+		}
+		if asked, err = before.Describes(built); err != nil || asked && !links {
+			return err
+		}
+	}
+	if !asked {
+		// Another question: what the server said of the old one does not hold for it.
+		op.AskedAt, op.RetryAfter, op.Detail = time.Time{}, 0, ""
+		op.Deadline = c.cfg.Now().Add(c.cfg.PendingLimit)
+	}
+	if links {
+		if session == nil {
+			return nil
+		}
+		if template.ChallengePassword, err = c.link(session); err != nil {
 			return err
 		}
 	}
@@ -103,40 +138,53 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 		if op.CSR, err = c.signCSR(ctx, op.Key.Address, template); err != nil {
 			return "", err
 		}
-		// Another question: what the server said of the old one does not hold for it.
-		op.AskedAt, op.RetryAfter, op.Detail = time.Time{}, 0, ""
-		op.Deadline = c.cfg.Now().Add(c.cfg.PendingLimit)
 		return "built the CSR, signed in the token", c.save()
 	})
 }
 
-// template is what an operation asks for.
-func (c *Credential) template(kind Kind, auth *pair) csr.Template {
+// template is what an operation asks for: what is configured, and what the server
+// wants instead.
+func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Template, error) {
 	template := c.cfg.Request
-	switch {
-	case kind.reenrolls():
+	if kind.reenrolls() {
 		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
 		// All else is asked for as it is configured.
 		old := csr.ForReenrollment(auth.chain[0])
 		template.RawSubject, template.SANs, template.RawSAN = old.RawSubject, nil, old.RawSAN
-	case len(template.RawSubject) == 0:
+		wanted = wanted.WithoutNames()
+	}
+	template, replaced, err := wanted.Apply(template, auth.chain[0].RawSubject)
+	if err != nil {
+		return template, err
+	}
+	for _, what := range replaced {
+		c.warnOnce("the server wants something else than the configuration: %s", shown(what))
+	}
+	if len(template.RawSubject) == 0 {
 		template.RawSubject = auth.chain[0].RawSubject
 	}
-	return template
+	return template, nil
 }
 
 // signCSR has the token sign a CSR.
 func (c *Credential) signCSR(ctx context.Context, key engine.Address, template csr.Template) ([]byte, error) {
+	signer, err := c.openKey(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	return csr.Build(c.cfg.Rand, template, signer)
+}
+
+// openKey opens a key that a certificate can be asked for.
+func (c *Credential) openKey(ctx context.Context, key engine.Address) (crypto.Signer, error) {
 	signer, err := c.signer(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS { // which the CSR alone does not show
-		if err := signsHandshakes(signer); err != nil {
-			return nil, err
-		}
+	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && c.cfg.Request.PSS { // which the CSR alone does not show
+		return signer, signsHandshakes(signer)
 	}
-	return csr.Build(c.cfg.Rand, template, signer)
+	return signer, nil
 }
 
 func (op *operation) request() (*x509.CertificateRequest, error) {
@@ -161,8 +209,8 @@ func operationOf(kind Kind) est.Operation {
 	return est.SimpleEnroll
 }
 
-// exchange is one session: crts, the live session judged by the Explicit TA,
-// then sen or sren (RFC 9148 §3).
+// exchange is one session: crts, the live session judged by the Explicit TA, att where
+// it is not known what the server wants, then sen or sren (RFC 9148 §3).
 func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) {
 	op := c.journal.Operation
 	session, err := c.dial(ctx, auth)
@@ -170,15 +218,25 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	defer c.closeSession(session)
-	request, err := op.request()
+	signer, err := c.signer(ctx, op.Key.Address)
 	if err != nil {
 		return nil, err
 	}
-	anchors, now, err := c.meet(ctx, session, request.PublicKey)
+	anchors, now, err := c.meet(ctx, session, signer.Public())
 	if err != nil {
 		return nil, err
 	}
 	client := est.Client{Session: session}
+	if err := c.askAttributes(ctx, &client, signer.Public()); err != nil {
+		return nil, err
+	}
+	if err := c.buildCSR(ctx, auth, session); err != nil {
+		return nil, err
+	}
+	request, err := op.request()
+	if err != nil {
+		return nil, err
+	}
 	enroll := client.SimpleEnroll
 	if op.Kind.reenrolls() {
 		enroll = client.SimpleReenroll
@@ -307,8 +365,10 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 		}
 		op.AskedAt, op.RetryAfter, op.Detail = now, pending.RetryAfter, pending.Detail
 		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline, Detail: op.Detail}, c.save())
-	case ctx.Err() != nil, isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
+	case ctx.Err() != nil, errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
+	case isEngineError(err):
+		return c.giveUpRekey(ctx, err)
 	case op.Kind == KindRekey && c.cfg.Now().After(op.Deadline):
 		// A renewal has nothing better to do than to go on; this one stands in the way
 		// of the renewal of the current key.

@@ -8,6 +8,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 )
 
@@ -327,6 +328,14 @@ func (w Wanted) Apply(t Template, known []byte) (applied Template, replaced []st
 		}
 	}
 	return t, replaced, nil
+}
+
+// WithoutNames returns what is wanted but for the Subject and the SAN, which at a
+// renewal are those of the certificate (RFC 7030 §4.2.2).
+func (w Wanted) WithoutNames() Wanted {
+	w.Subject = nil
+	w.Extensions = slices.DeleteFunc(slices.Clone(w.Extensions), func(e ExtensionTemplate) bool { return e.Id.Equal(OIDSubjectAltName) })
+	return w
 }
 
 // withUsual asks for what a key of a device is for, where the server wants a usage
