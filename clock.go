@@ -1,6 +1,7 @@
 package estenroll
 
 import (
+	"context"
 	"fmt"
 	"runtime/debug"
 	"time"
@@ -24,6 +25,18 @@ func BuildTime() time.Time {
 		}
 	}
 	return constant
+}
+
+// sleep waits by the machine's timer, which a clock that is set does not change.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-timer.C:
+		return nil
+	}
 }
 
 // verificationTime is the latest of the system clock, the build's time

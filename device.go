@@ -104,6 +104,8 @@ type Config struct {
 	RequireClock bool
 	// Now is the system clock. Default: time.Now.
 	Now func() time.Time
+	// Sleep waits for that clock, or returns the error of the context. Default: by a timer.
+	Sleep func(context.Context, time.Duration) error
 	// BuildTime is the earliest time the clock can show. Default: BuildTime().
 	BuildTime time.Time
 	// Rand is the source for CSR signatures that take one. Default: crypto/rand.
@@ -158,9 +160,14 @@ type CredentialConfig struct {
 	NoFallback bool
 	// Policy says when the certificate is renewed by RenewDue.
 	Policy Policy
-	// PendingLimit ends the polling of a request that the server keeps pending.
-	// Default: 7 days.
+	// PendingLimit ends the polling of a request that the server keeps pending. That of
+	// a rekey ends when half of what is left of the certificate has gone, if that is
+	// sooner. Default: 7 days.
 	PendingLimit time.Duration
+	// Wait is how long a run itself waits, holding the lock of the state directory, until
+	// a pending request may be repeated, in place of leaving that to the next run.
+	// Default: 0.
+	Wait time.Duration
 	// Tries bounds how often an exchange without an answer is begun again, with
 	// the same CSR, in one run. Default: 4.
 	Tries uint
@@ -245,6 +252,9 @@ func (c *Config) setDefaults() {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	if c.Sleep == nil {
+		c.Sleep = sleep
+	}
 	if c.BuildTime.IsZero() {
 		c.BuildTime = BuildTime()
 	}
@@ -265,6 +275,9 @@ func (c *Config) checkCredentials() error {
 		}
 		if err := one.Policy.check(); err != nil {
 			return fmt.Errorf("credential %q: %w: %w", one.Name, err, ErrConfig)
+		}
+		if one.Policy.RekeyEvery > 0 && one.Key != nil {
+			return fmt.Errorf("credential %q: a rekey every %d renewals of %s: %w: %w", one.Name, one.Policy.RekeyEvery, one.Key, ErrKeyNamed, ErrConfig)
 		}
 		for _, other := range c.Credentials[:i] {
 			switch {
@@ -313,7 +326,7 @@ func Open(ctx context.Context, cfg Config) (*Device, error) {
 }
 
 func (d *Device) open(ctx context.Context) error {
-	if err := os.MkdirAll(d.cfg.StateDir, 0o700); err != nil {
+	if err := durable.MkdirAll(d.cfg.StateDir, 0o700); err != nil {
 		return fmt.Errorf("create state directory: %w", err)
 	}
 	if err := d.checkStateDir(); err != nil {
@@ -461,6 +474,18 @@ func (d *Device) openEngine(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := d.use(opened); err != nil {
+		return err
+	}
+	if !d.journal.RefusedPIN.IsZero() {
+		d.journal.RefusedPIN = engine.PINSource{}
+		return d.save()
+	}
+	return nil
+}
+
+// use takes an engine that can do what the lifecycle needs. It is the device's then.
+func (d *Device) use(opened engine.Engine) error {
 	d.engine = opened
 	var ok bool
 	if d.store, ok = opened.(engine.CertificateStore); !ok {
@@ -468,10 +493,6 @@ func (d *Device) openEngine(ctx context.Context) error {
 	}
 	if d.recoverer, ok = opened.(engine.KeyRecoverer); !ok {
 		return fmt.Errorf("open engine: it cannot judge what a crash left: %w", engine.ErrUnsupported)
-	}
-	if !d.journal.RefusedPIN.IsZero() {
-		d.journal.RefusedPIN = engine.PINSource{}
-		return d.save()
 	}
 	return nil
 }

@@ -37,6 +37,8 @@ var (
 	ErrOwner = errors.New("the state directory is another user's")
 	// ErrGivenUp says that a pending request passed its deadline and was dropped.
 	ErrGivenUp = errors.New("the request was pending for too long and is given up")
+	// ErrReset says that a reset was begun: what it has destroyed does not come back.
+	ErrReset = errors.New("a reset was begun and cannot be cancelled")
 	// ErrWrongToken says that the token holds nothing of what the journal names.
 	ErrWrongToken = errors.New("the token holds nothing of this credential")
 	// ErrKey says that the existing key that was named is missing, not one key, or

@@ -75,6 +75,8 @@ type credential struct {
 	ExplicitTA string `json:"explicit_ta,omitempty"`
 	// ExistingKey says that the key was there before, and outlives the pair.
 	ExistingKey bool `json:"existing_key,omitempty"`
+	// Renewals is how often the key had been renewed when the pair was made.
+	Renewals int `json:"renewals,omitempty"`
 }
 
 func (c credential) sameLeaf(at engine.Address) bool {
@@ -86,8 +88,10 @@ type operation struct {
 	Kind      Kind      `json:"kind"`
 	Step      Step      `json:"step"`
 	StartedAt time.Time `json:"started_at"`
-	// Deadline ends the polling of a pending request.
+	// Deadline ends the polling of a pending request, and a rekey.
 	Deadline time.Time `json:"deadline"`
+	// Server is whom the CSR is for; not said by operations of earlier programs.
+	Server string `json:"server,omitempty"`
 	// NewKey says that the key was made for this operation and goes with it, and
 	// ExistingKey that it was in the token before and is never destroyed. A
 	// renewal's is that of the pair.
@@ -96,6 +100,8 @@ type operation struct {
 	Key         reference `json:"key,omitzero"` // none where a reset began on its own
 	// KeyType of a new key. Default: EC P-256, the only one there was once.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
+	// Renewals of the key, this one included.
+	Renewals int `json:"renewals,omitempty"`
 	// Attributes are what the server wants of the CSR, in DER; none where it was not
 	// asked yet.
 	Attributes []byte `json:"csr_attributes,omitempty"`
@@ -121,12 +127,17 @@ type operation struct {
 type Attempt struct {
 	Kind   Kind      `json:"kind"`
 	Time   time.Time `json:"time"`
-	Result string    `json:"result"` // "done", "pending", "unchanged" or "failed"
+	Result string    `json:"result"` // "done", "pending", "unchanged", "failed" or "cancelled"
 	Error  string    `json:"error,omitempty"`
 }
 
-// attemptDone is the Result of an Attempt that reached what it was for.
-const attemptDone = "done"
+// The Result of an Attempt that reached what it was for, of one that did not, and of
+// what a person has ended.
+const (
+	attemptDone      = "done"
+	attemptFailed    = "failed"
+	attemptCancelled = "cancelled"
+)
 
 // journal is everything the lifecycle remembers beside the Security object.
 type journal struct {
@@ -146,6 +157,8 @@ type record struct {
 	Pairs       []credential `json:"pairs,omitempty"`
 	Operation   *operation   `json:"operation,omitempty"`
 	LastAttempt *Attempt     `json:"last_attempt,omitempty"`
+	// FailedRekey is the last that came to nothing while the policy asks for one.
+	FailedRekey *Attempt `json:"failed_rekey,omitempty"`
 }
 
 func (r *record) isEmpty() bool {
@@ -325,6 +338,9 @@ func (r *record) resolve(parse addressParser) error {
 		if err := checkFileName(c.ExplicitTA); err != nil {
 			return fmt.Errorf("%s: %w", field, err)
 		}
+		if c.Renewals < 0 {
+			return fmt.Errorf("%s: renewals is negative", field)
+		}
 	}
 	op := r.Operation
 	if op == nil {
@@ -357,8 +373,8 @@ func (r *record) resolve(parse addressParser) error {
 			return fmt.Errorf("operation: %w", err)
 		}
 	}
-	if op.RetryAfter < 0 {
-		return errors.New("operation: retry_after is negative")
+	if op.RetryAfter < 0 || op.Renewals < 0 {
+		return errors.New("operation: retry_after or renewals is negative")
 	}
 	if len(op.Chain) > maxChain || len(op.Chain) != len(op.Certificates) {
 		return fmt.Errorf("operation: %d certificates at %d addresses, want the same number up to %d", len(op.Chain), len(op.Certificates), maxChain)

@@ -110,6 +110,7 @@ func TestJournalLargest(t *testing.T) {
 				Chain: slices.Repeat([][]byte{make([]byte, 2*64<<10/maxChain)}, maxChain), ServerCertificate: make([]byte, 64<<10),
 			},
 			LastAttempt: &Attempt{Error: strings.Repeat("\x00", maxRecorded)},
+			FailedRekey: &Attempt{Error: strings.Repeat("\x00", maxRecorded)},
 		}
 	}
 	if _, err := parseJournal([]byte(saved(t, j)), parseAddress); err != nil {
@@ -146,6 +147,8 @@ func TestJournalRefused(t *testing.T) {
 		"a key of two kinds":  {replace(`"new_key": true`, `"new_key": true, "existing_key": true`), "both new and an existing one"},
 		"a path":              {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
 		"negative wait":       {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
+		"fewer renewals":      {replace(`"new_key": true`, `"new_key": true, "renewals": -1`), "negative"},
+		"a pair with fewer":   {`{"version": 2, "credentials": {"device": {"pairs": [{"key": "pkcs11:id=%01", "certificates": ["pkcs11:id=%01"], "renewals": -1}]}}}`, "negative"},
 		"another scheme":      {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},
 		"no address":          {replace(`"key": "pkcs11:`, `"key": "`), "no driver"},
 		"an empty chain":      {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "store", "key": "pkcs11:id=%01"}}}}`, "no certificate at step"},

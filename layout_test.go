@@ -26,7 +26,7 @@ var rooms = map[string][]string{
 	"estenroll/engine/pkcs11":      {"estenroll/engine", "estenroll/internal/durable", "github.com/miekg/pkcs11"},
 	"estenroll/est":                {"go.mozilla.org/pkcs7"},
 	"estenroll/est/coaps":          {"estenroll/est", "estenroll/internal/coap"},
-	"estenroll/internal/agent":     {"estenroll", "estenroll/internal/durable"},
+	"estenroll/internal/agent":     {"estenroll", "estenroll/engine", "estenroll/est", "estenroll/internal/durable"},
 	"estenroll/internal/coap":      {"github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
 	"estenroll/internal/durable":   {"github.com/gofrs/flock", "github.com/google/renameio/v2", "golang.org/x/sys"},
 	"estenroll/lwm2m":              {"estenroll/engine", "estenroll/internal/durable"},

@@ -1,6 +1,7 @@
 package estenroll
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -59,12 +60,13 @@ func (c *Credential) Enroll(ctx context.Context) (*Result, error) {
 	})
 }
 
-// Renew gets a new certificate for the same key, authenticated by the current
-// one (simplereenroll). It does so whether the current certificate is near its
-// end or not. ErrNotEnrolled, also where the token has lost the key or the
-// certificate, ErrExpired, and as Enroll.
+// Renew gets a new certificate, authenticated by the current one (simplereenroll),
+// for the same key or, where the policy says so, for a new one. It does so whether
+// the current certificate is near its end or not. A rekey that comes to nothing is
+// followed by a renewal of the current key. ErrNotEnrolled, also where the token has
+// lost the key or the certificate, ErrExpired, and as Enroll.
 func (c *Credential) Renew(ctx context.Context) (*Result, error) {
-	return c.renew(ctx, KindRenew, true)
+	return c.renew(ctx, byPolicy, true)
 }
 
 // Rekey is Renew with a new key of the configured kind, generated beside the old
@@ -86,20 +88,46 @@ func (c *Credential) checkRekey() error {
 	return nil
 }
 
+// byPolicy is no kind: the policy chooses it.
+const byPolicy Kind = ""
+
 // renew begins a renewal, or a rekey, which is one too: where one was begun it is
 // what a Renew is for, but a renewal is not what a Rekey is for. One that is not
 // forced is a renewal only if the new certificate expires later.
 func (c *Credential) renew(ctx context.Context, kind Kind, force bool) (*Result, error) {
-	return c.attempt(kind, func() (*Result, error) {
-		recovered, err := c.recover(ctx)
-		if err != nil || recovered != nil && (recovered.Kind == kind || recovered.Kind == KindRekey) {
-			return recovered, err
+	return c.attempt(cmp.Or(kind, KindRenew), func() (*Result, error) {
+		begun := c.journal.Operation
+		result, err := c.recover(ctx)
+		if err == nil && (result == nil || !result.Kind.reenrolls() || result.Kind == KindRenew && kind == KindRekey) {
+			if err := c.startRenew(ctx, kind, force); err != nil {
+				return nil, &StepError{Step: StepPrepare, Err: err}
+			}
+			begun = c.journal.Operation
+			result, err = c.proceed(ctx, false)
 		}
-		if err := c.startRenew(ctx, kind, force); err != nil {
-			return nil, &StepError{Step: StepPrepare, Err: err}
+		if kind == byPolicy && c.cameToNothing(begun, err) {
+			return c.renewInstead(ctx, force, err)
 		}
-		return c.proceed(ctx, false)
+		return result, err
 	})
+}
+
+// cameToNothing reports whether an operation was a rekey that has ended with an error:
+// its key is destroyed, and the current one can be renewed.
+func (c *Credential) cameToNothing(op *operation, err error) bool {
+	_, enrolled := c.current() // but where the device fell back to the IDevID
+	return err != nil && op != nil && op.Kind == KindRekey && c.journal.Operation == nil && enrolled
+}
+
+// renewInstead renews the current key after a rekey that came to nothing, and
+// remembers why: it is not said again until the next is due.
+func (c *Credential) renewInstead(ctx context.Context, force bool, why error) (*Result, error) {
+	c.warn("the rekey came to nothing, the current key is renewed instead: %v", why)
+	c.journal.FailedRekey = &Attempt{Kind: KindRekey, Time: c.cfg.Now(), Result: attemptFailed, Error: truncate(why.Error(), maxRecorded)}
+	if err := c.startRenew(ctx, KindRenew, force); err != nil {
+		return nil, &StepError{Step: StepPrepare, Err: err}
+	}
+	return c.proceed(ctx, false)
 }
 
 // Recover finishes, or undoes, the operation that a killed run left, and
@@ -145,7 +173,7 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	case errors.As(err, &pending):
 		last.Result = "pending"
 	case err != nil:
-		last.Result, last.Error = "failed", truncate(err.Error(), maxRecorded)
+		last.Result, last.Error = attemptFailed, truncate(err.Error(), maxRecorded)
 		if op := c.journal.Operation; op != nil {
 			op.Tried = !errors.Is(err, context.Canceled) // interrupted: the next run goes on
 		}
@@ -214,20 +242,18 @@ func (c *Credential) startEnroll(ctx context.Context) error {
 			return err
 		}
 		c.say(StepPrepare, "using the key in the token: %s", key)
-		c.begin(&operation{Kind: KindEnroll, Step: StepRequest, ExistingKey: true, Key: reference{Address: key}})
-		return c.save()
+		return c.begin(&operation{Kind: KindEnroll, Step: StepRequest, ExistingKey: true, Key: reference{Address: key}}, nil)
 	}
-	return c.beginWithNewKey(KindEnroll)
+	return c.beginWithNewKey(KindEnroll, false, nil)
 }
 
 // beginWithNewKey writes down which key will be generated.
-func (c *Credential) beginWithNewKey(kind Kind) error {
+func (c *Credential) beginWithNewKey(kind Kind, force bool, current *x509.Certificate) error {
 	key, err := c.engine.NewKeyAddress(c.cfg.Name)
 	if err != nil {
 		return err
 	}
-	c.begin(&operation{Kind: kind, Step: StepGenerate, NewKey: true, Key: reference{Address: key}, KeyType: c.keyType(), Force: kind == KindRekey})
-	return c.save()
+	return c.begin(&operation{Kind: kind, Step: StepGenerate, NewKey: true, Key: reference{Address: key}, KeyType: c.keyType(), Force: force}, current)
 }
 
 func (c *Credential) startRenew(ctx context.Context, kind Kind, force bool) error {
@@ -253,18 +279,35 @@ func (c *Credential) startRenew(ctx context.Context, kind Kind, force bool) erro
 		return fmt.Errorf("valid until %s: %w", end.UTC().Format(time.RFC3339), ErrExpired)
 	}
 	c.adopt(kept) // the journal may have been lost
-	if kind == KindRekey {
-		return c.beginWithNewKey(kind)
+	if cmp.Or(kind, c.kindOfRenewal()) == KindRekey {
+		return c.beginWithNewKey(KindRekey, force, p.chain[0])
 	}
-	c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Force: force})
+	return c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Renewals: kept.Renewals + 1, Force: force}, p.chain[0])
+}
+
+// begin writes down an operation; current is the certificate that it is to replace.
+func (c *Credential) begin(op *operation, current *x509.Certificate) (err error) {
+	op.StartedAt, op.Server = c.cfg.Now(), c.cfg.ServerURI
+	if op.Deadline, err = c.deadline(op.Kind, current); err != nil {
+		return err
+	}
+	c.sent = false
+	c.journal.Operation = op
 	return c.save()
 }
 
-func (c *Credential) begin(op *operation) {
-	op.StartedAt = c.cfg.Now()
-	op.Deadline = op.StartedAt.Add(c.cfg.PendingLimit)
-	c.sent = false
-	c.journal.Operation = op
+// deadline is when something that is asked now is given up. A rekey stands in the way
+// of the renewal of the current key: half of the time that is left is for that.
+func (c *Credential) deadline(kind Kind, current *x509.Certificate) (time.Time, error) {
+	limit := c.cfg.PendingLimit
+	if kind == KindRekey {
+		now, err := c.verificationTime()
+		if err != nil {
+			return time.Time{}, err
+		}
+		limit = min(limit, current.NotAfter.Sub(now)/2)
+	}
+	return c.cfg.Now().Add(limit), nil
 }
 
 // proceed does the steps of the operation in the journal, from the one that is

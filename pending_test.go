@@ -1,15 +1,20 @@
 package estenroll_test
 
 import (
+	"context"
 	"crypto/x509"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"estenroll"
 	"estenroll/csr"
 	"estenroll/engine"
+	"estenroll/est"
 	"estenroll/testserver"
 )
 
@@ -84,6 +89,140 @@ func TestPending(t *testing.T) {
 	if d.issued() != 1 {
 		t.Errorf("%d certificates issued", d.issued())
 	}
+}
+
+// A run that may wait asks itself, with the same bytes, as often as its time allows, and
+// a server that wants no pause gets one.
+func TestPendingWait(t *testing.T) {
+	for name, c := range map[string]struct {
+		wait, maxAge time.Duration
+		pauses       []time.Duration
+		done         bool
+	}{
+		"long enough":      {time.Hour, 10 * time.Minute, []time.Duration{10 * time.Minute, 10 * time.Minute}, true},
+		"for one":          {15 * time.Minute, 10 * time.Minute, []time.Duration{10 * time.Minute}, false},
+		"not long enough":  {9 * time.Minute, 10 * time.Minute, nil, false},
+		"not at all":       {0, 0, nil, false},
+		"at once, it says": {time.Minute, 0, []time.Duration{time.Second, time.Second}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			now := newStopped()
+			site := newSite(t, testserver.Config{Now: now.now})
+			d := site.device(t, "waits")
+			var pauses []time.Duration
+			d.now, d.cfg.Wait, d.cfg.RetryInterval = now.now, c.wait, time.Second
+			d.cfg.Sleep = func(_ context.Context, pause time.Duration) error {
+				pauses = append(pauses, pause)
+				now.advance(pause)
+				return nil
+			}
+			site.deferring(t, 2, c.maxAge)
+			result, err := d.enroll()
+			if diff := cmp.Diff(c.pauses, pauses); diff != "" {
+				t.Errorf("pauses (-want +got):\n%s", diff)
+			}
+			if csrs := d.csrs(); len(csrs) != 1+len(pauses) || len(slices.Compact(csrs)) != 1 {
+				t.Errorf("%d requests, or other bytes", len(csrs))
+			}
+			if !c.done {
+				d.wantPending(err)
+				return
+			}
+			if err != nil || !result.Changed {
+				t.Fatalf("result %+v, %v", result, err)
+			}
+			d.tidy(1)
+			if d.issued() != 1 {
+				t.Errorf("%d certificates issued", d.issued())
+			}
+		})
+	}
+}
+
+// Ctrl-C ends the wait, and loses nothing.
+func TestPendingWaitCancelled(t *testing.T) {
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now})
+	d := site.device(t, "interrupted")
+	d.now, d.cfg.Wait = c.now, 2*time.Hour
+	site.deferring(t, 1, time.Hour)
+	ctx, cancel := context.WithCancel(t.Context())
+	d.ctx = ctx
+	d.onProgress = func(e estenroll.Event) {
+		if strings.Contains(e.Message, "asking again at") {
+			cancel()
+		}
+	}
+	_, err := d.enroll() // by the timer that a run has
+	wantError(t, err, context.Canceled)
+	asked, op := d.csrs(), d.journal().Operation
+	if op == nil || len(asked) != 1 {
+		t.Fatalf("operation %+v, %d requests", op, len(asked))
+	}
+	d.ctx, d.cfg.Wait, d.onProgress = t.Context(), 0, nil
+	_, err = d.enroll()
+	d.wantPending(err)
+	c.advance(time.Hour)
+	d.mustEnroll()
+	if csrs := d.csrs(); len(csrs) != 1 || csrs[0] != asked[0] {
+		t.Errorf("%d requests, or other bytes", len(csrs))
+	}
+	d.tidy(1)
+}
+
+// Another server has not said that it wants to think: it is asked at once, with the
+// same bytes, whatever the one before has said, and how long it may think begins anew.
+func TestPendingServerChanged(t *testing.T) {
+	for name, run := range map[string]func(*device) (*estenroll.Result, error){"enroll": (*device).enroll, "renew": (*device).renew, "rekey": (*device).rekey} {
+		t.Run(name, func(t *testing.T) {
+			c := new(clock)
+			site := newSite(t, testserver.Config{Now: c.now})
+			d := site.device(t, "moved")
+			if d.now = c.now; name != "enroll" {
+				d.mustEnroll()
+			}
+			site.deferring(t, 2, 24*time.Hour)
+			_, err := run(d)
+			before := d.wantPending(err)
+			first := d.csrs()
+			c.advance(time.Hour)
+			d.cfg.ServerURI += "/moved" // for the same server answers
+			_, err = run(d)
+			pending := d.wantPending(err)
+			if csrs := d.csrs(); len(csrs) != 1 || csrs[0] != first[0] || !d.warned("was begun with "+site.uri.String()) {
+				t.Errorf("%d requests, or other bytes; events %+v", len(csrs), d.events)
+			}
+			if !pending.NotBefore.After(before.NotBefore) || pending.Deadline.Sub(before.Deadline) < 59*time.Minute {
+				t.Errorf("pending %+v, before %+v", pending, before)
+			}
+			sessions := d.opened
+			_, err = run(d)
+			if d.wantPending(err); d.opened != sessions || d.warned("was begun with") {
+				t.Errorf("asked again, events %+v", d.events)
+			}
+			c.advance(25 * time.Hour)
+			d.cfg.ServerURI = site.uri.String() // and back
+			result := must(t, func() (*estenroll.Result, error) { return run(d) })
+			if csrs := d.csrs(); !result.Recovered || len(csrs) != 1 || csrs[0] != first[0] {
+				t.Errorf("result %+v, %d requests", result, len(csrs))
+			}
+		})
+	}
+}
+
+// What another server has issued is proven to the one that is configured by now, which
+// the run says.
+func TestProofServerChanged(t *testing.T) {
+	d := newSite(t, testserver.Config{}).device(t, "moved")
+	d.hook = after(2, "before Dial", func() error { return est.ErrUnreachable })
+	_, err := d.enroll()
+	wantError(t, err, estenroll.ErrUnproven)
+	d.hook = nil
+	d.cfg.ServerURI += "/moved"
+	if result := d.mustEnroll(); !result.Recovered || !d.warned("the new certificate is of "+d.site.uri.String()) {
+		t.Errorf("result %+v, events %+v", result, d.events)
+	}
+	d.tidy(1)
 }
 
 // A clock that was set back does not keep the device waiting.

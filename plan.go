@@ -33,7 +33,7 @@ func (c *Credential) PlanRenewDue(ctx context.Context) (*Plan, error) {
 
 // PlanRenew is PlanRenewDue for Renew.
 func (c *Credential) PlanRenew(ctx context.Context) (*Plan, error) {
-	return c.plan(ctx, func(*Renewal) Kind { return KindRenew })
+	return c.plan(ctx, func(*Renewal) Kind { return c.kindOfRenewal() })
 }
 
 // PlanRekey is PlanRenewDue for Rekey.
@@ -90,7 +90,10 @@ func (c *Credential) plan(ctx context.Context, begins func(*Renewal) Kind) (*Pla
 	p := &Plan{Acts: kind != "", At: now, Kind: kind}
 	if kind == "" {
 		then := &Renewal{State: RenewalDue}
-		if now.After(current.Certificate.NotAfter) {
+		switch {
+		case current.Certificate == nil:
+			then.State = RenewalLost
+		case now.After(current.Certificate.NotAfter):
 			then.State = RenewalExpired
 		}
 		p.At, p.Kind = renewal.NextAttempt, c.begins(then)
@@ -114,9 +117,8 @@ func (c *Credential) planToGoOn(op *operation, acts bool, now time.Time, renewal
 	if op.Step == StepGenerate {
 		p.NewKey = op.keyType()
 	}
-	var pending *PendingError
-	switch {
-	case op.Step == StepRequest && errors.As(c.stillPending(), &pending):
+	switch pending := c.pending(op); {
+	case op.Step == StepRequest && pending != nil:
 		p.Acts, p.At = false, pending.NotBefore.UTC()
 	case !acts:
 		p.At = renewal.NextAttempt
@@ -171,7 +173,10 @@ func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 	if err != nil || op == nil || op.Step != StepRequest {
 		return err
 	}
-	return c.stillPending()
+	if pending := c.pending(op); pending != nil {
+		return pending
+	}
+	return nil
 }
 
 // authenticates opens the pair that authenticates what is planned.

@@ -71,6 +71,17 @@ func TestDryRun(t *testing.T) {
 			plan:      (*estenroll.Credential).PlanRekey, want: estenroll.Plan{Acts: true, Kind: estenroll.KindRekey, NewKey: engine.ECP384},
 			run: func(r *renewing) (*estenroll.Result, error) { return r.rekey() },
 		},
+		"rekey by policy": {
+			configure: func(d *device) { d.cfg.Policy.RekeyEvery = 1 },
+			before:    func(r *renewing) { r.dueNow() },
+			plan:      (*estenroll.Credential).PlanRenewDue, want: estenroll.Plan{Acts: true, Kind: estenroll.KindRekey, NewKey: engine.ECP256},
+			run: func(r *renewing) (*estenroll.Result, error) { return r.renewDue() },
+		},
+		"rekey by policy, forced": {
+			configure: func(d *device) { d.cfg.Policy.RekeyEvery = 1 },
+			plan:      (*estenroll.Credential).PlanRenew, want: estenroll.Plan{Acts: true, Kind: estenroll.KindRekey, NewKey: engine.ECP256},
+			run: func(r *renewing) (*estenroll.Result, error) { return r.renew() },
+		},
 		"expired": {
 			before: func(r *renewing) { r.clock.advance(100 * day) },
 			plan:   (*estenroll.Credential).PlanRenewDue, want: estenroll.Plan{Acts: true, Kind: estenroll.KindEnroll, NewKey: engine.ECP256},
@@ -148,6 +159,25 @@ func TestDryRun(t *testing.T) {
 			}
 			r.tidy(2)
 		})
+	}
+}
+
+// Where the token has lost the pair, the enrolment is planned, now or later.
+func TestDryRunLost(t *testing.T) {
+	r := newRenewing(t, "lost", 90*day, nil)
+	r.site.clear(t)
+	for _, acts := range []bool{false, true} {
+		if acts {
+			r.dueNow()
+		}
+		at := r.clock.now()
+		p, err := r.dryRun((*estenroll.Credential).PlanRenewDue)
+		if err != nil || p.Acts != acts || p.Kind != estenroll.KindEnroll || p.NewKey != engine.ECP256 || acts != p.At.Equal(at) {
+			t.Errorf("at %s: plan %+v, %v", at, p, err)
+		}
+	}
+	if result := must(t, r.renewDue); result.Kind != estenroll.KindEnroll {
+		t.Errorf("then %+v", result)
 	}
 }
 

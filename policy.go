@@ -27,12 +27,16 @@ type Policy struct {
 	// NoJitter makes the first attempt when the renewal is due. Default: within the
 	// first of the spaces between attempts, at a place that is the device's own.
 	NoJitter bool
+	// RekeyEvery makes every n-th renewal of a key one with a new key, a rekey: 1 each
+	// of them, up to 1000. Default: 0, none.
+	RekeyEvery int
 }
 
 const (
 	defaultMaxMargin = 30 * 24 * time.Hour
 	defaultAttempts  = 10
 	maxAttempts      = 1000
+	maxRekeyEvery    = 1000
 	// minPause is the least time between two attempts. It is under a minute, so that
 	// each run of a cron job that runs every minute may be one, and as long as a
 	// server takes to come back from a restart: short-lived certificates are what it
@@ -53,8 +57,18 @@ func (p Policy) check() error {
 		return fmt.Errorf("policy: max margin %s is negative", p.MaxMargin)
 	case p.Attempts < 0 || p.Attempts > maxAttempts:
 		return fmt.Errorf("policy: %d attempts, want 1 to %d", p.Attempts, maxAttempts)
+	case p.RekeyEvery < 0 || p.RekeyEvery > maxRekeyEvery:
+		return fmt.Errorf("policy: a rekey every %d renewals, want 0 to %d", p.RekeyEvery, maxRekeyEvery)
 	}
 	return nil
+}
+
+// kind is what the next renewal of a key is that has been renewed so often.
+func (p Policy) kind(renewals int) Kind {
+	if p.RekeyEvery > 0 && renewals+1 >= p.RekeyEvery {
+		return KindRekey
+	}
+	return KindRenew
 }
 
 // Schedule is what a policy makes of a certificate on a device.

@@ -25,6 +25,9 @@ func (c *Credential) prove(ctx context.Context) error {
 	if err != nil {
 		return &StepError{Step: StepProve, Err: err}
 	}
+	if c.anotherServer(op) {
+		c.warn("the new certificate is of %s: it is proven to %s", op.Server, c.cfg.ServerURI)
+	}
 	var why error
 	var got verdict
 	err = c.timed(StepProve, func() (string, error) {

@@ -196,8 +196,15 @@ func TestRekeyRefused(t *testing.T) {
 	}
 }
 
-// A CA that revokes the old certificate when it issues the new one.
-func TestRekeyRevokesTheOld(t *testing.T) {
+// A CA that revokes the old certificate when it issues the new one, for the same key
+// or another.
+func TestRevokesTheOld(t *testing.T) {
+	for kind, run := range map[estenroll.Kind]func(*device) (*estenroll.Result, error){estenroll.KindRenew: (*device).renew, estenroll.KindRekey: (*device).rekey} {
+		t.Run(string(kind), func(t *testing.T) { revokesTheOld(t, kind, run) })
+	}
+}
+
+func revokesTheOld(t *testing.T, kind estenroll.Kind, run func(*device) (*estenroll.Result, error)) {
 	site := newSite(t, testserver.Config{})
 	d := site.device(t, "revoked")
 	d.mustEnroll()
@@ -206,7 +213,7 @@ func TestRekeyRevokesTheOld(t *testing.T) {
 		return site.server.SetFaults(testserver.Faults{RefuseClients: []string{issued[len(issued)-2].Certificate}})
 	}
 	d.hook = after(1, "after simplereenroll", revoke)
-	d.mustRekey()
+	must(t, func() (*estenroll.Result, error) { return run(d) })
 	d.tidy(2)
 	// And the proof is cut off: what is pending is proven, the old pair is not asked.
 	dials := 0
@@ -221,13 +228,22 @@ func TestRekeyRevokesTheOld(t *testing.T) {
 		}
 		return nil
 	}
-	_, err := d.rekey()
+	_, err := run(d)
 	wantError(t, err, estenroll.ErrUnproven)
 	d.hook = nil
-	if result := d.mustRenew(); result.Kind != estenroll.KindRekey || !result.Recovered {
+	if result := d.mustRenew(); result.Kind != kind || !result.Recovered {
 		t.Errorf("result %+v", result)
 	}
 	d.tidy(2)
+	// And the new pair is refused too: that of a CA that takes both back. Both stay, and
+	// the IDevID is accepted.
+	old := d.status().Current
+	d.hook = after(1, "after simplereenroll", func() error { return site.server.SetFaults(testserver.Faults{RefuseIssued: true}) })
+	_, err = run(d)
+	wantError(t, err, estenroll.ErrRefused)
+	if journal := d.journal(); len(journal.Pairs) != 3 || journal.Pairs[1].Certificates[0] != old.Certificate || d.status().Enrolled {
+		t.Errorf("journal %+v", journal)
+	}
 }
 
 // A server that refuses the request, or answers it wrongly, and a token that does
@@ -394,13 +410,18 @@ func TestRekeyTakesTooLong(t *testing.T) {
 				t.Errorf("%d requests, or other bytes", len(csrs))
 			}
 			now.advance(8 * 24 * time.Hour)
-			_, err := d.renew()
+			_, err := d.rekey()
 			wantError(t, err, estenroll.ErrRekeyGivenUp)
 			wantError(t, err, c.cause)
 			d.unchangedSince(before)
-			d.hook = nil
-			if result := d.mustRenew(); result.Kind != estenroll.KindRenew {
-				t.Errorf("result %+v", result)
+			_, _ = d.rekey() // it is asked for again
+			if op := d.journal().Operation; op == nil || op.Key == key {
+				t.Errorf("operation %+v", op)
+			}
+			now.advance(8 * 24 * time.Hour)
+			d.hook = after(1, c.at, func() error { return c.cause })
+			if result := d.mustRenew(); result.Kind != estenroll.KindRenew || !d.warned("came to nothing") {
+				t.Errorf("result %+v, events %+v", result, d.events)
 			}
 			d.tidy(2)
 		})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -19,27 +20,40 @@ const (
 	RenewalWaits      RenewalState = "waiting"    // it is due, and so is not the next attempt
 	RenewalDue        RenewalState = "due"        // and so is an attempt
 	RenewalExpired    RenewalState = "expired"    // as due, and only an enrolment helps
+	RenewalLost       RenewalState = "lost"       // as expired: the device was enrolled, and has no pair that is in use
 	RenewalUnfinished RenewalState = "unfinished" // an operation is gone on with at once
 )
 
 // Renewal is what the policy makes of the current certificate.
 type Renewal struct {
 	State RenewalState `json:"state"`
-	// Due is when the policy wants the certificate to be renewed.
-	Due time.Time `json:"due"`
+	// Due is when the policy wants the certificate to be renewed; zero where it is lost.
+	Due time.Time `json:"due,omitzero"`
 	// NextAttempt is when RenewDue does something again, if it is called.
 	NextAttempt time.Time `json:"next_attempt"`
+
+	isDue bool // that it is, whatever is waited for
+}
+
+// String says what is waited for.
+func (r *Renewal) String() string {
+	due := "there is no certificate to renew"
+	if !r.Due.IsZero() {
+		due = "the renewal is due at " + stamp(r.Due)
+	}
+	return fmt.Sprintf("%s: %s, the next attempt at %s", r.State, due, stamp(r.NextAttempt))
 }
 
 func (r *Renewal) waits() bool { return r.State == RenewalNotDue || r.State == RenewalWaits }
 
 // RenewDue is what a device calls every few minutes or once a day: it renews the
-// certificate, with the same key, when the policy says that it is due, and tries
-// again what failed when the policy says so. Between that it asks no server, changes
-// nothing and returns a result without a Kind. What a killed run left, and a request
-// whose pending time is over, it goes on with at once. A certificate that has
-// expired is enrolled again with the IDevID, unless NoFallback is set: ErrExpired.
-// Otherwise as Renew.
+// certificate, for the same key or with a new one, when the policy says that it is due,
+// and tries again what failed when the policy says so. Between that it asks no server,
+// changes nothing and returns a result without a Kind. What a killed run left, and a
+// request whose pending time is over, it goes on with at once. A certificate that has
+// expired is enrolled again with the IDevID, and so is one that the token has lost or
+// that was given up for the IDevID; with NoFallback that is ErrExpired or
+// ErrNotEnrolled, and so is a device that was never enrolled. Otherwise as Renew.
 func (c *Credential) RenewDue(ctx context.Context) (*Result, error) {
 	if err := c.checkUse(); err != nil {
 		return nil, err
@@ -48,9 +62,13 @@ func (c *Credential) RenewDue(ctx context.Context) (*Result, error) {
 		return nil, err
 	}
 	renewal, current, err := c.renewal(ctx)
-	if err == nil && c.journal.Operation != nil && (renewal == nil || !renewal.waits()) {
-		if done, err := c.Recover(ctx); err != nil || done != nil {
-			return done, err
+	if begun := c.journal.Operation; err == nil && begun != nil && (renewal == nil || !renewal.waits()) {
+		done, failure := c.Recover(ctx)
+		if renewal != nil && renewal.isDue && c.cameToNothing(begun, failure) {
+			return c.attempt(KindRenew, func() (*Result, error) { return c.renewInstead(ctx, false, failure) })
+		}
+		if failure != nil || done != nil {
+			return done, failure
 		}
 		renewal, current, err = c.renewal(ctx) // it was given up
 	}
@@ -59,12 +77,25 @@ func (c *Credential) RenewDue(ctx context.Context) (*Result, error) {
 	}
 	switch c.begins(renewal) {
 	case "":
-		c.say(StepPrepare, "%s: the renewal is due at %s, the next attempt at %s", renewal.State, stamp(renewal.Due), stamp(renewal.NextAttempt))
+		c.say(StepPrepare, "%s", renewal)
 		return current, nil
 	case KindEnroll:
-		return c.Enroll(ctx)
+		return c.enrollAgain(ctx)
 	}
-	return c.renew(ctx, KindRenew, false)
+	result, err := c.renew(ctx, byPolicy, false)
+	if renewal != nil && !c.cfg.NoFallback && errors.Is(err, ErrNotEnrolled) {
+		return c.enrollAgain(ctx) // the token has lost the key alone
+	}
+	return result, err
+}
+
+// enrollAgain is Enroll for a device that was enrolled, and says why where Enroll, for
+// which it is as one that was not, does not.
+func (c *Credential) enrollAgain(ctx context.Context) (*Result, error) {
+	if _, enrolled := c.current(); !enrolled {
+		c.warn("the server has refused the enrolled pairs, the device uses the IDevID: enrolling again with it")
+	}
+	return c.Enroll(ctx)
 }
 
 // begins returns the kind of the operation that RenewDue begins where none is to be
@@ -74,41 +105,83 @@ func (c *Credential) begins(renewal *Renewal) Kind {
 	case renewal == nil: // which is an error there
 	case renewal.waits():
 		return ""
-	case renewal.State == RenewalExpired && !c.cfg.NoFallback:
+	case c.cfg.NoFallback:
+	case renewal.State == RenewalExpired, renewal.State == RenewalLost:
 		return KindEnroll
 	}
-	return KindRenew
+	return c.kindOfRenewal()
+}
+
+// kindOfRenewal is what the policy makes of the next renewal.
+func (c *Credential) kindOfRenewal() Kind {
+	kept, _ := c.current()
+	return c.cfg.Policy.kind(kept.Renewals)
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // renewal judges the current certificate by the policy and by the last attempt; nil
-// if there is none, or the token has lost it.
+// if there was never one.
 func (c *Credential) renewal(ctx context.Context) (*Renewal, *Result, error) {
 	kept, enrolled := c.current()
-	if !enrolled || c.forgotten {
+	if c.forgotten || !enrolled && len(c.journal.Pairs) == 0 {
 		return nil, nil, nil
-	}
-	leaf, err := c.certificate(ctx, kept.Certificates[0].Address)
-	if errors.Is(err, engine.ErrNotFound) {
-		return nil, nil, nil
-	}
-	if err != nil {
-		return nil, nil, err
 	}
 	now, err := c.verificationTime()
 	if err != nil {
 		return nil, nil, err
 	}
-	schedule := c.cfg.Policy.Schedule(leaf.NotBefore, leaf.NotAfter, c.identity(ctx, leaf))
-	current := &Result{Certificate: leaf, CertificateAddress: kept.Certificates[0].Address, Key: kept.Key.Address}
-	return c.judge(schedule, now), current, nil
+	if enrolled {
+		leaf, err := c.certificate(ctx, kept.Certificates[0].Address)
+		if err == nil {
+			current := &Result{Certificate: leaf, CertificateAddress: kept.Certificates[0].Address, Key: kept.Key.Address}
+			return c.judge(c.schedule(ctx, leaf), now), current, nil
+		}
+		if !errors.Is(err, engine.ErrNotFound) {
+			return nil, nil, err
+		}
+	}
+	renewal, err := c.judgeLost(ctx, now)
+	return renewal, new(Result), err
+}
+
+func (c *Credential) schedule(ctx context.Context, leaf *x509.Certificate) Schedule {
+	return c.cfg.Policy.Schedule(leaf.NotBefore, leaf.NotAfter, c.identity(ctx, leaf))
+}
+
+// judgeLost judges a device that was enrolled and has no certificate to renew: it is
+// enrolled again at once, and after that, whatever it came to, with such a pause as the
+// newest of its certificates had that the token still has.
+func (c *Credential) judgeLost(ctx context.Context, now time.Time) (*Renewal, error) {
+	r := &Renewal{State: RenewalLost, NextAttempt: now.UTC()}
+	last := c.lastAttempt(now)
+	if op := c.journal.Operation; op != nil && !op.Tried {
+		r.State = RenewalUnfinished
+		return r, nil
+	} else if c.cfg.NoFallback || last.IsZero() || c.journal.LastAttempt.Kind != KindEnroll {
+		return r, nil // without the way back there is no attempt, but an error that each run says
+	}
+	pause := Schedule{Interval: maxPause}
+	for _, kept := range c.journal.Pairs {
+		leaf, err := c.certificate(ctx, kept.Certificates[0].Address)
+		if err == nil {
+			pause = c.schedule(ctx, leaf)
+			break
+		}
+		if !errors.Is(err, engine.ErrNotFound) {
+			return nil, err
+		}
+	}
+	if r.NextAttempt = pause.again(last).UTC(); now.Before(r.NextAttempt) {
+		r.State = RenewalWaits
+	}
+	return r, nil
 }
 
 // judge compares a schedule with the time and with what was tried.
 func (c *Credential) judge(schedule Schedule, now time.Time) *Renewal {
 	last := c.lastAttempt(now)
-	r := &Renewal{State: RenewalNotDue, Due: schedule.Due.UTC(), NextAttempt: schedule.Next(last).UTC()}
+	r := &Renewal{State: RenewalNotDue, Due: schedule.Due.UTC(), NextAttempt: schedule.Next(last).UTC(), isDue: !now.Before(schedule.Due)}
 	if !last.IsZero() && c.journal.LastAttempt.Result == attemptDone {
 		// It got this certificate, and is no attempt to replace it; but one that was due
 		// when it was issued is not replaced in each run.

@@ -33,15 +33,16 @@ func (c *stopped) advance(by time.Duration) { c.set(c.now().Add(by)) }
 // server shares, and a switch for the way to the server.
 type renewing struct {
 	*device
-	clock *stopped
-	down  bool
-	dials int
+	clock  *stopped
+	behind time.Duration // how much the server's clock is
+	down   bool
+	dials  int
 }
 
 func newRenewing(t *testing.T, name string, lifetime time.Duration, configure func(*device)) *renewing {
 	t.Helper()
 	r := &renewing{clock: newStopped()}
-	r.device = newSite(t, testserver.Config{Lifetime: lifetime, Now: r.clock.now}).device(t, name)
+	r.device = newSite(t, testserver.Config{Lifetime: lifetime, Now: func() time.Time { return r.clock.now().Add(-r.behind) }}).device(t, name)
 	r.device.now = r.clock.now
 	r.hook = func(when, call string) error {
 		if call != "Dial" || when != "before" {

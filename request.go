@@ -30,14 +30,40 @@ func (c *Credential) authenticator(ctx context.Context) (*pair, error) {
 	return c.openCredential(ctx, kept)
 }
 
-// request exchanges the CSR for certificates. A result ends the operation.
+// request asks for certificates until the server has decided, or this run does not wait
+// so long. A result ends the operation.
 func (c *Credential) request(ctx context.Context) (*Result, error) {
+	until := c.cfg.Now().Add(c.cfg.Wait)
+	for {
+		result, err := c.ask(ctx)
+		pending, ok := err.(*PendingError) // alone: no failure beside it is waited away
+		if !ok {
+			return result, err
+		}
+		// A server that says to come back at once is not asked without a pause.
+		pause := max(pending.NotBefore.Sub(c.cfg.Now()), c.cfg.RetryInterval)
+		again := c.cfg.Now().Add(pause)
+		if again.After(until) {
+			return nil, err
+		}
+		c.say(StepRequest, "the server has not decided yet: asking again at %s", stamp(again))
+		if err := c.cfg.Sleep(ctx, pause); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// ask exchanges the CSR for certificates, once.
+func (c *Credential) ask(ctx context.Context) (*Result, error) {
 	op := c.journal.Operation
 	if err := c.checkSecurity(); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
 	auth, err := c.authenticator(ctx)
 	if err != nil {
+		return nil, &StepError{Step: StepRequest, Err: err}
+	}
+	if err := c.askAnew(auth); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
 	if c.asksAttributes(op) {
@@ -48,7 +74,7 @@ func (c *Credential) request(ctx context.Context) (*Result, error) {
 	if err != nil {
 		return nil, c.giveUpRekey(ctx, &StepError{Step: StepRequest, Err: err})
 	}
-	if err := c.stillPending(); err != nil {
+	if err := c.stillPending(ctx, auth); err != nil {
 		return nil, err
 	}
 	var got *answer
@@ -73,9 +99,27 @@ func (c *Credential) request(ctx context.Context) (*Result, error) {
 	return c.accept(ctx, auth, got)
 }
 
+// askAnew forgets what a server has said that is not the configured one any more.
+func (c *Credential) askAnew(auth *pair) (err error) {
+	op := c.journal.Operation
+	if !c.anotherServer(op) {
+		return nil
+	}
+	c.warn("the %s was begun with %s: %s is asked, with the same CSR", op.Kind, op.Server, c.cfg.ServerURI)
+	op.Server = c.cfg.ServerURI
+	op.forgetAnswer()
+	op.Deadline, err = c.deadline(op.Kind, auth.chain[0])
+	return err
+}
+
+// anotherServer reports whether the configuration names another server by now.
+func (c *Credential) anotherServer(op *operation) bool {
+	return op.Server != "" && op.Server != c.cfg.ServerURI
+}
+
 // stillPending returns the pending answer again until its time has come:
 // the client waits at least as long as the server said (RFC 9148 §4.7).
-func (c *Credential) stillPending() error {
+func (c *Credential) stillPending(ctx context.Context, auth *pair) (err error) {
 	op := c.journal.Operation
 	if op.AskedAt.IsZero() {
 		return nil
@@ -84,13 +128,36 @@ func (c *Credential) stillPending() error {
 	if floor, _ := c.clockFloor(); op.StartedAt.Before(floor) && !now.Before(floor) {
 		// The clock was known to be behind then and was set since: between the two
 		// lie decades that nobody waited.
-		op.StartedAt, op.Deadline = now, now.Add(c.cfg.PendingLimit)
+		op.StartedAt = now
+		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+			return err
+		}
 	}
-	// A clock that was set back would keep the device waiting: ask then.
-	if notBefore := op.AskedAt.Add(op.RetryAfter); now.Before(notBefore) && !now.Before(op.AskedAt) {
-		return &PendingError{NotBefore: notBefore, Deadline: op.Deadline, Detail: op.Detail}
+	pending := c.pending(op)
+	switch {
+	case pending == nil:
+		return nil
+	case op.Kind == KindRekey && now.After(op.Deadline):
+		// The server's patience is not that of the certificate. Nor is that what it
+		// comes to: it is not wrapped.
+		return c.discard(ctx, &StepError{Step: StepRequest, Err: fmt.Errorf("%w: %s", ErrRekeyGivenUp, pending)})
 	}
-	return nil
+	return pending
+}
+
+// pending is the answer of an operation whose time to ask again has not come, else nil.
+func (c *Credential) pending(op *operation) *PendingError {
+	pending, now := op.pending(), c.cfg.Now()
+	// A clock that was set back would keep the device waiting: it asks then.
+	if op.AskedAt.IsZero() || c.anotherServer(op) || !now.Before(pending.NotBefore) || now.Before(op.AskedAt) {
+		return nil
+	}
+	return pending
+}
+
+// pending is what the server has said, and the device makes of it.
+func (op *operation) pending() *PendingError {
+	return &PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline, Detail: op.Detail}
 }
 
 // buildCSR makes the CSR once and keeps it in the journal: every repetition, in
@@ -123,8 +190,10 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Sessi
 	}
 	if !asked {
 		// Another question: what the server said of the old one does not hold for it.
-		op.AskedAt, op.RetryAfter, op.Detail = time.Time{}, 0, ""
-		op.Deadline = c.cfg.Now().Add(c.cfg.PendingLimit)
+		op.forgetAnswer()
+		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+			return err
+		}
 	}
 	if links {
 		if session == nil {
@@ -141,6 +210,8 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Sessi
 		return "built the CSR, signed in the token", c.save()
 	})
 }
+
+func (op *operation) forgetAnswer() { op.AskedAt, op.RetryAfter, op.Detail = time.Time{}, 0, "" }
 
 // template is what an operation asks for: what is configured, and what the server
 // wants instead.
@@ -364,7 +435,10 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 			c.warn("the server asks for %s of patience: after %s the device asks again", pending.Asked, pending.RetryAfter)
 		}
 		op.AskedAt, op.RetryAfter, op.Detail = now, pending.RetryAfter, pending.Detail
-		return errors.Join(&PendingError{NotBefore: op.AskedAt.Add(op.RetryAfter), Deadline: op.Deadline, Detail: op.Detail}, c.save())
+		if err := c.save(); err != nil {
+			return errors.Join(op.pending(), err)
+		}
+		return op.pending()
 	case ctx.Err() != nil, errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
 	case isEngineError(err):

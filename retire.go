@@ -31,6 +31,9 @@ func (c *Credential) retire(ctx context.Context) (*Result, error) {
 			retired++
 		}
 		c.journal.Operation = nil // on the disk with the record of the attempt, which is saved next
+		if op.Kind != KindRenew || c.cfg.Policy.RekeyEvery == 0 {
+			c.journal.FailedRekey = nil
+		}
 		if retired > 0 {
 			return fmt.Sprintf("removed %d certificates older than the previous one", retired), nil
 		}
@@ -116,17 +119,21 @@ func (c *Credential) discard(ctx context.Context, cause error) error {
 	}
 	// Ctrl-C does not stop the cleaning up: it is short, and asked for.
 	ctx = context.WithoutCancel(ctx)
-	key := engine.Address(nil)
-	if op.NewKey {
-		key = op.Key.Address
-	}
-	created := op.Certificates
-	if len(created) > 0 && c.journal.has(created[0].Address) {
-		created = nil // a kept pair's, which the server gave once more
-	}
-	if err := c.removeCredential(ctx, created, key); err != nil {
+	certs, key := c.created(op)
+	if err := c.removeCredential(ctx, certs, key); err != nil {
 		return errors.Join(cause, &StepError{Step: StepDiscard, Err: err})
 	}
 	c.journal.Operation = nil
 	return errors.Join(cause, c.save(), c.removeUnreferencedFiles())
+}
+
+// created is what of an operation is in the token, or about to be, and nobody else's.
+func (c *Credential) created(op *operation) (certs []reference, key engine.Address) {
+	if op.NewKey {
+		key = op.Key.Address
+	}
+	if certs = op.Certificates; len(certs) > 0 && c.journal.has(certs[0].Address) {
+		certs = nil // a kept pair's, which the server gave once more
+	}
+	return certs, key
 }

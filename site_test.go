@@ -132,6 +132,8 @@ type device struct {
 	// hook is asked before and after each call into the engine and each part of a
 	// session: its error takes the place of the call's.
 	hook func(when, call string) error
+	// onProgress is called with each event: its panic is a kill after what was done.
+	onProgress func(estenroll.Event)
 	// authenticated is what a session says of itself, if it is set.
 	authenticated *bool
 	// accepts is what a session says of a key, if it is set.
@@ -181,8 +183,12 @@ func (s *site) device(t *testing.T, name string) *device {
 	d.cfg.Config = estenroll.Config{
 		StateDir: d.dir, OpenEngine: d.openEngine, ParseAddress: s.parse,
 		BuildTime: s.born.Add(-time.Hour), LockTimeout: 5 * time.Second,
-		Now:      func() time.Time { return d.now() },
-		Progress: func(e estenroll.Event) { d.events = append(d.events, e) },
+		Now: func() time.Time { return d.now() },
+		Progress: func(e estenroll.Event) {
+			if d.events = append(d.events, e); d.onProgress != nil {
+				d.onProgress(e)
+			}
+		},
 	}
 	d.cfg.CredentialConfig = estenroll.CredentialConfig{
 		Name: name, IDevID: s.idevid,

@@ -29,8 +29,11 @@ type Status struct {
 	// Pending is the operation that the next run goes on with.
 	Pending     *OperationStatus `json:"operation,omitempty"`
 	LastAttempt *Attempt         `json:"last_attempt,omitempty"`
-	// Renewal of the current certificate; nil where there is none, or where the
-	// clock cannot be right and RequireClock is set.
+	// FailedRekey is a rekey that came to nothing: the key is renewed instead, and
+	// the policy asks for another rekey with the next renewal.
+	FailedRekey *Attempt `json:"failed_rekey,omitempty"`
+	// Renewal is what RenewDue makes of the device; nil where it was never enrolled, or
+	// where the clock cannot be right and RequireClock is set.
 	Renewal *Renewal `json:"renewal,omitempty"`
 }
 
@@ -63,16 +66,11 @@ type OperationStatus struct {
 
 // Status reports what the state directory and the token hold. It changes nothing.
 func (c *Credential) Status(ctx context.Context) (*Status, error) {
-	s := &Status{Name: c.Name(), Server: c.cfg.ServerURI, LastAttempt: c.journal.LastAttempt}
+	s := &Status{Name: c.Name(), Server: c.cfg.ServerURI, LastAttempt: c.journal.LastAttempt, FailedRekey: c.journal.FailedRekey}
 	if err := c.checkUse(); err != nil {
 		s.Problem = err.Error()
 	}
-	if op := c.journal.Operation; op != nil {
-		s.Pending = &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
-		if !op.AskedAt.IsZero() {
-			s.Pending.NotBefore, s.Pending.Detail = op.AskedAt.Add(op.RetryAfter), op.Detail
-		}
-	}
+	s.Pending = c.journal.Operation.status()
 	current, enrolled := c.current()
 	s.Enrolled = enrolled
 	instance, exists := c.instance()
@@ -106,6 +104,18 @@ func (c *Credential) Status(ctx context.Context) (*Status, error) {
 		s.Previous = append(s.Previous, *shown)
 	}
 	return s, nil
+}
+
+// status is what there is to say of an operation, if there is one.
+func (op *operation) status() *OperationStatus {
+	if op == nil {
+		return nil
+	}
+	s := &OperationStatus{Kind: op.Kind, Step: op.Step, StartedAt: op.StartedAt}
+	if !op.AskedAt.IsZero() {
+		s.NotBefore, s.Detail = op.AskedAt.Add(op.RetryAfter), op.Detail
+	}
+	return s
 }
 
 func (c *Credential) credentialStatus(ctx context.Context, kept credential) (*CredentialStatus, error) {

@@ -22,7 +22,7 @@ func (op *operation) chain() ([]*x509.Certificate, error) {
 }
 
 func (op *operation) credential() credential {
-	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA, ExistingKey: op.ExistingKey}
+	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA, ExistingKey: op.ExistingKey, Renewals: op.Renewals}
 }
 
 func addresses(refs []reference) []engine.Address {

@@ -156,6 +156,24 @@ type CertificateStore interface {
 	RemoveCertificates(ctx context.Context, at []Address) error
 }
 
+// TokenInspector is implemented by engines that can tell what they have opened.
+type TokenInspector interface {
+	TokenStatus() TokenStatus
+}
+
+// TokenStatus is what an open token is, and how it was opened.
+type TokenStatus struct {
+	// Address tells the token from others, by more than it was opened by.
+	Address Address
+	Module  string // the driver's library, where it has one
+	// ReadOnly says that nothing can be written to it.
+	ReadOnly bool
+	// LoginRequired says that it wants a PIN, and PINSource where that came from:
+	// zero for one that a person typed.
+	LoginRequired bool
+	PINSource     PINSource
+}
+
 // Class is the class of an object in a token (PKCS #11 v2.40 §2.3).
 type Class string
 

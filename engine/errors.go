@@ -83,11 +83,12 @@ func (e *AmbiguousError) Unwrap() error {
 	return nil
 }
 
-// PINError is a PIN that was not accepted, or not tried. The caller remembers
-// Source and passes it as Options.RefusedPIN in the next run.
+// PINError is a PIN that was not accepted, or not tried. Of one that was refused
+// the caller remembers Source and passes it as Options.RefusedPIN in the next run.
 type PINError struct {
-	Source PINSource // zero for a PIN that a person typed
-	// Err is ErrPINIncorrect, ErrPINLocked, ErrPINFinalTry or ErrPINNotRetried.
+	Source PINSource // zero for a PIN that a person typed, or that is not there
+	// Err is ErrPINIncorrect, ErrPINLocked, ErrPINFinalTry, ErrPINNotRetried or
+	// ErrPINMissing, or why the PIN cannot be read.
 	Err error
 }
 

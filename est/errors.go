@@ -34,6 +34,9 @@ var (
 	ErrHandshake = errors.New("no secure session")
 	// ErrUnreachable says that the server gave no answer.
 	ErrUnreachable = errors.New("no answer from the server")
+	// ErrFellSilent says, beside ErrUnreachable, that the server answered at first: its
+	// address is right.
+	ErrFellSilent = errors.New("the server answers and then falls silent")
 	// ErrCredentialRefused says that the server refused our certificate.
 	ErrCredentialRefused = errors.New("the server refuses our certificate")
 	// ErrKeyUnsuitable says that the server takes no certificate, or no signature,

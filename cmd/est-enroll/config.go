@@ -49,6 +49,9 @@ var examples = map[string][]string{
 	"security-server-certificate": {"/etc/est-enroll/lwm2m-server.pem"},
 	"exchange-timeout":            {"5m0s"},
 	"export-dir":                  {"/var/lib/est-enroll-public"},
+	"hook-before":                 {"/etc/est-enroll/before"},
+	"hook-after":                  {"/etc/est-enroll/after"},
+	"hook-failure":                {"/etc/est-enroll/failure"},
 }
 
 const exampleHead = `# est-enroll: every setting, with its default or an example.

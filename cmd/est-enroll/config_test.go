@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
+
+	"estenroll/internal/agent"
 )
 
 // commented is a setting that is a comment.
@@ -58,6 +60,18 @@ func parseSettings(t *testing.T, text string) (*settings, map[string]string) {
 		}
 	})
 	return s, values
+}
+
+// What a hook finds in its environment is no setting, should it call est-enroll.
+func TestHookVariablesAreNoSettings(t *testing.T) {
+	t.Parallel()
+	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+	new(settings).register(flags)
+	flags.VisitAll(func(f *pflag.Flag) {
+		if slices.Contains(agent.HookVariables(), variable(f.Name)) {
+			t.Errorf("%s is %s", variable(f.Name), f.Name)
+		}
+	})
 }
 
 // The example is a configuration: as it is, of the defaults and the settings that

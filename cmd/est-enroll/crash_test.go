@@ -199,8 +199,13 @@ func (d *crashDevice) write(t *testing.T, name, content string) {
 // run runs the program, with the module that its configuration names.
 func (d *crashDevice) run(t *testing.T, module string, env []string, args ...string) (string, error) {
 	t.Helper()
+	out, err := d.command(t, module, env, append([]string{"-v"}, args...)...).CombinedOutput()
+	return string(out), err
+}
+
+func (d *crashDevice) command(t *testing.T, module string, env []string, args ...string) *exec.Cmd {
 	token := d.matrix.token
-	cmd := exec.CommandContext(t.Context(), filepath.Join(d.matrix.bin, "est-enroll"), append([]string{"-v"}, args...)...)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(d.matrix.bin, "est-enroll"), args...)
 	cmd.Env = append(env,
 		"SOFTHSM2_CONF="+filepath.Join(d.dir, "softhsm2.conf"),
 		"EST_ENROLL_STATE_DIR="+filepath.Join(d.dir, "state"),
@@ -210,8 +215,7 @@ func (d *crashDevice) run(t *testing.T, module string, env []string, args ...str
 		"EST_ENROLL_TRUST_ANCHORS="+filepath.Join(d.matrix.server.work, "ca", "ca.pem"),
 		"EST_ENROLL_SUBJECT="+d.subject,
 	)
-	out, err := cmd.CombinedOutput()
-	return string(out), err
+	return cmd
 }
 
 // prepare makes the directory that a story's devices are copied from.

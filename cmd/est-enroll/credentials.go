@@ -89,7 +89,7 @@ func (o *output) inTurn(ctx context.Context, turns []turn, do func(context.Conte
 		}
 		for _, left := range turns[i+1:] {
 			o.about = left.credential.Name()
-			o.warning("it had no turn in this run")
+			o.warning(noTurn)
 		}
 		break
 	}
@@ -98,6 +98,8 @@ func (o *output) inTurn(ctx context.Context, turns []turn, do func(context.Conte
 	}
 	return &toldError{worst}
 }
+
+const noTurn = "it had no turn in this run"
 
 // toldError is the outcome of several credentials, each of which has been told of.
 type toldError struct{ code int }

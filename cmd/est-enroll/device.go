@@ -26,20 +26,22 @@ var drivers = engine.Drivers{"pkcs11": pkcs11.Driver}
 
 // openDevice turns the settings into typed values, once, and opens the device.
 func (s *settings) openDevice(ctx context.Context, out *output) (*estenroll.Device, error) {
-	cfg, err := s.lifecycle(out)
+	cfg, err := s.lifecycle(out, out.progress)
 	if err != nil {
 		return nil, &usageError{err}
 	}
 	return estenroll.Open(ctx, cfg)
 }
 
-func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
+// lifecycle makes the configuration, whose questions are out's and whose events,
+// with those of the settings themselves, are tell's.
+func (s *settings) lifecycle(out *output, tell func(estenroll.Event)) (cfg estenroll.Config, err error) {
 	for _, one := range s.all() {
 		if err := cmp.Or(one.required(), one.inRange()); err != nil {
 			return cfg, s.of(one, err)
 		}
 	}
-	token, err := s.tokenAddress(out)
+	token, err := s.tokenAddress(tell)
 	if err != nil {
 		return cfg, err
 	}
@@ -52,7 +54,7 @@ func (s *settings) lifecycle(out *output) (cfg estenroll.Config, err error) {
 			return drivers.Open(ctx, token, engine.Options{LockDir: s.lockDir, LockTimeout: s.lockTimeout, Command: s.command, AddressSource: s.engineSource,
 				RefusedPIN: refused, PINCopy: pinCopy(os.LookupEnv), PINCopyName: credentialSource, AskPIN: out.askPIN(os.Stdin)})
 		},
-		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: out.progress,
+		ParseAddress: drivers.Parse, RequireClock: s.requireClock, Progress: tell,
 	}
 	for _, one := range s.all() {
 		credential, err := one.credentialConfig()
@@ -82,7 +84,7 @@ func (s *settings) of(one *settings, err error) error {
 
 func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error) {
 	cfg = estenroll.CredentialConfig{
-		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Tries: s.tries, RetryInterval: s.retryInterval, Policy: s.policy(),
+		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Wait: s.wait, Tries: s.tries, RetryInterval: s.retryInterval, Policy: s.policy(),
 		KeySpec: engine.KeySpec{Algorithm: s.algorithm()}, AllowExtractable: s.allowExtractable,
 		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
 	}
@@ -157,6 +159,9 @@ func (s *settings) inRange() error {
 	if s.attempts == 0 || s.attempts > 1000 {
 		return fmt.Errorf("attempts: %d is not from 1 to 1000", s.attempts)
 	}
+	if s.rekeyEvery > 1000 {
+		return fmt.Errorf("rekey-every: %d is not from 0 to 1000", s.rekeyEvery)
+	}
 	switch {
 	case s.stateDir == "":
 		return errors.New("state-dir: empty")
@@ -171,21 +176,23 @@ func (s *settings) inRange() error {
 	}
 	for name, d := range map[string]time.Duration{
 		"pending-limit": s.pendingLimit, "retry-interval": s.retryInterval, "ack-timeout": s.ackTimeout,
-		"handshake-timeout": s.handshakeTimeout, "lock-timeout": s.lockTimeout,
+		"handshake-timeout": s.handshakeTimeout, "lock-timeout": s.lockTimeout, "hook-timeout": s.hookTimeout,
 	} {
 		if d <= 0 {
 			return fmt.Errorf("%s: %s is not longer than nothing", name, d)
 		}
 	}
-	if s.exchangeTimeout < 0 {
-		return fmt.Errorf("exchange-timeout: %s is negative", s.exchangeTimeout)
+	for name, d := range map[string]time.Duration{"exchange-timeout": s.exchangeTimeout, "wait": s.wait} {
+		if d < 0 {
+			return fmt.Errorf("%s: %s is negative", name, d)
+		}
 	}
 	return nil
 }
 
 // tokenAddress parses the engine's address. Every user of the machine can read
 // an argument list, so a PIN in one is refused.
-func (s *settings) tokenAddress(out *output) (engine.Address, error) {
+func (s *settings) tokenAddress(tell func(estenroll.Event)) (engine.Address, error) {
 	token, err := drivers.Parse(s.engine)
 	if err != nil {
 		return nil, fmt.Errorf("engine: %w", err)
@@ -194,10 +201,10 @@ func (s *settings) tokenAddress(out *output) (engine.Address, error) {
 		if s.engineFromArgs {
 			return nil, errors.New("engine: a PIN in an argument list is readable by every user: change it, and name its file with pin-source=file:… instead")
 		}
-		out.progress(estenroll.Event{Warning: true, Message: "the PIN stands in the clear in " + s.engineSource.Path + ": pin-source=file:… keeps it in a file of its own"})
+		tell(estenroll.Event{Warning: true, Message: "the PIN stands in the clear in " + s.engineSource.Path + ": pin-source=file:… keeps it in a file of its own"})
 	} else if ok {
 		if info, err := os.Stat(uri.PINSource); err == nil && info.Mode().Perm()&0o077 != 0 {
-			out.progress(estenroll.Event{Warning: true, Message: "the PIN file " + uri.PINSource + " is open to other users: chmod 600"})
+			tell(estenroll.Event{Warning: true, Message: "the PIN file " + uri.PINSource + " is open to other users: chmod 600"})
 		}
 	}
 	return token, nil

@@ -31,7 +31,7 @@ const (
 
 const exitCodeHelp = `Exit codes:
   0    done, or nothing to do
-  1    failed, try again later: no answer, another run at work, not proven yet
+  1    failed, try again later: no answer, another run at work, not proven yet, a hook
   2    usage or configuration: change it first
   3    pending: the server has not decided, run again at the time that is said
   4    token, module or PIN: do not retry, a person must look
@@ -58,7 +58,7 @@ func judge(err error, interrupted bool) judgement {
 	}
 	var pending *estenroll.PendingError
 	if errors.As(err, &pending) {
-		return judgement{exitPending, "run the same command again then; the key and the request are kept"}
+		return judgement{exitPending, "run the same command again then; the key and the request are kept, until est-enroll cancel"}
 	}
 	if hint := pinHint(err); hint != "" {
 		return judgement{exitToken, hint}
@@ -160,14 +160,17 @@ var judgements = []struct {
 	is error
 	judgement
 }{
+	{agent.ErrHook, judgement{exitTryLater, "the certificate is right: correct the program, or hook-timeout; hook-after is called again by the next run"}},
 	{estenroll.ErrUnproven, judgement{exitTryLater, "run the same command again later: the stored certificate is proven then, without a new request"}},
 	{estenroll.ErrRekeyGivenUp, judgement{exitTryLater, "renew without --rekey keeps the current key; with it, the rekey begins anew"}},
 	{estenroll.ErrRefused, judgement{exitRefused, "the device goes on with the certificate it had; ask the people of the server why"}},
 	{estenroll.ErrBusy, judgement{exitTryLater, "wait for the other run, or give it longer with --lock-timeout"}},
 	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
 	{estenroll.ErrOwner, judgement{exitUsage, "run as that user, or name another directory with --state-dir"}},
+	{estenroll.ErrKeyNamed, judgement{exitUsage, "leave key out, and rekey generates one and leaves this one alone; without --rekey and rekey-every its certificate is renewed"}},
 	{estenroll.ErrConfig, judgement{exitUsage, "give each credential a name and a security-instance of its own; one that is renamed begins anew, in another instance; two with one key want subjects of their own"}},
 	{errDeclined, judgement{exitInterrupted, ""}},
+	{estenroll.ErrReset, judgement{exitUsage, "run est-enroll reset: it completes what was begun"}},
 	{estenroll.ErrWrongToken, judgement{exitToken, "connect the token that holds it; if it was cleared on purpose, the state directory is all that is left: remove it"}},
 	{estenroll.ErrNotConfigured, judgement{exitUsage, "name it below credentials again, or destroy what is left of it: est-enroll reset --credential NAME"}},
 	{estenroll.ErrNotEnrolled, judgement{exitUsage, "run est-enroll enroll first"}},

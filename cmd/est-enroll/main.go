@@ -116,7 +116,7 @@ func command(s *settings, out *output, began func()) *cobra.Command {
 	s.register(root.PersistentFlags())
 	root.Flags().SortFlags = false
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(err) })
-	root.AddCommand(enrollCommand(s, out), renewCommand(s, out), statusCommand(s, out), resetCommand(s, out), configCommand())
+	root.AddCommand(enrollCommand(s, out), renewCommand(s, out), statusCommand(s, out), doctorCommand(s, out, began), cancelCommand(s, out), resetCommand(s, out), configCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
 	for _, c := range root.Commands() {

@@ -70,6 +70,13 @@ func printable(text string) string {
 	}, text)
 }
 
+// hook prints a line of a hook's output.
+func (o *output) hook(name, text string) {
+	if !o.quiet {
+		o.line("hook-"+name+": ", text)
+	}
+}
+
 // prompt prints a part of a question to a person, whatever else is said.
 func (o *output) prompt(text string) { _, _ = io.WriteString(o.stderr, text) }
 
@@ -142,28 +149,6 @@ func (o *output) outcome(r *estenroll.Result) {
 	o.result("certificate: %s", r.CertificateAddress)
 }
 
-// plan prints what a run would do, and how far it was tried.
-func (o *output) plan(c *estenroll.Credential, p *estenroll.Plan, err error) {
-	o.result("dry run:      nothing is changed, no certificate was asked for")
-	what := string(p.Kind)
-	if p.Step != "" {
-		what = fmt.Sprintf("go on with the %s at step %s", p.Kind, p.Step)
-	}
-	o.result("would do:     %s", what)
-	if p.Acts {
-		o.result("when:         now")
-	} else {
-		o.result("when:         %s", stamp(p.At))
-	}
-	if p.NewKey != "" {
-		o.result("key:          a new one of type %s", p.NewKey)
-	}
-	var pending *estenroll.PendingError
-	if p.Kind != estenroll.KindReset && (err == nil || errors.As(err, &pending)) {
-		o.result("server:       %s answers, and is the one that it should be", c.ServerURI())
-	}
-}
-
 // json prints a value for a program.
 func (o *output) json(value any) error {
 	encoder := json.NewEncoder(o.stdout)
@@ -195,12 +180,17 @@ func (o *output) status(s *estenroll.Status) {
 		o.credential("  ", previous)
 	}
 	if r := s.Renewal; r != nil {
-		o.result("renewal due:  %s", stamp(r.Due))
+		if !r.Due.IsZero() {
+			o.result("renewal due:  %s", stamp(r.Due))
+		}
 		next := stamp(r.NextAttempt)
 		if r.State != estenroll.RenewalNotDue && r.State != estenroll.RenewalWaits {
 			next = "at the next run"
 		}
 		o.result("next attempt: %s (%s)", next, r.State)
+	}
+	if a := s.FailedRekey; a != nil {
+		o.result("rekey failed: at %s, the key is renewed instead: %s", stamp(a.Time), strings.ReplaceAll(a.Error, "\n", "; "))
 	}
 	if op := s.Pending; op != nil {
 		o.result("unfinished:   %s at step %s, begun %s", op.Kind, op.Step, stamp(op.StartedAt))

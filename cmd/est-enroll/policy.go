@@ -33,6 +33,6 @@ func (p *parsed[T]) wants() string { return p.wanted }
 // policy is when to renew.
 func (s *settings) policy() estenroll.Policy {
 	return estenroll.Policy{
-		NominalUsage: s.nominalUsage.value, MaxMargin: s.maxMargin.value, Attempts: int(s.attempts), NoJitter: s.noJitter,
+		NominalUsage: s.nominalUsage.value, MaxMargin: s.maxMargin.value, Attempts: int(s.attempts), NoJitter: s.noJitter, RekeyEvery: int(s.rekeyEvery),
 	}
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -23,13 +22,17 @@ come. What fails is tried again by later runs, "attempts" times in what is left.
 A run between that is silent, asks no server and exits 0. What an interrupted run
 left it goes on with at once. With --force it renews now.
 
-A certificate that has expired is enrolled again with the factory credential
+A certificate that has expired, that the token has lost, or that the server
+refuses beside its successor is enrolled again with the factory credential
 (IDevID), unless no-fallback is set.
 
-With --rekey, beside --force, it generates a new key in the HSM beside the old
-one, of the configured key-type, and gets the certificate for that. The old key
-stays, with its certificate, until the next completed renewal. A key that the
-configuration names (key) is not replaced.
+A rekey generates a new key in the HSM beside the old one, of the configured
+key-type, and gets the certificate for that. The old key stays, with its
+certificate, until the next completed renewal. Every rekey-every-th renewal of a
+key is one, forced or not; where it comes to nothing, the same run renews the
+current key, and status shows why until one is done. With --rekey, beside
+--force, it is a rekey whatever rekey-every says. A key that the configuration
+names (key) is not replaced.
 
 With --dry-run it changes nothing and asks for no certificate, but does all that
 comes before: it opens the token and the pair that is used, has the server answer
@@ -37,53 +40,47 @@ crts and judges it, and has the token sign the request; a key is not generated. 
 says what a run would do and when, also where nothing is due, and exits as a run
 would that comes so far. A wrong PIN costs a try and is remembered.
 
-With --json it prints one object: action (none, renewed, rekeyed, enrolled,
-unchanged, pending or failed), reason, the old and the new certificate, the next
-attempt, and with --dry-run the plan.
-Where the configuration has "credentials:", it is an object by their names.`,
+With --json it prints one object, whatever the run comes to:
+
+  name          of the credential
+  action        none, renewed, rekeyed, enrolled, unchanged, pending or failed
+  reason        not due, waiting, due, expired, lost, unfinished or forced
+  error         why it is pending or failed
+  old, new      the certificate before, and the one that took its place: serial,
+                not_before, not_after
+  next_attempt  when a run does something again
+  hooks         those that were called: hook, path, error
+  plan          of a dry run: kind, now, at, step (of what was begun), new_key
+
+Where the configuration has "credentials:", it is an object by their names.
+
+` + hooksHelp + ``,
 		Example: `  */5 * * * *  root  est-enroll renew    # /etc/cron.d/est-enroll`,
 		Args:    noArguments,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if rekey && !force {
 				return &usageError{errors.New("renew: --rekey is done now: it wants --force")}
 			}
-			changed, all := false, map[string]*renewReport{}
-			err := withCredentials(cmd.Context(), s, out, func(ctx context.Context, t turn) error {
-				do := renewTask(t.credential, force, rekey)
-				var report *renewReport
-				if asJSON {
-					report = &renewReport{Name: t.credential.Name()}
-					all[report.Name] = report
-					if err := report.before(ctx, t.credential, force); err != nil {
-						report.failed(err)
-						return err
+			w := &work{
+				settings: s, out: out, forced: force, asJSON: asJSON, observed: asJSON,
+				task: func(c *estenroll.Credential) task { return renewTask(c, force, rekey) },
+				show: func(result *estenroll.Result) {
+					if result != nil && result.Kind != "" {
+						out.outcome(result)
 					}
-				}
-				if dry {
-					plan, err := do.rehearse(ctx, t.credential)
-					changed = changed || err == nil && plan.Acts
-					if asJSON {
-						report.Plan = plan
-						report.after(ctx, t.credential, nil, err)
-					} else if plan != nil {
-						out.plan(t.credential, plan, err)
-					}
-					return err
-				}
-				result, err := do.run(ctx)
-				changed = changed || err == nil && result != nil && result.Changed
-				switch {
-				case asJSON:
-					report.after(ctx, t.credential, result, err)
-				case err == nil && result != nil && result.Kind != "":
-					out.outcome(result)
-				}
-				return t.export(ctx, t.credential, out, err)
-			})
-			if asJSON {
-				err = errors.Join(err, printJSON(s, all, out))
+				},
 			}
-			if err == nil && detailed && changed {
+			do := w.do
+			if dry {
+				do = w.rehearse
+			}
+			err := do(cmd.Context())
+			if asJSON {
+				if lost := printJSON(s, w.reports, out); lost != nil {
+					err = errors.Join(err, lost)
+				}
+			}
+			if err == nil && detailed && w.changed() {
 				return &toldError{exitRenewed}
 			}
 			return err
@@ -92,6 +89,7 @@ Where the configuration has "credentials:", it is an object by their names.`,
 	command.Flags().BoolVar(&force, "force", false, "renew now, whatever the age of the certificate")
 	command.Flags().BoolVar(&rekey, "rekey", false, "get the certificate for a new key, which is generated; with --force")
 	command.Flags().BoolVar(&dry, "dry-run", false, "do everything but ask for a certificate, change nothing, and say what a run would do")
+	s.registerWait(command.Flags())
 	command.Flags().BoolVar(&detailed, "detailed-exit-code", false, "exit 10 where there is a new certificate, 0 where nothing was to do")
 	command.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return command
@@ -111,94 +109,4 @@ func renewTask(c *estenroll.Credential, force, rekey bool) task {
 		return task{c.Renew, c.PlanRenew}
 	}
 	return task{c.RenewDue, c.PlanRenewDue}
-}
-
-// rehearse plans a task and does what of it changes nothing; the plan is nil where
-// there can be none.
-func (t task) rehearse(ctx context.Context, c *estenroll.Credential) (*estenroll.Plan, error) {
-	plan, err := t.plan(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return plan, c.DryRun(ctx, plan)
-}
-
-// renewReport is what renew did with a credential, for a program.
-type renewReport struct {
-	Name   string `json:"name"`
-	Action string `json:"action"`
-	// Reason is the state of the renewal before, or "forced".
-	Reason string `json:"reason,omitempty"`
-	Error  string `json:"error,omitempty"`
-	// Old is the certificate that was current before, New one that took its place.
-	Old         *validity `json:"old,omitempty"`
-	New         *validity `json:"new,omitempty"`
-	NextAttempt time.Time `json:"next_attempt,omitzero"`
-	// Plan is what a run would do, of a dry run alone.
-	Plan *estenroll.Plan `json:"plan,omitempty"`
-}
-
-type validity struct {
-	Serial    string    `json:"serial"` // hexadecimal
-	NotBefore time.Time `json:"not_before"`
-	NotAfter  time.Time `json:"not_after"`
-}
-
-func validityOf(status *estenroll.Status) *validity {
-	if !status.Enrolled || status.Current == nil || status.Current.Serial == "" {
-		return nil
-	}
-	return &validity{status.Current.Serial, status.Current.NotBefore, status.Current.NotAfter}
-}
-
-func (r *renewReport) before(ctx context.Context, credential *estenroll.Credential, force bool) error {
-	status, err := credential.Status(ctx)
-	if err != nil {
-		return err
-	}
-	r.Old = validityOf(status)
-	switch {
-	case force:
-		r.Reason = "forced"
-	case status.Renewal != nil:
-		r.Reason = string(status.Renewal.State)
-	}
-	return nil
-}
-
-func (r *renewReport) failed(err error) { r.Action, r.Error = "failed", oneLine(err) }
-
-func (r *renewReport) after(ctx context.Context, credential *estenroll.Credential, result *estenroll.Result, err error) {
-	var pending *estenroll.PendingError
-	switch {
-	case errors.As(err, &pending):
-		r.Action, r.Error = "pending", oneLine(err)
-	case err != nil:
-		r.failed(err)
-	case result == nil || result.Kind == "":
-		r.Action = "none"
-	case !result.Changed:
-		r.Action = "unchanged"
-	case result.Kind == estenroll.KindEnroll:
-		r.Action = "enrolled"
-	case result.Kind == estenroll.KindRekey:
-		r.Action = "rekeyed"
-	default:
-		r.Action = "renewed"
-	}
-	// What it says is true whatever the run has come to, Ctrl-C too. Where the token
-	// does not answer any more, that is the error already.
-	status, err := credential.Status(context.WithoutCancel(ctx))
-	if err != nil {
-		return
-	}
-	if now := validityOf(status); now != nil && (r.Old == nil || *now != *r.Old) {
-		r.New = now
-	}
-	if status.Renewal != nil {
-		r.NextAttempt = status.Renewal.NextAttempt
-	}
-	if pending != nil {
-		r.NextAttempt = pending.NotBefore.UTC()
-	}
 }

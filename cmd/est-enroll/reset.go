@@ -36,7 +36,8 @@ holds of a credential for other programs goes with it.`,
 			if !yes && !term.IsTerminal(int(os.Stdin.Fd())) {
 				return &usageError{errors.New("reset: it destroys keys for ever, and there is no terminal to ask on: say --yes")}
 			}
-			return withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
+			var forgotten []string
+			err := withDevice(cmd.Context(), s, out, func(ctx context.Context, device *estenroll.Device) error {
 				turns, err := s.turns(device, true)
 				if err != nil {
 					return err
@@ -60,9 +61,16 @@ holds of a credential for other programs goes with it.`,
 						return err
 					}
 					out.wasReset(plan)
+					forgotten = append(forgotten, t.credential.Name())
 					return t.removeExport(t.credential)
 				})
 			})
+			for _, name := range forgotten { // no lock is held by now: a hook may be at work
+				if lost := s.told(out).Forget(cmd.Context(), name); lost != nil {
+					err = errors.Join(err, lost)
+				}
+			}
+			return err
 		},
 	}
 	command.Flags().BoolVar(&yes, "yes", false, "do not ask")

@@ -471,7 +471,7 @@ func (s *session) interrupt(ts *testscript.TestScript, args []string) error {
 	}
 	lines := bufio.NewScanner(io.TeeReader(stderr, &output))
 	for lines.Scan() {
-		if strings.Contains(lines.Text(), "built the CSR") {
+		if text := lines.Text(); strings.Contains(text, "built the CSR") || strings.Contains(text, "asking again at") {
 			break
 		}
 	}

@@ -19,6 +19,7 @@ import (
 
 	"estenroll"
 	"estenroll/engine"
+	"estenroll/internal/agent"
 	"estenroll/internal/durable"
 )
 
@@ -58,6 +59,8 @@ type settings struct {
 	maxMargin             parsed[time.Duration]
 	attempts              uint
 	noJitter              bool
+	rekeyEvery            uint
+	wait                  time.Duration // of the commands that ask a server
 	pendingLimit          time.Duration
 	lockTimeout           time.Duration
 	tries                 uint
@@ -69,6 +72,9 @@ type settings struct {
 	handshakeTimeout      time.Duration
 	requireClock          bool
 	exportDir             string
+	hookBefore, hookAfter string
+	hookFailure           string
+	hookTimeout           time.Duration
 	retryPIN              bool
 	quiet, verbose        bool
 	engineSource          engine.PINSource // where the engine's address was read
@@ -102,7 +108,7 @@ const (
 )
 
 // onlyFlags are no settings of a file or an environment.
-var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "dry-run": true, "uri": true, "example": true}
+var onlyFlags = map[string]bool{"config": true, "help": true, "version": true, "quiet": true, "verbose": true, "retry-pin": true, "force": true, "yes": true, "json": true, "detailed-exit-code": true, "dry-run": true, "wait": true, "uri": true, "example": true}
 
 func (s *settings) register(flags *pflag.FlagSet) {
 	flags.SortFlags = false
@@ -145,6 +151,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.maxMargin, "max-margin", "the longest `time` before its end that a certificate is renewed: 30d or 720h")
 	flags.UintVar(&s.attempts, "attempts", 10, "how many attempts to renew it are spread over what is left then, no two within 30s")
 	flags.BoolVar(&s.noJitter, "no-jitter", false, "make the first of them when it is due, not at the device's own place before the second")
+	flags.UintVar(&s.rekeyEvery, "rekey-every", 0, "make every `n`-th renewal of a key one with a new key: 1 each of them, 0 none")
 	flags.DurationVar(&s.pendingLimit, "pending-limit", 7*24*time.Hour, "give up a request that the server keeps pending for so long")
 	flags.UintVar(&s.tries, "tries", 4, "how often an exchange without an answer is tried in one run, with the same CSR")
 	flags.DurationVar(&s.retryInterval, "retry-interval", time.Second, "first pause between those tries; it doubles")
@@ -154,12 +161,21 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.DurationVar(&s.exchangeTimeout, "exchange-timeout", 0, "bound on one request and all blocks of it and of its answer (default: by RFC 7252)")
 	flags.DurationVar(&s.handshakeTimeout, "handshake-timeout", 30*time.Second, "bound on one DTLS handshake")
 	flags.StringVar(&s.exportDir, "export-dir", "", "`directory` for other programs: certificate, chain and the key's address, as files below NAME/")
+	flags.StringVar(&s.hookBefore, "hook-before", "", "`file` to execute before a run acts: without a shell or arguments, with EST_ENROLL_HOOK and others in its environment")
+	flags.StringVar(&s.hookAfter, "hook-after", "", "`file` to execute when there is a new certificate, by each run until it has succeeded")
+	flags.StringVar(&s.hookFailure, "hook-failure", "", "`file` to execute when an attempt has failed")
+	flags.DurationVar(&s.hookTimeout, "hook-timeout", time.Minute, "bound on one of these, which is then ended with all that it has started")
 	flags.BoolVar(&s.requireClock, "require-clock", false, "refuse to work while the system clock is behind what the device has verified")
 	flags.StringVar(&s.lockDir, "lock-dir", "/run/lock/est-enroll", "`directory` of the writer locks that all users of a token share")
 	flags.DurationVar(&s.lockTimeout, "lock-timeout", 30*time.Second, "how long to wait for another run that has the state directory or the token")
 	flags.BoolVar(&s.retryPIN, "retry-pin", false, "try a PIN again that the token refused, though its source has not changed")
 	flags.BoolVarP(&s.quiet, "quiet", "q", false, "print errors only")
 	flags.BoolVarP(&s.verbose, "verbose", "v", false, "print each step with its time, on a terminal or not")
+}
+
+// registerWait adds the flag of the commands that ask a server.
+func (s *settings) registerWait(flags *pflag.FlagSet) {
+	flags.DurationVar(&s.wait, "wait", 0, "wait so long in this run for the time at which a server that has not decided may be asked again")
 }
 
 // complete fills what no flag has set: from the environment, then from the file.
@@ -208,6 +224,9 @@ func unknownVariables(flags *pflag.FlagSet, environ []string) (unknown []string)
 			known[variable(f.Name)] = true
 		}
 	})
+	for _, name := range agent.HookVariables() {
+		known[name] = true // a hook has called this program
+	}
 	for _, pair := range environ {
 		name, value, _ := strings.Cut(pair, "=")
 		if strings.HasPrefix(name, envPrefix) && value != "" && !known[name] {

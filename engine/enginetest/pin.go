@@ -129,6 +129,21 @@ var pinRules = []rule{
 		s.refused(s.Address, s.Options, nil)
 		s.counts("C_Login", 0)
 	}},
+	{"an open token tells what it is and where its PIN came from", func(s *suite) {
+		e, err := s.try(s.Address, s.Options)
+		if err != nil {
+			s.Fatal(err)
+		}
+		defer s.close(opened{Engine: e})
+		inspector, ok := e.(engine.TokenInspector)
+		if !ok {
+			s.Fatal("the engine does not say")
+		}
+		status := inspector.TokenStatus()
+		if !status.LoginRequired || !status.PINSource.Same(sourceOf(s)) || status.ReadOnly || status.Address == nil || status.Module == "" {
+			s.Errorf("got %+v", status)
+		}
+	}},
 	{"a PIN cannot be printed", func(s *suite) {
 		at := s.parse(s.WithPIN)
 		for _, verb := range "vsdqxX" {

@@ -41,6 +41,7 @@ var (
 	_ engine.KeyInspector     = (*Engine)(nil)
 	_ engine.CertificateStore = (*Engine)(nil)
 	_ engine.Lister           = (*Engine)(nil)
+	_ engine.TokenInspector   = (*Engine)(nil)
 )
 
 func open(ctx context.Context, at engine.Address, opts engine.Options) (engine.Engine, error) {

@@ -41,6 +41,16 @@ func (e *Engine) resolve(u URI) (URI, error) {
 	return u.Resolve(token)
 }
 
+// TokenStatus implements engine.TokenInspector.
+func (e *Engine) TokenStatus() engine.TokenStatus {
+	_ = e.module.enter(context.Background()) // ends only with the gate
+	defer e.module.leave()
+	return engine.TokenStatus{
+		Address: URI{Token: e.about.Token, Manufacturer: e.about.Manufacturer, Model: e.about.Model, Serial: e.about.Serial},
+		Module:  e.uri.ModulePath, ReadOnly: e.token.readOnly, LoginRequired: e.token.private, PINSource: e.token.source,
+	}
+}
+
 // List implements engine.Lister.
 func (e *Engine) List(ctx context.Context, filter engine.Address) ([]engine.Object, error) {
 	const op = "list objects"

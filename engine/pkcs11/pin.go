@@ -22,7 +22,8 @@ import (
 const maxPINFile = 1024 // bytes
 
 // readPIN returns the PIN of a token's URI and where it came from. An absent
-// PIN is ErrPINMissing: an empty one never reaches the module.
+// PIN is ErrPINMissing: an empty one never reaches the module. Its errors are
+// *engine.PINErrors.
 func readPIN(u URI, opts engine.Options) ([]byte, engine.PINSource, error) {
 	switch {
 	case u.HasPINValue():
@@ -34,7 +35,7 @@ func readPIN(u URI, opts engine.Options) ([]byte, engine.PINSource, error) {
 	case u.PINSource != "":
 		pin, source, err := readPINFile(u.PINSource)
 		if err != nil {
-			return nil, engine.PINSource{}, fmt.Errorf("pin-source: %w", err)
+			return nil, engine.PINSource{}, &engine.PINError{Err: fmt.Errorf("pin-source: %w", err)}
 		}
 		return pin, source, nil
 	case opts.PINCopy != "":
@@ -43,10 +44,10 @@ func readPIN(u URI, opts engine.Options) ([]byte, engine.PINSource, error) {
 		case err == nil:
 			return pin, engine.PINSource{Path: opts.PINCopyName, Size: source.Size}, nil
 		case !errors.Is(err, fs.ErrNotExist):
-			return nil, engine.PINSource{}, fmt.Errorf("%s: %w", opts.PINCopyName, err)
+			return nil, engine.PINSource{}, &engine.PINError{Err: fmt.Errorf("%s: %w", opts.PINCopyName, err)}
 		}
 	}
-	return nil, engine.PINSource{}, engine.ErrPINMissing
+	return nil, engine.PINSource{}, &engine.PINError{Err: engine.ErrPINMissing}
 }
 
 // pinAsked returns the PIN that a person gives for a token, nil where another source
@@ -63,7 +64,7 @@ func pinAsked(ctx context.Context, u URI, s slot, opts engine.Options) ([]byte, 
 	case err != nil:
 		return nil, fmt.Errorf("ask for the PIN: %w", err)
 	case pin.Reveal() == "":
-		return nil, engine.ErrPINMissing
+		return nil, &engine.PINError{Err: engine.ErrPINMissing}
 	}
 	return []byte(pin.Reveal()), nil
 }

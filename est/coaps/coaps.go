@@ -189,16 +189,23 @@ func classify(ctx context.Context, err error) error {
 	case errors.Is(err, coap.ErrKeyUnsuitable):
 		return fmt.Errorf("%w: %w", est.ErrKeyUnsuitable, err)
 	case errors.Is(err, coap.ErrTimeout), errors.Is(err, coap.ErrClosed), errors.Is(err, coap.ErrReset), isNetwork(err):
-		return &unreachableError{err}
+		var handshake *coap.HandshakeError
+		if errors.As(err, &handshake) && handshake.Answered {
+			return &unreachableError{err, []error{err, est.ErrUnreachable, est.ErrFellSilent}}
+		}
+		return &unreachableError{err, []error{err, est.ErrUnreachable}}
 	}
 	return err
 }
 
 // unreachableError is an est.ErrUnreachable whose cause says enough.
-type unreachableError struct{ cause error }
+type unreachableError struct {
+	cause error
+	is    []error
+}
 
 func (e *unreachableError) Error() string   { return e.cause.Error() }
-func (e *unreachableError) Unwrap() []error { return []error{e.cause, est.ErrUnreachable} }
+func (e *unreachableError) Unwrap() []error { return e.is }
 
 // RoundTrip implements est.Session.
 func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Response, error) {

@@ -27,6 +27,7 @@ import (
 	"estenroll/est"
 	"estenroll/est/coaps"
 	"estenroll/internal/coap"
+	"estenroll/internal/coap/coaptest"
 )
 
 var epoch = time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
@@ -360,13 +361,25 @@ func TestDialUnreachable(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := newWorld(t, nil, func(context.Context, *coap.Request) *coap.Response { return &coap.Response{Code: codes.Content} })
-	for name, address := range map[string]net.Addr{"silence": silent.LocalAddr(), "a refused port": gone.LocalAddr()} {
+	// It passes the server's first flight, a HelloVerifyRequest.
+	cut := coaptest.NewProxy(t, w.config().URI.Address(), coaptest.Faults{Hook: func(d coaptest.Datagram) coaptest.Action {
+		if d.Direction == coaptest.ToClient && d.Number > 2 {
+			return coaptest.Drop
+		}
+		return coaptest.Pass
+	}})
+	const fallsSilent = "a server that falls silent"
+	for name, address := range map[string]string{"silence": silent.LocalAddr().String(), "a refused port": gone.LocalAddr().String(), fallsSilent: cut.Addr()} {
 		t.Run(name, func(t *testing.T) {
 			cfg := w.config()
 			cfg.URI.Port = port(t, address)
 			cfg.HandshakeTimeout = 300 * time.Millisecond
-			if _, err := coaps.Dial(t.Context(), cfg); !errors.Is(err, est.ErrUnreachable) {
+			_, err := coaps.Dial(t.Context(), cfg)
+			if !errors.Is(err, est.ErrUnreachable) {
 				t.Errorf("got %v, want ErrUnreachable", err)
+			}
+			if errors.Is(err, est.ErrFellSilent) != (name == fallsSilent) {
+				t.Errorf("it answered at first: %v", err)
 			}
 		})
 	}
@@ -386,10 +399,9 @@ func TestDialUnreachable(t *testing.T) {
 	})
 }
 
-func port(t *testing.T, address net.Addr) uint16 {
+func port(t *testing.T, address string) uint16 {
 	t.Helper()
-	text := address.String()
-	n, err := strconv.ParseUint(text[strings.LastIndex(text, ":")+1:], 10, 16)
+	n, err := strconv.ParseUint(address[strings.LastIndex(address, ":")+1:], 10, 16)
 	if err != nil {
 		t.Fatal(err)
 	}

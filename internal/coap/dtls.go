@@ -57,6 +57,8 @@ type HandshakeError struct {
 	// CertificateSent tells that our certificate and the proof of its key went
 	// out, so that an alert may well be about them.
 	CertificateSent bool
+	// Answered tells that something of the peer's came.
+	Answered bool
 	// Refused tells that we ended it because of what the peer sent: it does not
 	// parse, is not signed by the key of its certificate, or is not what we
 	// offered and require. It is not set for what Verify refused.
@@ -307,7 +309,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 }
 
 func handshakeError(addr string, shake *handshake, err error) *HandshakeError {
-	result := &HandshakeError{Addr: addr, CertificateSent: shake.signed.Load(), Err: err}
+	result := &HandshakeError{Addr: addr, CertificateSent: shake.signed.Load(), Answered: shake.received.Load() > 0, Err: err}
 	var pionError *dtls.HandshakeError
 	if errors.As(err, &pionError) {
 		result.Err = pionError.Err

@@ -93,6 +93,29 @@ func Symlink(target, path string) (err error) {
 	return syncDirectory(dir)
 }
 
+// MkdirAll makes a directory and those above it that are missing, as os.MkdirAll
+// does. When it returns nil, those that it made are on the disk: a file in one that
+// is not would be lost with it.
+func MkdirAll(path string, perm os.FileMode) (err error) {
+	defer wrap(&err, "make directory", path)
+	var made []string
+	for dir := filepath.Clean(path); ; dir = filepath.Dir(dir) {
+		if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		made = append(made, dir)
+	}
+	if err := os.MkdirAll(path, perm); err != nil {
+		return err
+	}
+	for _, dir := range made {
+		if err := syncDirectory(filepath.Dir(dir)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Remove removes the file at path; one that is missing already is no error. When
 // it returns nil the removal is on the disk. It removes no directory, and a
 // symbolic link itself rather than what it points to.

@@ -207,6 +207,27 @@ func TestSymlinkRefused(t *testing.T) {
 	}
 }
 
+// That what it makes is on the disk, the system calls of a first boot show
+// (cmd/est-enroll, TestTrace).
+func TestMkdirAll(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a", "b")
+	for range 2 {
+		if err := durable.MkdirAll(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if status, err := os.Stat(path); err != nil || status.Mode() != 0o700|fs.ModeDir {
+			t.Errorf("%v, %v", status, err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := durable.MkdirAll(filepath.Join(dir, "file", "below"), 0o700); !errors.Is(err, syscall.ENOTDIR) {
+		t.Errorf("got %v, want ENOTDIR", err)
+	}
+}
+
 func TestRemove(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "file")
