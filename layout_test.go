@@ -24,7 +24,7 @@ var rooms = map[string][]string{
 	"estenroll/engine":             {},
 	"estenroll/engine/enginetest":  {"estenroll/engine"},
 	"estenroll/engine/pkcs11":      {"estenroll/engine", "estenroll/internal/durable", "github.com/miekg/pkcs11"},
-	"estenroll/est":                {"go.mozilla.org/pkcs7"},
+	"estenroll/est":                {"github.com/fxamacker/cbor/v2", "go.mozilla.org/pkcs7"},
 	"estenroll/est/coaps":          {"estenroll/est", "estenroll/internal/coap"},
 	"estenroll/internal/agent":     {"estenroll", "estenroll/engine", "estenroll/est", "estenroll/internal/durable"},
 	"estenroll/internal/coap":      {"github.com/pion/dtls/v3", "github.com/plgd-dev/go-coap/v3"},
