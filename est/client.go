@@ -55,6 +55,33 @@ func (c *Client) CSRAttrs(ctx context.Context) ([]byte, error) {
 	return resp.Body, nil
 }
 
+// ServerKeyGen sends a CSR (DER) whose key is of the kind that is wanted, and returns
+// the key that the server has made and the certificates for it (RFC 7030 §4.4, RFC
+// 9148 §4.8): the caller clears it. ErrKeyEnveloped.
+func (c *Client) ServerKeyGen(ctx context.Context, csr []byte) (*ServerKey, error) {
+	resp, err := c.Session.RoundTrip(ctx, &Request{Operation: ServerKeyGen, Body: csr})
+	if err != nil {
+		return nil, err
+	}
+	defer clear(resp.Body)
+	parts := resp.Parts
+	if parts == nil {
+		if resp.ContentFormat != ContentFormatMultipartCore {
+			err = fmt.Errorf("content-format %d, want %d", resp.ContentFormat, ContentFormatMultipartCore)
+		} else {
+			parts, err = ParseMultipartCore(resp.Body)
+		}
+	}
+	var key *ServerKey
+	if err == nil {
+		key, err = ParseServerKey(parts)
+	}
+	if err != nil {
+		return nil, &ResponseError{Operation: ServerKeyGen, Err: err}
+	}
+	return key, nil
+}
+
 func (c *Client) exchange(ctx context.Context, req *Request) ([]*x509.Certificate, error) {
 	resp, err := c.Session.RoundTrip(ctx, req)
 	if err != nil {

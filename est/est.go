@@ -19,6 +19,10 @@ const (
 	SimpleEnroll   Operation = "simpleenroll"   // RFC 7030 §4.2.1
 	SimpleReenroll Operation = "simplereenroll" // RFC 7030 §4.2.2
 	CSRAttrs       Operation = "csrattrs"       // RFC 7030 §4.5
+	ServerKeyGen   Operation = "serverkeygen"   // RFC 7030 §4.4
+	// ServerKeyGenCert is ServerKeyGen with the certificate as it is, in no PKCS#7:
+	// over CoAP alone (RFC 9148 §4.8).
+	ServerKeyGenCert Operation = "serverkeygen-cert"
 )
 
 // DefaultRoot is the path every server supports (RFC 9148 §4.1).
@@ -35,6 +39,10 @@ func (o Operation) ShortPath() string {
 		return "sren"
 	case CSRAttrs:
 		return "att"
+	case ServerKeyGen:
+		return "skg"
+	case ServerKeyGenCert:
+		return "skc"
 	}
 	return ""
 }
@@ -72,6 +80,9 @@ type Request struct {
 type Response struct {
 	ContentFormat ContentFormat
 	Body          []byte
+	// Parts of an answer that a transport has taken apart itself (multipart/mixed);
+	// those of multipart-core are in Body.
+	Parts []Part
 }
 
 // Session is one open, authenticated connection to an EST server.

@@ -290,3 +290,40 @@ func readKey(parts []est.Part) {
 		key.Clear()
 	}
 }
+
+// What a session gives is a key and its certificates, taken apart by it or not; what
+// is refused, and what is done with, is not left in memory.
+func TestClientServerKeyGen(t *testing.T) {
+	whole := vector(t, "skg-response-62.cbor")
+	parts, err := est.ParseMultipartCore(whole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		response est.Response
+		text     string
+	}{
+		"multipart-core":   {est.Response{ContentFormat: est.ContentFormatMultipartCore, Body: bytes.Clone(whole)}, ""},
+		"multipart/mixed":  {est.Response{Parts: clone(parts)}, ""},
+		"another format":   {est.Response{ContentFormat: est.ContentFormatPKCS8, Body: bytes.Clone(parts[0].Body)}, "content-format 284, want 62"},
+		"no certificate":   {est.Response{Parts: clone(parts[:1])}, "no certificate"},
+		"garbage":          {est.Response{ContentFormat: est.ContentFormatMultipartCore, Body: []byte{0xff}}, "multipart-core"},
+		"an encrypted key": {est.Response{Parts: []est.Part{{ContentFormat: est.ContentFormatPKCS7ServerKey, Body: []byte{1}}}}, "encrypted"},
+	} {
+		session := &fake{response: c.response}
+		key, err := (&est.Client{Session: session}).ServerKeyGen(t.Context(), []byte("csr"))
+		if session.got.Operation != est.ServerKeyGen || string(session.got.Body) != "csr" {
+			t.Errorf("%s: sent %+v", name, session.got)
+		}
+		var response *est.ResponseError
+		switch {
+		case c.text == "" && (err != nil || !bytes.Equal(key.PKCS8, parts[0].Body) || len(key.Certificates) != 1):
+			t.Errorf("%s: got %+v, %v", name, key, err)
+		case c.text != "" && (!errors.As(err, &response) || !strings.Contains(err.Error(), c.text)):
+			t.Errorf("%s: got %v, want %q", name, err, c.text)
+		}
+		if !bytes.Equal(c.response.Body, make([]byte, len(c.response.Body))) {
+			t.Errorf("%s: the body is still there", name)
+		}
+	}
+}

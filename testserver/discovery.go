@@ -21,15 +21,17 @@ const (
 )
 
 // operations are the resources below an EST root, in the order of their links.
-var operations = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll, est.CSRAttrs}
+var operations = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll, est.CSRAttrs, est.ServerKeyGen, est.ServerKeyGenCert}
 
 // operations are those of the server's.
 func (s *Server) operations() []est.Operation {
-	if s.cfg.CSRAttributes == nil {
-		return slices.DeleteFunc(slices.Clone(operations), func(o est.Operation) bool { return o == est.CSRAttrs })
-	}
-	return operations
+	return slices.DeleteFunc(slices.Clone(operations), func(o est.Operation) bool {
+		return o == est.CSRAttrs && s.cfg.CSRAttributes == nil || generates(o) && !s.cfg.ServerKeyGen
+	})
 }
+
+// generates reports the operations in which the server makes the key.
+func generates(o est.Operation) bool { return o == est.ServerKeyGen || o == est.ServerKeyGenCert }
 
 // roots are the paths that the resources are below: the one that every server
 // has and the odd one, and each of them with each label (RFC 9148 §4.1).
@@ -105,6 +107,8 @@ func (s *Server) links() []link {
 func (s *Server) formats(operation est.Operation) []string {
 	answer := s.answered(nil)
 	switch operation {
+	case est.ServerKeyGen, est.ServerKeyGenCert:
+		return []string{fmt.Sprint(est.ContentFormatMultipartCore)}
 	case est.CSRAttrs:
 		return []string{fmt.Sprint(est.ContentFormatCSRAttrs)}
 	case est.CACerts:

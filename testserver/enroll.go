@@ -77,14 +77,21 @@ type shapedKey struct {
 }
 
 type issued struct {
-	cert *x509.Certificate
-	at   time.Time
+	cert  *x509.Certificate
+	pkcs8 []byte // the key that the server has made for it
+	at    time.Time
 }
 
 // enroll does sen and sren: RFC 7030 §4.2.1 and §4.2.2. Its error is a
-// *refusal, or a failure of the server. Two equal requests at once issue one
-// certificate.
+// *refusal, or a failure of the server.
 func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificate, error) {
+	made, err := s.issueOnce(ctx, asked)
+	return made.cert, err
+}
+
+// issueOnce answers a request for a certificate: two equal ones at once, and within
+// the replay window, issue one.
+func (s *Server) issueOnce(ctx context.Context, asked enrollment) (made issued, err error) {
 	request, err := parseCSR(asked.csr)
 	if err == nil {
 		err = cmp.Or(checkNames(request.RawSubject, subjectAltName(request.Extensions)), checkUsage(request))
@@ -93,11 +100,11 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 		err = s.checkLink(request, asked.binding)
 	}
 	if err != nil {
-		return nil, &refusal{kind: refusedRequest, detail: err.Error()}
+		return made, &refusal{kind: refusedRequest, detail: err.Error()}
 	}
 	if asked.operation == est.SimpleReenroll {
 		if err := s.checkReenrollment(request, asked.client); err != nil {
-			return nil, err
+			return made, err
 		}
 	}
 	faults := s.Faults()
@@ -105,15 +112,15 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 		select {
 		case <-time.After(faults.Delay):
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return made, ctx.Err()
 		}
 	}
 	if faults.Answer != "" {
 		code, err := parseCode(faults.Answer)
 		if err != nil {
-			return nil, err
+			return made, err
 		}
-		return nil, &refusal{kind: refusedAs, code: code, detail: "refused by a fault"}
+		return made, &refusal{kind: refusedAs, code: code, detail: "refused by a fault"}
 	}
 
 	s.mu.Lock()
@@ -121,7 +128,7 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 	key := newReplayKey(asked, request)
 	if s.deferred[key] < faults.Defer {
 		s.deferred[key]++
-		return nil, &refusal{kind: refusedForNow, detail: "not decided yet, come again", retryAfter: faults.DeferMaxAge}
+		return made, &refusal{kind: refusedForNow, detail: "not decided yet, come again", retryAfter: faults.DeferMaxAge}
 	}
 	now := s.now()
 	shaped := shapedKey{key, strings.Join(faults.issuing(), " ")}
@@ -129,10 +136,9 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 	earlier, known := s.issued[shaped]
 	if !known || !s.replays(earlier, now) {
 		kind = EventIssuance
-		if earlier.cert, err = s.issue(request, faults, now); err != nil {
-			return nil, err
+		if earlier, err = s.make(asked.operation, request, faults, now); err != nil {
+			return made, err
 		}
-		earlier.at = now
 	}
 	event := newEvent(kind, now, earlier.cert)
 	event.Operation, event.Path = asked.operation, asked.path
@@ -140,7 +146,7 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 	event.CSR = fingerprint(asked.csr)
 	event.Faults = faults.issuing()
 	if err := s.record.add(event); err != nil {
-		return nil, err
+		return made, err
 	}
 	if kind == EventIssuance && !s.cfg.NoReplay {
 		for key, old := range s.issued {
@@ -150,7 +156,7 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 		}
 		s.issued[shaped] = earlier
 	}
-	return earlier.cert, nil
+	return earlier, nil
 }
 
 // replays reports whether an earlier certificate answers a repeated request:
@@ -190,8 +196,26 @@ func (s *Server) checkReenrollment(csr *x509.CertificateRequest, client *x509.Ce
 	return nil
 }
 
+// make issues for the key of the request, or for one that it makes.
+func (s *Server) make(operation est.Operation, request *x509.CertificateRequest, faults Faults, now time.Time) (made issued, err error) {
+	made.at = now
+	pub := crypto.PublicKey(request.PublicKey)
+	if generates(operation) {
+		key, err := keyLike(pub)
+		if err != nil {
+			return made, fmt.Errorf("generate key: %w", err)
+		}
+		if made.pkcs8, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
+			return made, err
+		}
+		pub = key.Public()
+	}
+	made.cert, err = s.issue(request, pub, faults, now)
+	return made, err
+}
+
 // issue signs what the CSR asks for, or what the faults make of it.
-func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time.Time) (*x509.Certificate, error) {
+func (s *Server) issue(request *x509.CertificateRequest, pub crypto.PublicKey, faults Faults, now time.Time) (*x509.Certificate, error) {
 	now = now.Truncate(time.Second)
 	notBefore, notAfter := now.Add(-s.cfg.Backdate), now.Add(s.cfg.Lifetime)
 	switch {
@@ -219,7 +243,7 @@ func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time
 	if faults.CAFlag {
 		template.BasicConstraintsValid, template.IsCA = true, true
 	}
-	ca, pub := s.ca.Load().issuing, crypto.PublicKey(request.PublicKey)
+	ca := s.ca.Load().issuing
 	if faults.ForeignChain {
 		ca = s.ca.Load().foreign
 	}

@@ -1,8 +1,14 @@
 package testserver_test
 
 import (
+	"bytes"
+	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
 	"encoding/base64"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -61,6 +67,53 @@ func TestProofOfPossession(t *testing.T) {
 	repeated, err := third.SimpleEnroll(t.Context(), linked(t, third, device))
 	if err != nil || !repeated[0].Equal(issued[0]) || len(server.Issuances()) != 1 {
 		t.Errorf("asked for once more: %v, %d issued", err, len(server.Issuances()))
+	}
+}
+
+// The server makes a key of the kind of the CSR's, and a certificate for it: once for
+// one request, however often it comes.
+func TestServerKeyGen(t *testing.T) {
+	t.Parallel()
+	server := start(t, testserver.Config{ServerKeyGen: true})
+	device := idevid(t, server, "dev")
+	explicit, err := est.NewTrustAnchors([]*x509.Certificate{server.Root(), server.Issuing()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, key := range map[string]any{"EC": newKey(t), "RSA": rsaKey} {
+		client := mustDial(t, server, device)
+		asked := newCSR(t, key, named("dev"))
+		made, err := client.ServerKeyGen(t.Context(), asked)
+		if err != nil {
+			t.Fatal(err)
+		}
+		public, err := made.Public()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, want := fmt.Sprintf("%T", public), fmt.Sprintf("%T", key.(crypto.Signer).Public()); got != want {
+			t.Errorf("%s: made %s, want %s", name, got, want)
+		}
+		chain, err := explicit.VerifyIssued(made.Certificates, public, time.Now())
+		if err != nil || chain[0].Subject.CommonName != "dev" {
+			t.Errorf("%s: issued %v, %v", name, chain, err)
+		}
+		again, err := client.ServerKeyGen(t.Context(), asked)
+		if err != nil || !bytes.Equal(again.PKCS8, made.PKCS8) {
+			t.Errorf("%s: asked for once more: another key, or %v", name, err)
+		}
+	}
+	if got := len(server.Issuances()); got != 2 {
+		t.Errorf("issued %d, want 2", got)
+	}
+	var status *est.StatusError
+	none := start(t, testserver.Config{})
+	if _, err := mustDial(t, none, idevid(t, none, "dev")).ServerKeyGen(t.Context(), newCSR(t, newKey(t), named("dev"))); !errors.As(err, &status) || !status.NotFound {
+		t.Errorf("a server that makes none: %v", err)
 	}
 }
 

@@ -76,6 +76,9 @@ type Config struct {
 	// it. Default: none, and no att.
 	CSRAttributes []byte
 
+	// ServerKeyGen answers skg and skc with a key of the kind of the CSR's and a
+	// certificate for it (RFC 9148 §4.8). Default: there are none.
+	ServerKeyGen bool
 	// RequirePoP refuses a CSR that is not linked to its session by a challengePassword
 	// (RFC 7030 §3.5). One that has a challengePassword is held to it anyway.
 	RequirePoP bool

@@ -47,7 +47,7 @@ Files in --write-dir, all PEM, written before that line:
   server.pem      the server's certificate and the intermediate CA
   factory-ca.pem  the CA of the IDevIDs
 
-The resources are crts, sen, sren and, with --csr-attributes, att below /.well-known/est and, the same ones,
+The resources are crts, sen, sren, with --csr-attributes att and with --server-keygen skg and skc below /.well-known/est and, the same ones,
 below /e/plz, which a client has to discover: GET /.well-known/core?rt=ace.est*
 (RFC 9148 §4.1). With --label, also below /.well-known/est/LABEL and
 /e/plz/LABEL. Key usage and extended key usage are issued as they are asked for.
@@ -117,6 +117,7 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.IntVar(&cfg.OtherCAs, "other-cas", 0, "answer crts with `N` unrelated CAs too, a root and an intermediate of each, this server's own last")
 	flags.StringSliceVar(&cfg.Labels, "label", nil, "EST `LABEL` to serve beside the resources without one")
 	flags.StringVar(&wanted, "csr-attributes", "", "`FILE` with what att answers, DER or base64 (RFC 7030 §4.5, RFC 9908); without it there is no att")
+	flags.BoolVar(&cfg.ServerKeyGen, "server-keygen", false, "answer skg and skc: make the key too, of the kind of the CSR's (RFC 9148 §4.8)")
 	flags.BoolVar(&cfg.RequirePoP, "require-pop", false, "refuse a CSR without a challengePassword that links it to its session (RFC 7030 §3.5)")
 	flags.DurationVar(&cfg.ReplayWindow, "replay-window", 24*time.Hour, "`DURATION` in which a repeated CSR gets the same certificate")
 	flags.BoolVar(&cfg.NoReplay, "no-replay", false, "issue anew for every request")

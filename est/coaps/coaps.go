@@ -240,8 +240,11 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 // formats are those that an answer may have, the one to ask for without a choice
 // first (RFC 9148 §4.3).
 func formats(operation est.Operation) []est.ContentFormat {
-	if operation == est.CSRAttrs {
+	switch operation {
+	case est.CSRAttrs:
 		return []est.ContentFormat{est.ContentFormatCSRAttrs}
+	case est.ServerKeyGen, est.ServerKeyGenCert: // the parts are by the name of the resource
+		return []est.ContentFormat{est.ContentFormatMultipartCore}
 	}
 	return []est.ContentFormat{est.ContentFormatPKCS7CertsOnly, est.ContentFormatPKIXCert}
 }

@@ -30,7 +30,7 @@ type resource struct {
 // discovery" (RFC 9148 §4.1); others are listed where they are.
 var (
 	required   = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll}
-	operations = append(slices.Clone(required), est.CSRAttrs)
+	operations = append(slices.Clone(required), est.CSRAttrs, est.ServerKeyGen, est.ServerKeyGenCert)
 )
 
 // discover asks the server where its EST resources are (RFC 9148 §4.1, RFC 6690
