@@ -21,7 +21,7 @@ type pair struct {
 	certificate engine.Address // of the leaf
 	signer      crypto.Signer
 	chain       []*x509.Certificate // leaf first
-	trust       *est.TrustAnchors   // what judges the server in its sessions
+	trust       *est.TrustAnchors   // that came with it, or are configured
 }
 
 func (p *pair) connection() Connection {
@@ -29,7 +29,7 @@ func (p *pair) connection() Connection {
 	for i, cert := range p.chain {
 		raw[i] = cert.Raw
 	}
-	return Connection{Certificate: raw, Key: p.signer, Trust: p.trust}
+	return Connection{Certificate: raw, Key: p.signer}
 }
 
 // publicKey is what every public key of the standard library offers.
@@ -128,7 +128,7 @@ func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair
 		anchors, err := c.loadExplicitTA(kept.ExplicitTA)
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, ErrState):
-			c.warn("%v: the server is judged by the configured trust anchors until the next renewal", err)
+			c.warnOnce("%v: the server is judged by the configured trust anchors until the next renewal", err)
 		case err != nil:
 			return nil, err
 		default:

@@ -77,6 +77,9 @@ type Connection struct {
 	Key         crypto.Signer
 	// Trust judges the server: the Implicit TA at first, the Explicit TA after.
 	Trust *est.TrustAnchors
+	// Provisional asks for a session whatever certificate the server shows, on which
+	// nothing but cacerts is sent: see coaps.Config. Trust is nobody's business then.
+	Provisional bool
 	// Now is the verification time.
 	Now func() time.Time
 	// Warn is told what a person should know of the session.
@@ -131,6 +134,18 @@ type CredentialConfig struct {
 	ServerName string
 	// ImplicitTA judges the EST server until there is an Explicit TA.
 	ImplicitTA *est.TrustAnchors
+	// AnchorFingerprints are roots that the operator vouches for: they become part of
+	// the Explicit TA when the server publishes them. Default: those alone that an
+	// anchor of the device vouches for.
+	AnchorFingerprints []est.Fingerprint
+	// CACertsInterval is how long after an answer of cacerts a renewal does without
+	// asking for it again. Default: each renewal asks.
+	CACertsInterval time.Duration
+	// AnchorAddress says where in the HSM a trust anchor of the Explicit TA is stored
+	// beside the state directory, as a certificate for other programs; nil for nowhere.
+	// An address needs a label, and gets the certificate's fingerprint as its identifier
+	// where it has none. What the token cannot store is a warning. Default: none is stored.
+	AnchorAddress func(anchor *x509.Certificate) engine.Address
 	// Dial opens a session with the EST server.
 	Dial func(ctx context.Context, with Connection) (est.Session, error)
 	// KeySpec is what key to generate, for the first certificate and at a rekey.
@@ -218,6 +233,10 @@ type Credential struct {
 	idevid    *pair           // once it is opened
 	opened    *pair           // the enrolled one that was opened last
 	warned    map[string]bool // what was said of sessions
+	// explicitTA is the Explicit TA, explicitName the file that it is in.
+	explicitTA   *est.TrustAnchors
+	explicitName string
+	caughtUp     bool // it is newer than the file
 	// formerIDevID is an address of the factory certificate that the configuration
 	// had before: the Security object has it.
 	formerIDevID engine.Address

@@ -45,7 +45,7 @@ func ExampleOpen() {
 			Name: name, IDevID: idevid, ServerURI: server.String(), ServerName: server.Host, ImplicitTA: anchors,
 			Security: estenroll.Security{Instance: instance},
 			Dial: func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
-				return coaps.Dial(ctx, coaps.Config{URI: server, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, Warn: with.Warn})
+				return coaps.Dial(ctx, coaps.Config{URI: server, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Provisional: with.Provisional, Now: with.Now, Warn: with.Warn})
 			},
 		}
 	}

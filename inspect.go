@@ -333,7 +333,7 @@ func (ci *CredentialInspection) Contact(ctx context.Context) (*Contact, error) {
 	if asked, ok := session.(est.ClientAuthenticator); !ok || !asked.ClientAuthenticated() {
 		return contact, errors.New("the server did not ask for our certificate")
 	}
-	_, _, err = ci.c.meet(ctx, session, auth.signer.Public())
+	_, _, err = ci.c.meet(ctx, session, auth, auth.signer.Public())
 	return contact, err
 }
 

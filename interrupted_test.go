@@ -1,6 +1,7 @@
 package estenroll_test
 
 import (
+	"crypto/x509"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -35,6 +36,24 @@ var stories = []story{
 	// The server wants another key than the one that is there when it is asked, and a
 	// CSR that is linked to its session: the key is replaced, the CSR made in each.
 	{"wanted", nil, (*device).enroll, 1, 1, 2, testserver.Config{CSRAttributes: wanting(csr.WantChallengePassword(), wantedKey("EC", "P-384")), RequirePoP: true}},
+	// A renewal through a rollover that the device has slept through, with the trust
+	// anchors in the token. It is the last: the others' devices trust the first root.
+	{"rollover", []func(*device) (*estenroll.Result, error){(*device).newRoot, (*device).enroll, (*device).sleepThroughRollover}, (*device).renew, 2, 2, 2, testserver.Config{}},
+}
+
+// newRoot ends the rollover before, if any, and has the device trust the root that
+// issues: the site's own may be gone.
+func (d *device) newRoot() (*estenroll.Result, error) {
+	d.site.rollOver(d.t, testserver.Rollover{Phase: testserver.RolloverFinished, NoLinks: true})
+	d.storesAnchors()
+	var err error
+	d.cfg.ImplicitTA, err = est.NewTrustAnchors([]*x509.Certificate{d.site.server.Root()})
+	return new(estenroll.Result), err
+}
+
+func (d *device) sleepThroughRollover() (*estenroll.Result, error) {
+	d.site.rollOver(d.t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+	return new(estenroll.Result), nil
 }
 
 // harm is what happens at a point.

@@ -73,6 +73,8 @@ type credential struct {
 	// ExplicitTA is the file of the state directory with the trust anchors that
 	// came with the certificate.
 	ExplicitTA string `json:"explicit_ta,omitempty"`
+	// Anchors of it that are in the token.
+	Anchors []anchorReference `json:"anchors,omitempty"`
 	// ExistingKey says that the key was there before, and outlives the pair.
 	ExistingKey bool `json:"existing_key,omitempty"`
 	// Renewals is how often the key had been renewed when the pair was made.
@@ -115,10 +117,11 @@ type operation struct {
 	// does not say so.
 	Tried bool `json:"tried,omitempty"`
 	// Chain and the rest are the accepted answer: what is stored where.
-	Chain             [][]byte    `json:"chain,omitempty"`
-	Certificates      []reference `json:"certificates,omitempty"`
-	ExplicitTA        string      `json:"explicit_ta,omitempty"`
-	ServerCertificate []byte      `json:"server_certificate,omitempty"`
+	Chain             [][]byte          `json:"chain,omitempty"`
+	Certificates      []reference       `json:"certificates,omitempty"`
+	ExplicitTA        string            `json:"explicit_ta,omitempty"`
+	Anchors           []anchorReference `json:"anchors,omitempty"`
+	ServerCertificate []byte            `json:"server_certificate,omitempty"`
 	// Reason is why the operation is discarded.
 	Reason string `json:"reason,omitempty"`
 }
@@ -157,6 +160,8 @@ type record struct {
 	Pairs       []credential `json:"pairs,omitempty"`
 	Operation   *operation   `json:"operation,omitempty"`
 	LastAttempt *Attempt     `json:"last_attempt,omitempty"`
+	// CACertsAt is when cacerts was answered last, by a server that was judged.
+	CACertsAt time.Time `json:"cacerts_at,omitzero"`
 	// FailedRekey is the last that came to nothing while the policy asks for one.
 	FailedRekey *Attempt `json:"failed_rekey,omitempty"`
 }
@@ -323,6 +328,20 @@ func (r *record) resolve(parse addressParser) error {
 		}
 		return nil
 	}
+	anchorsOf := func(field string, anchors []anchorReference) error {
+		if len(anchors) > maxAnchors {
+			return fmt.Errorf("%s: %d trust anchors, more than %d", field, len(anchors), maxAnchors)
+		}
+		for i := range anchors {
+			if err := anchors[i].check(); err != nil {
+				return fmt.Errorf("%s: %w", field, err)
+			}
+			if err := typed(field, &anchors[i].Address); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 	if len(r.Pairs) > maxPairs {
 		return fmt.Errorf("%d pairs, more than %d", len(r.Pairs), maxPairs)
 	}
@@ -337,6 +356,9 @@ func (r *record) resolve(parse addressParser) error {
 		}
 		if err := checkFileName(c.ExplicitTA); err != nil {
 			return fmt.Errorf("%s: %w", field, err)
+		}
+		if err := anchorsOf(field, c.Anchors); err != nil {
+			return err
 		}
 		if c.Renewals < 0 {
 			return fmt.Errorf("%s: renewals is negative", field)
@@ -387,6 +409,9 @@ func (r *record) resolve(parse addressParser) error {
 	}
 	if err := checkFileName(op.ExplicitTA); err != nil {
 		return fmt.Errorf("operation: %w", err)
+	}
+	if err := anchorsOf("operation", op.Anchors); err != nil {
+		return err
 	}
 	refs := pointers(op.Certificates)
 	if op.Kind != KindReset || op.Key.text != "" {

@@ -102,12 +102,13 @@ func TestJournalLargest(t *testing.T) {
 	j := &journal{Version: journalVersion, Credentials: map[string]*record{}}
 	places := slices.Repeat([]reference{{Address: at}}, maxChain)
 	pair := credential{Key: places[0], Certificates: places, ExplicitTA: "explicit-ta-0123456789abcdef.pem"}
+	pair.Anchors = slices.Repeat([]anchorReference{{SHA256: strings.Repeat("0", 64), Address: places[0]}}, maxAnchors)
 	for i := range maxCredentials {
 		j.Credentials[fmt.Sprint("device", i)] = &record{
 			Pairs: slices.Repeat([]credential{pair}, maxPairs),
 			Operation: &operation{
 				Kind: KindEnroll, Step: StepStore, Key: places[0], CSR: make([]byte, 8<<10), Certificates: places,
-				Chain: slices.Repeat([][]byte{make([]byte, 2*64<<10/maxChain)}, maxChain), ServerCertificate: make([]byte, 64<<10),
+				Chain: slices.Repeat([][]byte{make([]byte, 2*64<<10/maxChain)}, maxChain), ServerCertificate: make([]byte, 64<<10), Anchors: pair.Anchors,
 			},
 			LastAttempt: &Attempt{Error: strings.Repeat("\x00", maxRecorded)},
 			FailedRekey: &Attempt{Error: strings.Repeat("\x00", maxRecorded)},
@@ -149,6 +150,9 @@ func TestJournalRefused(t *testing.T) {
 		"negative wait":       {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
 		"fewer renewals":      {replace(`"new_key": true`, `"new_key": true, "renewals": -1`), "negative"},
 		"a pair with fewer":   {`{"version": 2, "credentials": {"device": {"pairs": [{"key": "pkcs11:id=%01", "certificates": ["pkcs11:id=%01"], "renewals": -1}]}}}`, "negative"},
+		"an anchor of a path": {replace(`"server_certificate"`, `"anchors": [{"sha256": "../x", "address": "pkcs11:id=%01"}], "server_certificate"`), "the sha256 of a trust anchor"},
+		"an anchor nowhere":   {replace(`"server_certificate"`, `"anchors": [{"sha256": "`+strings.Repeat("0", 64)+`", "address": ""}], "server_certificate"`), "no driver"},
+		"too many anchors":    {`{"version": 2, "credentials": {"device": {"pairs": [{"key": "pkcs11:id=%01", "certificates": ["pkcs11:id=%01"], "anchors": [` + strings.Repeat(`{},`, maxAnchors) + `{}]}]}}}`, "9 trust anchors"},
 		"another scheme":      {replace(`"key": "pkcs11:`, `"key": "http:`), "no driver"},
 		"no address":          {replace(`"key": "pkcs11:`, `"key": "`), "no driver"},
 		"an empty chain":      {`{"version": 2, "credentials": {"device": {"operation": {"kind": "enroll", "step": "store", "key": "pkcs11:id=%01"}}}}`, "no certificate at step"},

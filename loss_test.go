@@ -146,7 +146,7 @@ func (f *lossFarm) enroll(ctx context.Context, i int) (again int, err error) {
 			Name: name, IDevID: s.idevid, ServerURI: f.uri.String(), ServerName: f.uri.Host, ImplicitTA: s.trust,
 			Dial: func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
 				return coaps.Dial(ctx, coaps.Config{
-					URI: f.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, BlockSize: f.block,
+					URI: f.uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Provisional: with.Provisional, Now: with.Now, BlockSize: f.block,
 					AckTimeout: lossAckTimeout, FlightInterval: lossFlightInterval, HandshakeTimeout: 20 * time.Second,
 				})
 			},

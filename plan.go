@@ -248,6 +248,6 @@ func (c *Credential) rehearse(ctx context.Context, auth *pair, key crypto.Public
 		return err
 	}
 	defer c.closeSession(session)
-	_, _, err = c.meet(ctx, session, key)
+	_, _, err = c.meet(ctx, session, auth, key)
 	return err
 }

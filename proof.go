@@ -106,7 +106,7 @@ func (c *Credential) endFallBack(cause error) error {
 // handshake, and one response was read afterwards.
 func (c *Credential) show(ctx context.Context, p *pair) (verdict, error) {
 	_, err := retry(ctx, c, func() (struct{}, error) {
-		session, err := c.dial(ctx, p)
+		session, err := c.open(ctx, p)
 		if err != nil {
 			return struct{}{}, err
 		}

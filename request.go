@@ -284,7 +284,7 @@ func operationOf(kind Kind) est.Operation {
 // it is not known what the server wants, then sen or sren (RFC 9148 §3).
 func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) {
 	op := c.journal.Operation
-	session, err := c.dial(ctx, auth)
+	session, err := c.open(ctx, auth)
 	if err != nil {
 		return nil, err
 	}
@@ -293,7 +293,7 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err != nil {
 		return nil, err
 	}
-	anchors, now, err := c.meet(ctx, session, signer.Public())
+	anchors, now, err := c.meet(ctx, session, auth, signer.Public())
 	if err != nil {
 		return nil, err
 	}
@@ -318,6 +318,11 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	chain, err := anchors.VerifyIssued(issued, request.PublicKey, now)
+	if errors.Is(err, est.ErrNoAnchor) && anchors == c.explicitTA { // it was not asked for crts
+		if anchors, err = c.publishedAnchors(ctx, session, auth, now); err == nil {
+			chain, err = anchors.VerifyIssued(issued, request.PublicKey, now)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -327,32 +332,29 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	return &answer{chain: chain, anchors: anchors, server: session.PeerChain()[0]}, nil
 }
 
-// meet asks for crts on a new session and judges its server by them, at the time that
-// it returns. The key is one that a certificate shall be asked for, nil where there is
-// none yet.
-func (c *Credential) meet(ctx context.Context, session est.Session, key crypto.PublicKey) (*est.TrustAnchors, time.Time, error) {
+// meet asks for crts on a new session, unless the answer that is held is young, and
+// judges its server by them, at the time that it returns. The key is one that a
+// certificate shall be asked for, nil where there is none yet.
+func (c *Credential) meet(ctx context.Context, session est.Session, auth *pair, key crypto.PublicKey) (*est.TrustAnchors, time.Time, error) {
 	var none time.Time
 	if known, ok := session.(est.KeyAccepter); ok && key != nil && !known.AcceptsKey(key) {
 		// The certificate could never be proven: it is not asked for.
 		return nil, none, fmt.Errorf("%s: %w with %s: %w", c.cfg.ServerURI, errNoUse, engine.AlgorithmOf(key), est.ErrKeyUnsuitable)
 	}
-	client := est.Client{Session: session}
-	caCerts, err := client.CACerts(ctx)
-	if err != nil {
-		return nil, none, err
-	}
-	anchors, err := est.NewTrustAnchors(caCerts)
-	if err != nil {
-		return nil, none, err
-	}
 	now, err := c.verificationTime()
 	if err != nil {
 		return nil, none, err
 	}
-	if err := anchors.VerifyServer(session.PeerChain(), c.cfg.ServerName, now); err != nil {
-		return nil, none, fmt.Errorf("judge the server by its own cacerts: %w", err)
+	explicit, err := c.held()
+	if err != nil {
+		return nil, none, err
 	}
-	return anchors, now, nil
+	age := c.cfg.Now().Sub(c.journal.CACertsAt) // negative: the clock was set back
+	if explicit != nil && !c.isIDevID(auth.certificate) && age >= 0 && age < c.cfg.CACertsInterval {
+		return explicit, now, nil // by which the session was opened
+	}
+	anchors, err := c.publishedAnchors(ctx, session, auth, now)
+	return anchors, now, err
 }
 
 // compare holds an issued certificate to what the CSR asked for, which for a
@@ -374,12 +376,14 @@ func (c *Credential) compare(request *x509.CertificateRequest, issued *x509.Cert
 // shown is a name in a message, which is printable already.
 func shown(name string) string { return cmp.Or(truncate(name, maxShown), "none") }
 
-func (c *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
+// connect opens a session whose server the anchors judge, or a provisional one.
+func (c *Credential) connect(ctx context.Context, as *pair, trust *est.TrustAnchors, provisional bool) (est.Session, error) {
 	now, err := c.verificationTime()
 	if err != nil {
 		return nil, err
 	}
 	connection := as.connection()
+	connection.Trust, connection.Provisional = trust, provisional
 	connection.Now = func() time.Time { return now }
 	connection.Warn = c.warnOnce
 	return c.cfg.Dial(ctx, connection)
@@ -523,6 +527,9 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 		op.Certificates = append(op.Certificates, reference{Address: addresses[i]})
 	}
 	if op.ExplicitTA, err = c.saveExplicitTA(got.anchors); err != nil {
+		return nil, &StepError{Step: StepStore, Err: err}
+	}
+	if op.Anchors, err = c.placeAnchors(ctx, got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
 	op.ServerCertificate = got.server.Raw

@@ -19,10 +19,12 @@ type ResetPlan struct {
 	// Certificates of its keys, and Chain, those below which they were issued: of
 	// these go the ones that this program stored and no other certificate needs.
 	Certificates, Chain []engine.Address
+	// Anchors are trust anchors that were stored for it and for no other credential.
+	Anchors []engine.Address
 }
 
 // IsEmpty reports whether nothing is destroyed.
-func (p *ResetPlan) IsEmpty() bool { return len(p.Keys)+len(p.Certificates) == 0 }
+func (p *ResetPlan) IsEmpty() bool { return len(p.Keys)+len(p.Certificates)+len(p.Anchors) == 0 }
 
 // PlanReset says what Reset would destroy, when nothing stands against it. It
 // changes nothing. ErrWrongToken, ErrIDevID, ErrState.
@@ -62,6 +64,11 @@ func (c *Credential) PlanReset(ctx context.Context) (*ResetPlan, error) {
 				add(&plan.Certificates, at.Address)
 			} else {
 				add(&plan.Chain, at.Address)
+			}
+		}
+		for _, anchor := range kept.Anchors {
+			if !c.anchorWanted(anchor.Address.Address, nil, c.journal) {
+				add(&plan.Anchors, anchor.Address.Address)
 			}
 		}
 	}
@@ -141,7 +148,7 @@ func (c *Credential) reset(ctx context.Context) error {
 		if op.NewKey {
 			key = op.Key.Address
 		}
-		if err := c.removeCredential(ctx, op.Certificates, key); err != nil {
+		if err := c.removeCredential(ctx, op.Certificates, key, op.Anchors, op); err != nil {
 			return "", err
 		}
 		for len(c.journal.Pairs) > 0 {
@@ -151,7 +158,7 @@ func (c *Credential) reset(ctx context.Context) error {
 			last := len(c.journal.Pairs) - 1
 			old := c.journal.Pairs[last]
 			c.journal.Pairs = c.journal.Pairs[:last]
-			if err := c.removeCredential(ctx, old.Certificates, old.ownKey()); err != nil {
+			if err := c.removeCredential(ctx, old.Certificates, old.ownKey(), old.Anchors, op); err != nil {
 				c.journal.Pairs = append(c.journal.Pairs, old)
 				return "", err
 			}

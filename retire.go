@@ -23,7 +23,7 @@ func (c *Credential) retire(ctx context.Context) (*Result, error) {
 			last := len(c.journal.Pairs) - 1
 			old := c.journal.Pairs[last]
 			c.journal.Pairs = c.journal.Pairs[:last]
-			if err := c.removeCredential(ctx, old.Certificates, old.ownKey()); err != nil {
+			if err := c.removeCredential(ctx, old.Certificates, old.ownKey(), old.Anchors, nil); err != nil {
 				// The record of the attempt is saved next: it must not forget this one.
 				c.journal.Pairs = append(c.journal.Pairs, old)
 				return "", err
@@ -57,13 +57,17 @@ func (c credential) ownKey() engine.Address {
 	return c.Key.Address
 }
 
-// removeCredential destroys certificates and, when no kept certificate and no
-// Security instance uses it, their key, unless that is nil.
-func (c *Credential) removeCredential(ctx context.Context, certs []reference, key engine.Address) error {
+// removeCredential destroys certificates; trust anchors that nothing else wants, but
+// for the operation that ends; and, when no kept certificate and no Security instance
+// uses it, the key, unless that is nil.
+func (c *Credential) removeCredential(ctx context.Context, certs []reference, key engine.Address, anchors []anchorReference, ends *operation) error {
 	if len(certs) > 0 {
 		if err := c.store.RemoveCertificates(ctx, addresses(certs)); err != nil {
 			return err
 		}
+	}
+	if err := c.removeAnchors(ctx, anchors, ends); err != nil {
+		return err
 	}
 	if key == nil || slices.ContainsFunc(c.journal.Pairs, func(kept credential) bool { return kept.Key.Address == key }) {
 		return nil
@@ -120,7 +124,7 @@ func (c *Credential) discard(ctx context.Context, cause error) error {
 	// Ctrl-C does not stop the cleaning up: it is short, and asked for.
 	ctx = context.WithoutCancel(ctx)
 	certs, key := c.created(op)
-	if err := c.removeCredential(ctx, certs, key); err != nil {
+	if err := c.removeCredential(ctx, certs, key, op.Anchors, op); err != nil {
 		return errors.Join(cause, &StepError{Step: StepDiscard, Err: err})
 	}
 	c.journal.Operation = nil

@@ -289,6 +289,11 @@ func (e spied) CertificateAddresses(ctx context.Context, key engine.Address, cha
 	return around(e.d, "CertificateAddresses", func() ([]engine.Address, error) { return e.Engine.CertificateAddresses(ctx, key, chain) })
 }
 
+func (e spied) AnchorAddress(ctx context.Context, at engine.Address, anchor *x509.Certificate) (whole engine.Address, there bool, err error) {
+	err = e.d.around("AnchorAddress", func() error { whole, there, err = e.Engine.AnchorAddress(ctx, at, anchor); return err })
+	return whole, there, err
+}
+
 func (e spied) StoreCertificates(ctx context.Context, at []engine.Address, chain []*x509.Certificate) error {
 	return e.d.around("StoreCertificates", func() error { return e.Engine.StoreCertificates(ctx, at, chain) })
 }
@@ -312,7 +317,7 @@ func (d *device) dial(ctx context.Context, with estenroll.Connection) (est.Sessi
 			}
 		}
 		session, err := coaps.Dial(ctx, coaps.Config{
-			URI: uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now,
+			URI: uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, Provisional: with.Provisional,
 			AckTimeout: 500 * time.Millisecond, FlightInterval: 500 * time.Millisecond, HandshakeTimeout: timeout,
 		})
 		if err != nil {
@@ -521,6 +526,10 @@ type credentialView struct {
 		Key          string   `json:"key"`
 		Certificates []string `json:"certificates"`
 		ExplicitTA   string   `json:"explicit_ta"`
+		Anchors      []struct {
+			SHA256  string `json:"sha256"`
+			Address string `json:"address"`
+		} `json:"anchors"`
 	} `json:"pairs"`
 	Operation *struct {
 		Kind string `json:"kind"`
@@ -618,6 +627,10 @@ func (d *device) tidy(credentials int) {
 		for _, at := range c.Certificates {
 			cert := d.uri(at)
 			add(&objects, fmt.Sprintf("cert %s %x", cert.Object, cert.ID))
+		}
+		for _, anchor := range c.Anchors {
+			at := d.uri(anchor.Address)
+			add(&objects, fmt.Sprintf("cert %s %x", at.Object, at.ID))
 		}
 		add(&files, c.ExplicitTA)
 		if security := d.read("security.json"); i == 0 && !(strings.Contains(security, c.Key) && strings.Contains(security, c.Certificates[0])) {

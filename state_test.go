@@ -111,7 +111,7 @@ func TestLock(t *testing.T) {
 	began := time.Now()
 	_, err = estenroll.Open(t.Context(), impatient.config())
 	wantError(t, err, estenroll.ErrBusy)
-	if err != nil && !strings.Contains(err.Error(), fmt.Sprintf("(pid %d)", os.Getpid())) {
+	if err != nil && !strings.Contains(err.Error(), fmt.Sprintf("(pid %d, since ", os.Getpid())) {
 		t.Errorf("the error does not name the holder: %v", err)
 	}
 	if waited := time.Since(began); waited < impatient.LockTimeout {

@@ -39,14 +39,16 @@ type Status struct {
 
 // CredentialStatus is one credential as the token shows it.
 type CredentialStatus struct {
-	Key         string    `json:"key"`
-	Certificate string    `json:"certificate"`
-	Chain       []string  `json:"chain,omitempty"`
-	Subject     string    `json:"subject,omitempty"`
-	Issuer      string    `json:"issuer,omitempty"`
-	Serial      string    `json:"serial,omitempty"` // hexadecimal
-	NotBefore   time.Time `json:"not_before,omitzero"`
-	NotAfter    time.Time `json:"not_after,omitzero"`
+	Key         string   `json:"key"`
+	Certificate string   `json:"certificate"`
+	Chain       []string `json:"chain,omitempty"`
+	// Anchors are the trust anchors of the pair's time that are in the token.
+	Anchors   []string  `json:"anchors,omitempty"`
+	Subject   string    `json:"subject,omitempty"`
+	Issuer    string    `json:"issuer,omitempty"`
+	Serial    string    `json:"serial,omitempty"` // hexadecimal
+	NotBefore time.Time `json:"not_before,omitzero"`
+	NotAfter  time.Time `json:"not_after,omitzero"`
 	// KeyType is the algorithm of the certificate's key.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
 	// KeyAttributes are what the token reports, nil where it reports nothing.
@@ -122,6 +124,9 @@ func (c *Credential) credentialStatus(ctx context.Context, kept credential) (*Cr
 	s := &CredentialStatus{Key: kept.Key.String(), Certificate: kept.Certificates[0].String()}
 	for _, at := range kept.Certificates[1:] {
 		s.Chain = append(s.Chain, at.String())
+	}
+	for _, anchor := range kept.Anchors {
+		s.Anchors = append(s.Anchors, anchor.Address.String())
 	}
 	cert, err := c.certificate(ctx, kept.Certificates[0].Address)
 	if err == nil {

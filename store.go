@@ -22,7 +22,7 @@ func (op *operation) chain() ([]*x509.Certificate, error) {
 }
 
 func (op *operation) credential() credential {
-	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA, ExistingKey: op.ExistingKey, Renewals: op.Renewals}
+	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA, Anchors: op.Anchors, ExistingKey: op.ExistingKey, Renewals: op.Renewals}
 }
 
 func addresses(refs []reference) []engine.Address {
@@ -41,6 +41,9 @@ func (c *Credential) storeCertificates(ctx context.Context) error {
 			return "", err
 		}
 		if err := c.store.StoreCertificates(ctx, addresses(op.Certificates), chain); err != nil {
+			return "", err
+		}
+		if err := c.storeAnchors(ctx); err != nil {
 			return "", err
 		}
 		return fmt.Sprintf("stored the certificate and its chain (%d) in the token: %s", len(chain)-1, op.Certificates[0]), c.advance(StepProve)

@@ -99,7 +99,7 @@ func (c *Credential) replaceKey(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := c.removeCredential(ctx, nil, op.Key.Address); err != nil {
+	if err := c.removeCredential(ctx, nil, op.Key.Address, nil, nil); err != nil {
 		return err
 	}
 	at, err := c.engine.NewKeyAddress(c.cfg.Name)

@@ -156,6 +156,19 @@ type CertificateStore interface {
 	RemoveCertificates(ctx context.Context, at []Address) error
 }
 
+// AnchorStore is implemented by engines that hold trust anchors: CA certificates of
+// no key in the token, at addresses that somebody has chosen.
+type AnchorStore interface {
+	CertificateStore
+
+	// AnchorAddress makes a chosen address whole, as StoreCertificates and
+	// RemoveCertificates take it: it has a label, and where it has no identifier the
+	// certificate's fingerprint is it. It says whether the certificate is there
+	// already, and writes nothing. ErrExists if another certificate is, or if the
+	// identifier is that of a key, which a CA's certificate never carries.
+	AnchorAddress(ctx context.Context, at Address, anchor *x509.Certificate) (whole Address, there bool, err error)
+}
+
 // TokenInspector is implemented by engines that can tell what they have opened.
 type TokenInspector interface {
 	TokenStatus() TokenStatus

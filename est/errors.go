@@ -18,6 +18,13 @@ var (
 	// ErrNotTrusted says that a chain does not end in a trust anchor, or that a
 	// certificate is not for what it is used for.
 	ErrNotTrusted = errors.New("not trusted")
+	// ErrNoAnchor says, beside one of the other two, that a chain would need another
+	// trust anchor: it leads to none of those that are held, or to one that has
+	// expired. A server whose CA has changed its root since looks like that.
+	ErrNoAnchor = errors.New("no valid trust anchor leads to it")
+	// ErrNotVouched says that a server publishes no root that a held anchor or the
+	// operator vouches for.
+	ErrNotVouched = errors.New("nobody vouches for the published roots")
 	// ErrNotValidNow says that a certificate is expired or not yet valid at the
 	// verification time; *ValidityError says which and when.
 	ErrNotValidNow = errors.New("not valid at the verification time")

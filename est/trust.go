@@ -18,7 +18,8 @@ import (
 // cacerts (RFC 7030 §1.1). They are immutable.
 type TrustAnchors struct {
 	certificates  []*x509.Certificate
-	roots         *x509.CertPool
+	anchors       []*x509.Certificate
+	roots         *x509.CertPool // of the anchors
 	intermediates []*x509.Certificate
 }
 
@@ -32,31 +33,33 @@ func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 		return nil, errors.New("trust anchors: no certificate")
 	}
 	t := &TrustAnchors{certificates: slices.Clone(certs), roots: x509.NewCertPool()}
-	var roots []*x509.Certificate
 	for _, cert := range certs {
 		switch {
 		case !isCA(cert):
 			return nil, fmt.Errorf("trust anchors: %q is not a CA certificate: %w", cert.Subject, ErrNotTrusted)
-		case bytes.Equal(cert.RawSubject, cert.RawIssuer) && cert.CheckSignatureFrom(cert) == nil:
-			roots = append(roots, cert)
+		case signedBy(cert, cert):
+			t.anchors = append(t.anchors, cert)
 		default:
 			t.intermediates = append(t.intermediates, cert)
 		}
 	}
-	if len(roots) == 0 {
-		roots = slices.DeleteFunc(slices.Clone(certs), func(cert *x509.Certificate) bool {
-			return slices.ContainsFunc(certs, func(other *x509.Certificate) bool {
-				return bytes.Equal(cert.RawIssuer, other.RawSubject) && cert.CheckSignatureFrom(other) == nil
-			})
+	if len(t.anchors) == 0 {
+		t.anchors = slices.DeleteFunc(slices.Clone(certs), func(cert *x509.Certificate) bool {
+			return slices.ContainsFunc(certs, func(other *x509.Certificate) bool { return signedBy(cert, other) })
 		})
 	}
-	if len(roots) == 0 {
-		roots = certs
+	if len(t.anchors) == 0 {
+		t.anchors = slices.Clone(certs)
 	}
-	for _, root := range roots {
-		t.roots.AddCert(root)
+	for _, anchor := range t.anchors {
+		t.roots.AddCert(anchor)
 	}
 	return t, nil
+}
+
+// signedBy reports whether a CA, by its name and its key, signed a certificate.
+func signedBy(cert, ca *x509.Certificate) bool {
+	return bytes.Equal(cert.RawIssuer, ca.RawSubject) && cert.CheckSignatureFrom(ca) == nil
 }
 
 // isCA accepts version 1 and 2 certificates too, which cannot say that they are:
@@ -65,8 +68,23 @@ func isCA(cert *x509.Certificate) bool {
 	return cert.Version < 3 || cert.BasicConstraintsValid && cert.IsCA
 }
 
+// Join returns anchors that judge as either of the two does.
+func (t *TrustAnchors) Join(other *TrustAnchors) *TrustAnchors {
+	joined := &TrustAnchors{roots: t.roots.Clone()}
+	for _, anchor := range other.anchors {
+		joined.roots.AddCert(anchor)
+	}
+	joined.certificates = slices.Concat(t.certificates, other.certificates)
+	joined.anchors = slices.Concat(t.anchors, other.anchors)
+	joined.intermediates = slices.Concat(t.intermediates, other.intermediates)
+	return joined
+}
+
 // Certificates returns all of them, anchors and those that lead to them.
 func (t *TrustAnchors) Certificates() []*x509.Certificate { return slices.Clone(t.certificates) }
+
+// Anchors returns those that are anchors.
+func (t *TrustAnchors) Anchors() []*x509.Certificate { return slices.Clone(t.anchors) }
 
 var (
 	oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
@@ -79,7 +97,7 @@ var (
 // an anchor, is for servers, and carries the name, a DNS name or an IP literal
 // (RFC 7030 §3.6.1). A new Explicit TA judges the live session with it too: the
 // chain is then the session's PeerChain (RFC 9148 §3). ErrServerCertificate, and
-// beside it ErrNotTrusted or ErrNotValidNow.
+// beside it ErrNotTrusted or ErrNotValidNow, and ErrNoAnchor.
 func (t *TrustAnchors) VerifyServer(chain []*x509.Certificate, name string, now time.Time) error {
 	if len(chain) == 0 {
 		return fmt.Errorf("%w: none: %w", ErrServerCertificate, ErrNotTrusted)
@@ -203,7 +221,7 @@ func (t *TrustAnchors) verify(chain []*x509.Certificate, now time.Time) ([]*x509
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		return nil, classify(chain[0], now, err)
+		return nil, t.classify(chain[0], now, err)
 	}
 	// The shortest: what is sent in every handshake.
 	shortest := slices.MinFunc(verified, func(a, b []*x509.Certificate) int { return len(a) - len(b) })
@@ -241,10 +259,24 @@ func withoutOtherNames(cert *x509.Certificate) *x509.Certificate {
 	return &handled
 }
 
-func classify(leaf *x509.Certificate, now time.Time, err error) error {
+func (t *TrustAnchors) classify(leaf *x509.Certificate, now time.Time, err error) error {
 	var invalid x509.CertificateInvalidError
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
-		return &ValidityError{Certificate: cmp.Or(invalid.Cert, leaf), Time: now}
+		validity := &ValidityError{Certificate: cmp.Or(invalid.Cert, leaf), Time: now}
+		if slices.ContainsFunc(t.anchors, validity.Certificate.Equal) {
+			return fmt.Errorf("%w: %w", validity, ErrNoAnchor)
+		}
+		return validity
+	}
+	var unknown x509.UnknownAuthorityError
+	if errors.As(err, &unknown) {
+		return &noAnchorError{err}
 	}
 	return fmt.Errorf("%w: %w", err, ErrNotTrusted)
 }
+
+// noAnchorError is an ErrNotTrusted whose cause says enough.
+type noAnchorError struct{ cause error }
+
+func (e *noAnchorError) Error() string   { return e.cause.Error() + ": " + ErrNotTrusted.Error() }
+func (e *noAnchorError) Unwrap() []error { return []error{e.cause, ErrNotTrusted, ErrNoAnchor} }

@@ -109,6 +109,17 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	if cfg.ImplicitTA, err = est.NewTrustAnchors(anchors); err != nil {
 		return cfg, fmt.Errorf("trust-anchors: %w", err)
 	}
+	if cfg.AnchorAddress, err = anchorAddresses(s.anchorAddress); err != nil {
+		return cfg, err
+	}
+	cfg.CACertsInterval = s.crtsInterval.value
+	for _, text := range s.anchorFingerprints {
+		fingerprint, err := est.ParseFingerprint(text)
+		if err != nil {
+			return cfg, fmt.Errorf("anchor-fingerprint: %w", err)
+		}
+		cfg.AnchorFingerprints = append(cfg.AnchorFingerprints, fingerprint)
+	}
 	server, err := readCertificates("security-server-certificate", s.securityServerCert)
 	if err != nil {
 		return cfg, err
@@ -263,6 +274,7 @@ func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 	cfg.Dial = func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
 		dial := options
 		dial.Certificate, dial.Key, dial.Trust, dial.Now, dial.Warn = with.Certificate, with.Key, with.Trust, with.Now, with.Warn
+		dial.Provisional = with.Provisional
 		return coaps.Dial(ctx, dial)
 	}
 	return nil

@@ -57,6 +57,9 @@ check, credential, result, text and findings; a finding has result, text and adv
 				if err = unusable; err == nil {
 					cfg, err = s.lifecycle(out, tell)
 				}
+				if err == nil {
+					_, err = s.checkHooks(func(text string) { tell(estenroll.Event{Warning: true, Message: text}) })
+				}
 				if err != nil && !isUsage(err) {
 					err = &usageError{err}
 				}

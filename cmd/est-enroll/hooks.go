@@ -167,30 +167,38 @@ func (s *settings) treated() []*settings {
 // checkHooks refuses hooks that cannot be run before anything is done, and takes the
 // hooks away from a run that one of them has called: it would call itself for ever.
 func (w *work) checkHooks() error {
-	called := os.Getenv(agent.HookVariable) != ""
-	warned := map[string]bool{}
-	for _, one := range w.treated() {
-		if called {
+	if os.Getenv(agent.HookVariable) != "" {
+		for _, one := range w.treated() {
 			one.hookBefore, one.hookAfter, one.hookFailure = "", "", ""
 		}
+	}
+	hooks, err := w.settings.checkHooks(w.out.warning)
+	w.observed = w.observed || hooks
+	return err
+}
+
+// checkHooks says whether there are hooks, and refuses those that cannot be run.
+func (s *settings) checkHooks(warn func(string)) (any bool, err error) {
+	warned := map[string]bool{}
+	for _, one := range s.treated() {
 		for _, hook := range []struct{ name, path string }{
 			{agent.HookBefore, one.hookBefore}, {agent.HookAfter, one.hookAfter}, {agent.HookFailure, one.hookFailure},
 		} {
 			if hook.path == "" {
 				continue
 			}
-			w.observed = true
+			any = true
 			warning, err := agent.CheckHook(hook.path)
 			if err != nil {
-				return &usageError{w.of(one, fmt.Errorf("hook-%s: %w", hook.name, err))}
+				return any, &usageError{s.of(one, fmt.Errorf("hook-%s: %w", hook.name, err))}
 			}
 			if warning != "" && !warned[warning] {
 				warned[warning] = true
-				w.out.warning("hook-" + hook.name + ": " + warning)
+				warn("hook-" + hook.name + ": " + warning)
 			}
 		}
 	}
-	return nil
+	return any, nil
 }
 
 // before calls hook-before of each credential that the run will act on. The device is

@@ -244,6 +244,9 @@ func (o *output) credential(indent string, c estenroll.CredentialStatus) {
 	for _, at := range c.Chain {
 		line("chain", at)
 	}
+	for _, at := range c.Anchors {
+		line("trust anchor", at)
+	}
 }
 
 func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }

@@ -14,6 +14,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"estenroll/internal/agent"
 )
 
 // The README's table of exit codes is that of --help and of exit.go, and each code has
@@ -99,6 +101,45 @@ func TestREADMEConfiguration(t *testing.T) {
 		if code != exitToken {
 			t.Errorf("%s: exit code %d, want %d:\n%s", name, code, exitToken, &out)
 		}
+	}
+}
+
+// The README's example of a hook does what it says, and fails where nginx does.
+func TestREADMEHook(t *testing.T) {
+	t.Parallel()
+	example := regexp.MustCompile("(?s)```sh\n(#!/bin/sh -e\n# /etc/est-enroll/after.*?)```").FindStringSubmatch(read(t, "../../README.md"))
+	if example == nil {
+		t.Fatal("there is none")
+	}
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"after": example[1], "nginx": "#!/bin/sh\necho nginx \"$@\" >>\"${0%/*}/log\"\ntest ! -e \"${0%/*}/broken\"\n", "logger": "#!/bin/sh\necho logger \"$@\" >>\"${0%/*}/log\"\n",
+	} {
+		// By another process: while a child that a parallel test forks has it open for
+		// writing, it would not be executed (ETXTBSY).
+		write := exec.CommandContext(t.Context(), "install", "-m", "700", "/dev/stdin", filepath.Join(dir, name))
+		write.Stdin = strings.NewReader(text)
+		if out, err := write.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	call := func() error {
+		cmd := exec.CommandContext(t.Context(), filepath.Join(dir, "after"))
+		cmd.Env = []string{"PATH=" + dir + ":" + os.Getenv("PATH"), agent.NewSerialVariable + "=4711", agent.NewNotAfterVariable + "=2027-02-22T23:50:51Z"}
+		return cmd.Run()
+	}
+	if err := call(); err != nil {
+		t.Error(err)
+	}
+	const want = "nginx -t -q\nnginx -s reload\nlogger certificate 4711 until 2027-02-22T23:50:51Z\n"
+	if log := read(t, filepath.Join(dir, "log")); log != want {
+		t.Errorf("%q, want %q", log, want)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "broken"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := call(); err == nil {
+		t.Error("it succeeds where nginx does not")
 	}
 }
 

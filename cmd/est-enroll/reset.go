@@ -116,7 +116,7 @@ func doomed(plan *estenroll.ResetPlan) (lines []string) {
 	for _, kind := range []struct {
 		name string
 		at   []engine.Address
-	}{{"key:         ", plan.Keys}, {"certificate: ", plan.Certificates}, {"chain:       ", plan.Chain}} {
+	}{{"key:         ", plan.Keys}, {"certificate: ", plan.Certificates}, {"chain:       ", plan.Chain}, {"anchor:      ", plan.Anchors}} {
 		for _, at := range kind.at {
 			lines = append(lines, kind.name+at.String())
 		}

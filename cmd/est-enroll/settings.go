@@ -38,6 +38,9 @@ type settings struct {
 	engine                string
 	credential            string
 	server, trustAnchors  string
+	anchorFingerprints    []string
+	anchorAddress         string
+	crtsInterval          parsed[time.Duration]
 	discovery             oneOf
 	label                 string
 	subject               string
@@ -121,6 +124,10 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.discovery, "discovery", "on asks the server for the paths of its resources, one round trip a session (RFC 9148 §4.1)")
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
+	flags.StringArrayVar(&s.anchorFingerprints, "anchor-fingerprint", nil, "`SHA-256` of a root that is trusted when the server publishes it, repeatable, though no trust anchor of the device vouches for it")
+	flags.StringVar(&s.anchorAddress, "anchor-address", "", "engine `address` where the HSM keeps each trust anchor of the Explicit TA: pkcs11:object=est-ta-{fingerprint}, with 16 digits of its SHA-256 for {fingerprint} (default: none is stored)")
+	s.crtsInterval = parsed[time.Duration]{text: "0", parse: parseInterval, kind: "duration", wanted: "a duration, such as 30d or 720h, or 0"}
+	flags.Var(&s.crtsInterval, "crts-interval", "the `time` after the server was asked for its CA certificates in which a renewal does not ask again: 30d or 720h, 0 asks each time")
 	s.keyType = oneOf{keyTypeNames[0], keyTypeNames}
 	flags.Var(&s.keyType, "key-type", "`type` of the key to generate, for the first certificate and at a rekey: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
 	flags.StringVar(&s.key, "key", "", "engine `address` of a key in the HSM to use as it is instead, the IDevID's perhaps; it is never destroyed")

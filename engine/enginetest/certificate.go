@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"math/big"
 	"slices"
 	"strings"
@@ -75,6 +76,15 @@ func (s *suite) objectAt(e opened, at engine.Address) engine.Object {
 		s.Fatalf("%s: %v, %v, want one object", at, found, err)
 	}
 	return found[0]
+}
+
+// octets is an identifier as an address has it.
+func octets(id []byte) string {
+	var text strings.Builder
+	for _, b := range id {
+		fmt.Fprintf(&text, "%%%02X", b)
+	}
+	return text.String()
 }
 
 var certificateRules = []rule{
@@ -197,6 +207,52 @@ var certificateRules = []rule{
 			s.Errorf("got %v, want an *engine.AmbiguousError", err)
 		}
 		s.holds(e, 2, 2, 2)
+	}},
+	{"a trust anchor is where somebody chose, without a key's id", func(s *suite) {
+		e := s.open()
+		anchors, ok := e.Engine.(engine.AnchorStore)
+		if !ok {
+			return // this driver never can
+		}
+		key, public := s.generate(e, "name")
+		keyID := s.objectAt(e, key).ID
+		root, other := s.newCA("root", nil), s.newCA("root", nil)
+		chosen := s.parse("pkcs11:object=anchor-0123456789abcdef")
+		at, there, err := anchors.AnchorAddress(s.Context(), chosen, root.cert)
+		if err != nil || there {
+			s.Fatalf("%v, %t, %v", at, there, err)
+		}
+		s.holds(e, 1, 1, 0)
+		for range 2 {
+			if err := e.StoreCertificates(s.Context(), []engine.Address{at}, []*x509.Certificate{root.cert}); err != nil {
+				s.Fatal(err)
+			}
+		}
+		s.finds(e, at, root.cert)
+		if again, there, err := anchors.AnchorAddress(s.Context(), chosen, root.cert); err != nil || !there || again != at {
+			s.Errorf("got %v, %t, %v, want %v once more", again, there, err, at)
+		}
+		if stored := s.objectAt(e, at); slices.Equal(stored.ID, keyID) || len(stored.ID) == 0 || stored.Label != "anchor-0123456789abcdef" {
+			s.Errorf("stored as %+v", stored)
+		}
+		// The same root above a chain, and nothing of it goes with the leaf.
+		leaf := s.store(e, key, s.leaf(root, public))
+		s.remove(e, leaf)
+		s.holds(e, 1, 1, 1)
+		for name, wrong := range map[string]string{
+			"the id of a key":       "pkcs11:object=other;id=" + octets(keyID),
+			"no label":              "pkcs11:id=%01",
+			"a key's":               "pkcs11:object=other;type=private",
+			"a chain certificate's": "pkcs11:object=est-enroll-ca-0123456789abcdef",
+		} {
+			if at, _, err := anchors.AnchorAddress(s.Context(), s.parse(wrong), root.cert); err == nil {
+				s.Errorf("%s: placed at %s", name, at)
+			}
+		}
+		_, _, err = anchors.AnchorAddress(s.Context(), at, other.cert)
+		s.wants(err, engine.ErrExists)
+		s.remove(e, []engine.Address{at})
+		s.holds(e, 1, 1, 0)
 	}},
 	{"CA certificates that issued each other go together", func(s *suite) {
 		e := s.open()

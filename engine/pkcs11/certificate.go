@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 
 	"github.com/miekg/pkcs11"
 
@@ -124,6 +125,46 @@ func (e *Engine) CertificateAddresses(ctx context.Context, key engine.Address, c
 		return nil
 	})
 	return at, err
+}
+
+// AnchorAddress implements engine.AnchorStore.
+func (e *Engine) AnchorAddress(ctx context.Context, at engine.Address, anchor *x509.Certificate) (engine.Address, bool, error) {
+	const op = "place trust anchor"
+	u, err := e.objectAddress(at, engine.ClassCertificate)
+	switch {
+	case err != nil:
+	case u.Object == "":
+		err = errors.New("it has no label: object is missing")
+	case strings.HasPrefix(u.Object, caLabel):
+		err = fmt.Errorf("labels that begin with %s are those of chain certificates", caLabel)
+	}
+	if err != nil {
+		return nil, false, fail(op, at, e.uri.ModulePath, err)
+	}
+	whole := URI{Token: e.label, Object: u.Object, ID: u.ID, Type: engine.ClassCertificate}
+	if whole.ID == "" {
+		whole.ID = string(fingerprint(anchor))
+	}
+	there := false
+	err = e.read(ctx, op, at, func(s *session) error {
+		for _, class := range []engine.Class{engine.ClassPrivateKey, engine.ClassPublicKey} {
+			if keys, err := s.find(URI{ID: whole.ID, Type: class}); err != nil || len(keys) > 0 {
+				return errors.Join(err, fmt.Errorf("%w: its id is that of a key", engine.ErrExists))
+			}
+		}
+		found, err := s.certificates(whole)
+		for _, other := range found {
+			if !other.cert.Equal(anchor) {
+				return engine.ErrExists
+			}
+		}
+		there = len(found) > 0
+		return err
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	return whole, there, nil
 }
 
 // chainAddress is where a chain certificate is, or will be: shared by value with

@@ -47,6 +47,10 @@ type Config struct {
 	// Trust judges the server, at the time of Now. Default of Now: time.Now.
 	Trust *est.TrustAnchors
 	Now   func() time.Time
+	// Provisional takes whatever certificate the server shows. Then nothing but
+	// cacerts is sent to it, which its caller judges by what it holds: a CSR, and
+	// the discovery of resources, are for a session that was judged (RFC 7030 §4.1.1).
+	Provisional bool
 
 	// BlockSize in bytes, a power of two from 16 to 1024. Default: 512, half of
 	// what RFC 9148 §4.6 allows: also with DTLS and IPv6 around it a message
@@ -70,6 +74,8 @@ type Config struct {
 type Session struct {
 	conn *coap.Conn
 	uri  URI
+	// provisional is one whose server nobody has judged.
+	provisional bool
 	// resources are what discovery found; others are below the URI's path, but for
 	// absent, which a server that supports discovery would have listed.
 	resources map[est.Operation]resource
@@ -94,7 +100,8 @@ func Dial(ctx context.Context, cfg Config) (*Session, error) {
 		return nil, fmt.Errorf("open session with %s: %w", cfg.URI, err)
 	}
 	session := NewSession(conn, cfg.URI.WithLabel(cfg.Label))
-	if cfg.Discovery {
+	session.provisional = cfg.Provisional
+	if cfg.Discovery && !cfg.Provisional {
 		if cfg.Warn == nil {
 			cfg.Warn = func(string, ...any) {}
 		}
@@ -122,6 +129,9 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 	conn, err := coap.Dial(ctx, cfg.URI.Address(), coap.Config{
 		Certificate: cfg.Certificate, Key: cfg.Key, ServerName: cfg.URI.serverName(),
 		Verify: func(peer []*x509.Certificate) error {
+			if cfg.Provisional {
+				return nil
+			}
 			return cfg.Trust.VerifyServer(peer, cfg.URI.Host, cfg.Now())
 		},
 		AckTimeout: cfg.AckTimeout, MaxRetransmit: cfg.MaxRetransmit, ExchangeTimeout: cfg.ExchangeTimeout,
@@ -213,6 +223,9 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 	if name == "" {
 		return nil, fmt.Errorf("%s over CoAPs: unknown operation", req.Operation)
 	}
+	if s.provisional && req.Operation != est.CACerts {
+		return nil, fmt.Errorf("%s over CoAPs: the server has not been judged: %w", req.Operation, est.ErrNotTrusted)
+	}
 	at, discovered := s.resources[req.Operation]
 	if !discovered {
 		at = resource{path: s.uri.Root + "/" + name, accept: formats(req.Operation)[0]}
@@ -294,8 +307,9 @@ func (s *Session) PeerChain() []*x509.Certificate { return s.conn.PeerCertificat
 // ChannelBinding implements est.Session: tls-unique (RFC 9148 §3).
 func (s *Session) ChannelBinding() ([]byte, error) { return s.conn.ChannelBinding() }
 
-// ClientAuthenticated implements est.ClientAuthenticator.
-func (s *Session) ClientAuthenticated() bool { return s.conn.ClientAuthenticated() }
+// ClientAuthenticated implements est.ClientAuthenticator. A server that nobody has
+// judged authenticates nobody.
+func (s *Session) ClientAuthenticated() bool { return !s.provisional && s.conn.ClientAuthenticated() }
 
 // AcceptsKey implements est.KeyAccepter.
 func (s *Session) AcceptsKey(public crypto.PublicKey) bool { return s.conn.AcceptsKey(public) }

@@ -57,6 +57,39 @@ func links(text string) coap.Response {
 	return coap.Response{Code: codes.Content, ContentFormat: number(40), Body: []byte(text)}
 }
 
+// A provisional session asks for cacerts, below the path that every server supports,
+// and for nothing else: not for its resources either. It authenticates nobody.
+func TestProvisional(t *testing.T) {
+	h := &host{discovery: links(`</elsewhere/crts>;rt="ace.est.crts"`)}
+	w := newWorld(t, nil, h.handle)
+	w.uri.Root = est.DefaultRoot
+	cfg := w.config()
+	cfg.Trust = newWorld(t, nil, h.handle).trust // of another CA
+	if _, err := coaps.Dial(t.Context(), cfg); !errors.Is(err, est.ErrNoAnchor) || !errors.Is(err, est.ErrServerCertificate) {
+		t.Fatalf("judged: %v", err)
+	}
+	cfg.Provisional, cfg.Discovery = true, true
+	session, err := coaps.Dial(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	for _, operation := range []est.Operation{est.SimpleEnroll, est.SimpleReenroll} {
+		if _, err := session.RoundTrip(t.Context(), &est.Request{Operation: operation, Body: []byte("csr")}); !errors.Is(err, est.ErrNotTrusted) {
+			t.Errorf("%s: %v", operation, err)
+		}
+	}
+	if _, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts}); err != nil {
+		t.Error(err)
+	}
+	if got := h.requests(); !slices.Equal(got, []string{"GET /.well-known/est/crts 281"}) {
+		t.Errorf("asked %q", got)
+	}
+	if session.ClientAuthenticated() || len(session.PeerChain()) == 0 {
+		t.Errorf("authenticated %t, chain of %d", session.ClientAuthenticated(), len(session.PeerChain()))
+	}
+}
+
 // Discovery finds the paths, whatever they are, on this server and no other; what
 // it does not find is below /.well-known/est, with a warning (RFC 9148 §4.1).
 func TestDiscovery(t *testing.T) {

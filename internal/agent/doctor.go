@@ -246,7 +246,10 @@ func (d *doctor) token(ctx context.Context) (blocked CheckName) {
 		check.Text = "the token wants none"
 	case status.PINSource.IsZero():
 		check.add(Finding{
-			Result: Failed, Text: "a person has typed it: a run of a timer or of cron has nobody to ask", Err: engine.ErrPINMissing,
+			Result: Failed, Text: "a person has typed it: a run of a timer or of cron has nobody to ask",
+			Advice: "name its file with pin-source in the engine's address; if the service has it as systemd's credential, have systemd run the doctor: " +
+				"systemd-run --pipe -p User=est-enroll -p LoadCredentialEncrypted=est-enroll-pin:FILE est-enroll doctor",
+			Err: engine.ErrPINMissing,
 		})
 	default:
 		check.Text = "the token takes that of " + status.PINSource.Path

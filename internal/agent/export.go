@@ -1,6 +1,6 @@
 // Package agent owns what surrounds the lifecycle of a credential: what a run
-// does for the other programs of the device. It takes no decision about a
-// credential and touches no key.
+// does for the other programs of the device, and the doctor, who says what a run would
+// come to. It takes no decision about a credential and touches no key.
 package agent
 
 import (
