@@ -252,11 +252,6 @@ func TestRequestKept(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newSite(t, testserver.Config{}).device(t, "kept")
-			if c.at == "before Dial" { // there is a CSR to lose
-				d.hook = after(1, "before simpleenroll", func() error { return est.ErrUnreachable })
-				_, err := d.enroll()
-				wantError(t, err, est.ErrUnreachable)
-			}
 			d.hook = after(1, c.at, func() error { return c.cause })
 			_, err := d.enroll()
 			wantError(t, err, c.cause)

@@ -66,12 +66,7 @@ func (c *Credential) ask(ctx context.Context) (*Result, error) {
 	if err := c.askAnew(auth); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	if c.asksAttributes(op) {
-		_, err = c.openKey(ctx, op.Key.Address)
-	} else {
-		err = c.buildCSR(ctx, auth, nil)
-	}
-	if err != nil {
+	if err := c.buildCSR(ctx, auth, nil); err != nil {
 		return nil, c.giveUpRekey(ctx, &StepError{Step: StepRequest, Err: err})
 	}
 	if err := c.stillPending(ctx, auth); err != nil {
@@ -161,8 +156,8 @@ func (op *operation) pending() *PendingError {
 }
 
 // buildCSR makes the CSR once and keeps it in the journal: every repetition, in
-// this run or the next, sends the same bytes. One that is linked to its session is
-// made in it, so without a session there is none to make.
+// this run or the next, sends the same bytes. It is made again in a session where the
+// server wants another one; one that is linked to its session is made in each.
 func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Session) error {
 	op := c.journal.Operation
 	wanted, err := c.wanted(op)
@@ -239,23 +234,16 @@ func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Tem
 
 // signCSR has the token sign a CSR.
 func (c *Credential) signCSR(ctx context.Context, key engine.Address, template csr.Template) ([]byte, error) {
-	signer, err := c.openKey(ctx, key)
-	if err != nil {
-		return nil, err
-	}
-	return csr.Build(c.cfg.Rand, template, signer)
-}
-
-// openKey opens a key that a certificate can be asked for.
-func (c *Credential) openKey(ctx context.Context, key engine.Address) (crypto.Signer, error) {
 	signer, err := c.signer(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && c.cfg.Request.PSS { // which the CSR alone does not show
-		return signer, signsHandshakes(signer)
+	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS { // which the CSR alone does not show
+		if err := signsHandshakes(signer); err != nil {
+			return nil, err
+		}
 	}
-	return signer, nil
+	return csr.Build(c.cfg.Rand, template, signer)
 }
 
 func (op *operation) request() (*x509.CertificateRequest, error) {

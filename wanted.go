@@ -62,13 +62,16 @@ func (c *Credential) askAttributes(ctx context.Context, client *est.Client, key 
 		return &est.ResponseError{Operation: est.CSRAttrs, Err: err}
 	}
 	op.Attributes = der
-	return c.checkWantedKey(wanted, key)
+	if err := c.checkWantedKey(wanted, key); err != nil || len(attributes) == 0 {
+		return err
+	}
+	return c.save() // before what it wants is sent
 }
 
 // asksAttributes reports an operation of which the server has not said yet what it
-// wants. Once there is a CSR, that is what is repeated.
+// wants. What is under decision is repeated as it is.
 func (c *Credential) asksAttributes(op *operation) bool {
-	return !c.cfg.IgnoreAttributes && len(op.Attributes) == 0 && len(op.CSR) == 0
+	return !c.cfg.IgnoreAttributes && len(op.Attributes) == 0 && op.AskedAt.IsZero()
 }
 
 // checkWantedKey compares the key of the operation with the one that is wanted. A key
