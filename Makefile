@@ -12,7 +12,7 @@ PREFIX ?= /usr/local
 BUILDVCS := $(shell git status >/dev/null 2>&1 && echo true || echo false)
 export BIN SHARE PREFIX DESTDIR BUILDVCS
 
-.PHONY: demo test build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile fleet bench figures fuzz
+.PHONY: demo test build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile fleet years bench figures fuzz
 
 demo:
 	@packaging/deps gcc libc6-dev openssl softhsm2 opensc
@@ -60,9 +60,12 @@ deps:
 loss: deps
 	$(GO) test -timeout 30m -count 1 -run '^TestLoss$$' -v . -args -loss.n 200 -loss.small 20 $(LOSS)
 
-# The program killed before and after every PKCS#11 call of first boot, renewal and reset.
+# The program killed before and after every PKCS#11 call, datagram and operation on
+# files of the state directory, of first boot, renewal, rekey, rollover and reset, and,
+# counted apart, at a sample inside the module's own writes. CRASH=-crash.write also writes the
+# figures to testdata/crash.json and README.md, CRASH='-crash.story rekey' chooses one.
 crash: deps
-	$(GO) test -timeout 60m -count 1 -run '^TestCrash' -v ./cmd/est-enroll -args -crash.every 1 $(CRASH)
+	$(GO) test -timeout 60m -count 1 -run '^TestCrash$$' -v ./cmd/est-enroll -args -crash.every 1 -crash.module 60 $(CRASH)
 
 # The program at servers and on networks that get something wrong, each case in
 # each situation of the device; the token before and after, in the eyes of others.
@@ -73,6 +76,11 @@ hostile: deps
 # the plot is the README's.
 fleet:
 	$(GO) test -count 1 -run '^TestFleet$$' -v . -args -fleet.plot testdata/fleet.svg $(FLEET)
+
+# Three years of a device in seconds, on a clock of its own and all else real: outages,
+# power cuts, a change of the CA's root. YEARS='-years.seed 7' lives the years of a seed again.
+years: deps
+	$(GO) test -timeout 30m -count 1 -run '^TestYears' -v . -args -years.n 3 -years.seed 0 $(YEARS)
 
 # What an enrolment costs beside what it cannot do without: each figure beside its
 # target. "make figures" also writes them to testdata/figures.json and README.md.

@@ -55,9 +55,20 @@ func (d *shared) verificationTime() (time.Time, error) {
 	}
 	if !d.clockWarned {
 		d.clockWarned = true
-		d.warn("the system clock says %s: verifying with %s, %s", now.UTC().Format(time.RFC3339), source, floor.UTC().Format(time.RFC3339))
+		d.warn("%s", d.clockProblem())
 	}
 	return floor, nil
+}
+
+// clockProblem says that the system clock is behind, and what stands for it; "" where
+// it is not.
+func (d *shared) clockProblem() string {
+	now := d.cfg.Now()
+	floor, source := d.clockFloor()
+	if !now.Before(floor) {
+		return ""
+	}
+	return fmt.Sprintf("the system clock says %s: verifying with %s, %s", stamp(now), stamp(floor), source)
 }
 
 // clockFloor is the earliest time that it can be, and how that is known.

@@ -586,11 +586,7 @@ func (c *Credential) timed(step Step, do func() (string, error)) error {
 	start := c.cfg.Now()
 	message, err := do()
 	if err != nil {
-		var already *StepError
-		if errors.As(err, &already) {
-			return err
-		}
-		return &StepError{Step: step, Err: err}
+		return inStep(step, err)
 	}
 	c.cfg.Progress(Event{Credential: c.Name(), Step: step, Message: message, Elapsed: max(c.cfg.Now().Sub(start), 1)})
 	return nil

@@ -74,6 +74,15 @@ func (e *StepError) Error() string { return fmt.Sprintf("%s: %s", e.Step, e.Err)
 // Unwrap returns the cause.
 func (e *StepError) Unwrap() error { return e.Err }
 
+// inStep says in which step something failed, unless that is said already.
+func inStep(step Step, err error) error {
+	var already *StepError
+	if errors.As(err, &already) {
+		return err
+	}
+	return &StepError{Step: step, Err: err}
+}
+
 // PendingError says that the server has not decided: the key, the CSR and the
 // journal are kept, and a run at or after NotBefore sends the same CSR again
 // (RFC 9148 §4.7, RFC 7030 §4.2.3).

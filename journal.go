@@ -436,14 +436,17 @@ func checkFileName(name string) error {
 	return fmt.Errorf("%q is not the name of a trust anchor file", name)
 }
 
+// errJournal says that the journal was not written, or not to the disk.
+var errJournal = errors.New("write journal")
+
 // save writes the journal and returns when it is on the disk.
 func (j *journal) save(dir string) error {
 	data, err := j.encode()
 	if err != nil {
-		return fmt.Errorf("write journal: %w", err)
+		return fmt.Errorf("%w: %w", errJournal, err)
 	}
 	if err := durable.WriteFile(filepath.Join(dir, journalName), data, 0o600); err != nil {
-		return fmt.Errorf("write journal: %w", err)
+		return fmt.Errorf("%w: %w", errJournal, err)
 	}
 	return nil
 }

@@ -184,7 +184,11 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	}
 	c.journal.LastAttempt = last
 	c.shared.journal.rememberPIN(err) // that of a device which came back
-	if err := errors.Join(err, c.save()); err != nil {
+	saved := c.save()
+	if errors.Is(err, errJournal) {
+		saved = nil // what is in the way is said once
+	}
+	if err := errors.Join(err, saved); err != nil {
 		return result, err
 	}
 	return result, c.removeUnreferencedFiles()
@@ -223,7 +227,8 @@ func (c *Credential) usable(ctx context.Context) (*Result, error) {
 		return nil, err
 	}
 	if leaf := p.chain[0]; now.After(leaf.NotAfter) {
-		c.warn("the enrolled certificate expired at %s: enrolling again with the IDevID", leaf.NotAfter.UTC().Format(time.RFC3339))
+		// A clock that has jumped forward is seen by a person alone.
+		c.warn("the enrolled certificate expired at %s, and it is %s now: enrolling again with the IDevID", stamp(leaf.NotAfter), stamp(now))
 		return nil, nil
 	}
 	return &Result{Certificate: p.chain[0], CertificateAddress: kept.Certificates[0].Address, Key: kept.Key.Address}, nil
@@ -232,6 +237,9 @@ func (c *Credential) usable(ctx context.Context) (*Result, error) {
 func (c *Credential) startEnroll(ctx context.Context) error {
 	if err := c.checkSecurity(); err != nil {
 		return err
+	}
+	if _, err := c.verificationTime(); err != nil {
+		return err // before a key is made
 	}
 	if _, err := c.prepare(ctx); err != nil {
 		return err

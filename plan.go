@@ -241,8 +241,14 @@ func (c *Credential) rehearseCSR(ctx context.Context, p *Plan, op *operation, au
 	return request.PublicKey, request.CheckSignature()
 }
 
-// rehearse is an exchange that ends before sen or sren.
+// rehearse is an exchange that ends before sen or sren. The server is asked for crts
+// whenever it was last, and the trust anchors that come of it are not kept.
 func (c *Credential) rehearse(ctx context.Context, auth *pair, key crypto.PublicKey) error {
+	asked, explicit, name, caughtUp := c.journal.CACertsAt, c.explicitTA, c.explicitName, c.caughtUp
+	defer func() {
+		c.journal.CACertsAt, c.explicitTA, c.explicitName, c.caughtUp = asked, explicit, name, caughtUp
+	}()
+	c.journal.CACertsAt = time.Time{}
 	session, err := c.dial(ctx, auth)
 	if err != nil {
 		return err

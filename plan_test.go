@@ -28,7 +28,7 @@ func (d *device) dryRun(plan planner) (p *estenroll.Plan, err error) {
 		}
 		return c.DryRun(d.ctx, p)
 	})
-	requests := d.requests
+	requests := slices.Clone(d.requests)
 	d.unchangedSince(before)
 	if d.read("journal.json") != journal {
 		d.t.Error("the journal was written")
@@ -250,7 +250,14 @@ func TestDryRunSecurityLost(t *testing.T) {
 	}
 	current := r.device.status().Current.Certificate
 	r.write("security.json", `{"version":1}`)
-	if p, err := r.dryRun((*estenroll.Credential).PlanRenew); err != nil || p.Kind != estenroll.KindRenew {
+	p, err := r.dryRun(func(c *estenroll.Credential, ctx context.Context) (*estenroll.Plan, error) {
+		p, err := c.PlanRenew(ctx)
+		if status, statusErr := c.Status(ctx); statusErr != nil || status.Enrolled {
+			t.Errorf("what a run would restore is taken for what there is: %+v, %v", status, statusErr)
+		}
+		return p, err
+	})
+	if err != nil || p.Kind != estenroll.KindRenew {
 		t.Errorf("plan %+v, %v", p, err)
 	}
 	if must(t, r.renewDue); r.device.status().Current.Certificate != current {
@@ -259,4 +266,36 @@ func TestDryRunSecurityLost(t *testing.T) {
 
 	fresh := r.site.device(t, "fresh")
 	wantError(t, fresh.run(func(c *estenroll.Credential) error { _, err := c.PlanRenewDue(fresh.ctx); return err }), estenroll.ErrNotEnrolled)
+}
+
+// A dry run asks for crts though it was asked for not long ago, and keeps nothing of
+// what comes of it: what follows in the same process learns of a new root itself.
+func TestDryRunRollover(t *testing.T) {
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now})
+	d := site.device(t, "dry")
+	d.now, d.cfg.CACertsInterval = c.now, time.Hour
+	d.mustEnroll()
+	made := site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverAnnounced})
+	if _, err := d.dryRun((*estenroll.Credential).PlanRenew); err != nil {
+		t.Fatal(err)
+	}
+	if len(d.requests) == 0 {
+		t.Error("crts was not asked for")
+	}
+	d.trusts("dry", made.OldWithOld)
+	c.advance(2 * time.Hour)
+	if err := d.run(func(c *estenroll.Credential) error {
+		p, err := c.PlanRenew(d.ctx)
+		if err == nil {
+			err = c.DryRun(d.ctx, p)
+		}
+		if err == nil {
+			_, err = c.Renew(d.ctx)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	d.trusts("renewed", made.OldWithOld, made.NewWithNew)
 }

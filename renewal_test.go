@@ -382,6 +382,9 @@ func TestRenewClockBack(t *testing.T) {
 				if _, err := r.renewDue(); err != nil || !r.warned("the system clock says") {
 					t.Errorf("%v, events %+v", err, r.events)
 				}
+				if clock := r.device.status().Clock; !strings.Contains(clock, "verifying with") {
+					t.Errorf("status says %q", clock)
+				}
 				r.clock.advance(100 * day)
 				if r.clock.now().After(right) {
 					break
@@ -432,6 +435,34 @@ func TestRenewDueIn1970(t *testing.T) {
 	device.advance(day)
 	site.set(d.cfg.BuildTime.Add(time.Minute)) // the new certificate begins no later than what the device knows
 	if result := must(t, r.renewDue); !result.Changed {
+		t.Errorf("result %+v", result)
+	}
+	r.tidy(2)
+}
+
+// The same, and the server answers by a clock that is right: the device takes what it
+// gets for expired, and has what it had. It tries again once a day at most.
+func TestRenewClockForwardAlone(t *testing.T) {
+	r := newRenewing(t, "alone", 90*day, nil)
+	right, before := r.clock.now(), r.snapshot()
+	const jump = 3650 * day
+	r.behind = jump
+	r.clock.set(right.Add(jump))
+	for range 2 {
+		_, err := r.renewDue()
+		wantError(t, err, est.ErrNotValidNow)
+		if !r.warned("and it is 20") {
+			t.Errorf("events %+v", r.events)
+		}
+		r.unchangedSince(before)
+		r.idle(estenroll.RenewalWaits)
+		r.clock.advance(day)
+	}
+	r.behind = 0
+	r.clock.set(right.Add(3 * day))
+	r.idle(estenroll.RenewalNotDue)
+	r.dueNow()
+	if result := must(t, r.renewDue); result.Kind != estenroll.KindRenew {
 		t.Errorf("result %+v", result)
 	}
 	r.tidy(2)

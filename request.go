@@ -67,7 +67,7 @@ func (c *Credential) ask(ctx context.Context) (*Result, error) {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
 	if err := c.buildCSR(ctx, auth, nil); err != nil {
-		return nil, c.giveUpRekey(ctx, &StepError{Step: StepRequest, Err: err})
+		return nil, c.giveUpRekey(ctx, inStep(StepRequest, err))
 	}
 	if err := c.stillPending(ctx, auth); err != nil {
 		return nil, err

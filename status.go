@@ -26,6 +26,9 @@ type Status struct {
 	Problem string `json:"problem,omitempty"`
 	// Server is the EST server.
 	Server string `json:"server,omitempty"`
+	// Clock says that the system clock is behind, and what stands for it; empty where
+	// it is not known to be wrong.
+	Clock string `json:"clock,omitempty"`
 	// Pending is the operation that the next run goes on with.
 	Pending     *OperationStatus `json:"operation,omitempty"`
 	LastAttempt *Attempt         `json:"last_attempt,omitempty"`
@@ -68,7 +71,7 @@ type OperationStatus struct {
 
 // Status reports what the state directory and the token hold. It changes nothing.
 func (c *Credential) Status(ctx context.Context) (*Status, error) {
-	s := &Status{Name: c.Name(), Server: c.cfg.ServerURI, LastAttempt: c.journal.LastAttempt, FailedRekey: c.journal.FailedRekey}
+	s := &Status{Name: c.Name(), Server: c.cfg.ServerURI, Clock: c.clockProblem(), LastAttempt: c.journal.LastAttempt, FailedRekey: c.journal.FailedRekey}
 	if err := c.checkUse(); err != nil {
 		s.Problem = err.Error()
 	}

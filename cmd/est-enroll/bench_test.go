@@ -62,21 +62,20 @@ func TestBench(t *testing.T) {
 // each enrolment begins.
 type bench struct {
 	matrix  *matrix
-	base    string // directory that is copied
 	copies  int
 	factory string // file of the CA that is sent after the IDevID
 }
 
 func newBench(t *testing.T) *bench {
 	m := newMatrix(t)
-	return &bench{matrix: m, base: m.prepare(t, crashStory{name: "enroll"}), factory: filepath.Join(m.server.work, "ca", "factory-ca.pem")}
+	return &bench{matrix: m, factory: filepath.Join(m.server.work, "ca", "factory-ca.pem")}
 }
 
 // device copies the factory's. What it or an earlier run has written is put on the
 // disk now: the fsyncs of the next run would wait for it.
 func (b *bench) device(t *testing.T) *crashDevice {
 	b.copies++
-	d := b.matrix.copyOf(t, b.base, fmt.Sprintf("bench-%d", b.copies))
+	d := b.matrix.device(t, fmt.Sprintf("bench-%d", b.copies))
 	syscall.Sync()
 	return d
 }

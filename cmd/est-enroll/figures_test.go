@@ -323,7 +323,7 @@ func (f *figures) write(t *testing.T) {
 	if err := encoder.Encode(f); err != nil {
 		t.Fatal(err)
 	}
-	before, _, after := splitREADME(t)
+	before, _, after := splitREADME(t, figuresBegin, figuresEnd)
 	for path, content := range map[string]string{figuresFile: raw.String(), readmeFile: before + f.table() + after} {
 		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
 			t.Fatal(err)
@@ -331,15 +331,15 @@ func (f *figures) write(t *testing.T) {
 	}
 }
 
-// splitREADME returns the README around the table, and the table.
-func splitREADME(t *testing.T) (before, table, after string) {
+// splitREADME returns the README around a table, and the table, by its markers.
+func splitREADME(t *testing.T, first, last string) (before, table, after string) {
 	t.Helper()
 	text := read(t, readmeFile)
-	begin, end := strings.Index(text, figuresBegin), strings.Index(text, figuresEnd)
+	begin, end := strings.Index(text, first), strings.Index(text, last)
 	if begin < 0 || end < begin {
-		t.Fatalf("README.md has no place for the figures: %q, %q", figuresBegin, figuresEnd)
+		t.Fatalf("README.md has no place for the table: %q, %q", first, last)
 	}
-	begin += len(figuresBegin)
+	begin += len(first)
 	return text[:begin], text[begin:end], text[end:]
 }
 
@@ -352,7 +352,7 @@ func TestREADMEFigures(t *testing.T) {
 	if err := decoder.Decode(f); err != nil {
 		t.Fatal(err)
 	}
-	_, table, _ := splitREADME(t)
+	_, table, _ := splitREADME(t, figuresBegin, figuresEnd)
 	if diff := cmp.Diff(f.table(), table); diff != "" {
 		t.Errorf("README.md is not what testdata/figures.json says, make figures writes both (-json +README):\n%s", diff)
 	}

@@ -49,7 +49,7 @@ func TestFleet(t *testing.T) {
 
 	for n, args := range [][]string{{"enroll"}, {"renew", "--force"}} {
 		together(func(i int) error {
-			out, err := devices[i].run(t, devices[i].matrix.token.ModulePath, nil, args...)
+			out, err := devices[i].run(t, args...)
 			if strings.Contains(out, markerPIN) {
 				t.Errorf("device %d: the PIN is in the output", i)
 			}
@@ -70,7 +70,8 @@ func TestFleet(t *testing.T) {
 			if len(own) != n+1 {
 				t.Errorf("%s: the server issued %d certificates for %s, want %d", args[0], len(own), d.subject, n+1)
 			}
-			if wrong := d.judge(t, crashStory{leaves: n + 1, keys: 1}, own); len(wrong.text) > 0 {
+			wrong := new(findings)
+			if d.judge(t, crashStory{leaves: n + 1, keys: 1}, own, wrong); len(wrong.text) > 0 {
 				t.Errorf("%s: %s:\n%s", args[0], d.subject, strings.Join(wrong.text, "\n"))
 			}
 		}

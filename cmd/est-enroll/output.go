@@ -172,6 +172,9 @@ func (o *output) status(s *estenroll.Status) {
 	if s.Server != "" {
 		o.result("EST server:   %s", s.Server)
 	}
+	if s.Clock != "" {
+		o.result("clock:        %s", s.Clock)
+	}
 	if s.Current != nil {
 		o.credential("", *s.Current)
 	}

@@ -220,6 +220,7 @@ func TestInstall(t *testing.T) {
 		"/usr/share/zsh/site-functions/_est-enroll":            "-rw-r--r--",
 		"/usr/share/man/man5/est-enroll.yaml.5":                "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll.1":                     "-rw-r--r--",
+		"/usr/share/man/man1/est-enroll-cancel.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-config.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-doctor.1":              "-rw-r--r--",
 		"/usr/share/man/man1/est-enroll-enroll.1":              "-rw-r--r--",

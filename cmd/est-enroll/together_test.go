@@ -27,8 +27,7 @@ func TestTogether(t *testing.T) {
 	var ago atomic.Int64 // how far the server's clock is behind
 	ago.Store(int64(30 * 24 * time.Hour))
 	m := agedMatrix(t, func() time.Time { return time.Now().Add(-time.Duration(ago.Load())) })
-	base := m.prepare(t, crashStory{})
-	d := m.copyOf(t, base, "together")
+	d := m.device(t, "together")
 
 	enrolled := 0
 	for _, out := range d.together(t, nil, "enroll") {
@@ -43,7 +42,8 @@ func TestTogether(t *testing.T) {
 	if enrolled != 1 || len(issued) != 1 {
 		t.Errorf("eight first boots: %d enrolled, the server issued %d certificates", enrolled, len(issued))
 	}
-	if wrong := d.judge(t, crashStory{leaves: 1, keys: 1}, issued); len(wrong.text) > 0 {
+	wrong := new(findings)
+	if d.judge(t, crashStory{leaves: 1, keys: 1}, issued, wrong); len(wrong.text) > 0 {
 		t.Errorf("eight first boots:\n%s", strings.Join(wrong.text, "\n"))
 	}
 
@@ -63,7 +63,7 @@ func TestTogether(t *testing.T) {
 	if issued = m.issuances(t); renewed != 1 || len(issued) != 2 {
 		t.Errorf("eight renewals: %d renewed, the server issued %d certificates in all", renewed, len(issued))
 	}
-	if wrong := d.judge(t, crashStory{leaves: 2, keys: 1}, issued); len(wrong.text) > 0 {
+	if d.judge(t, crashStory{leaves: 2, keys: 1}, issued, wrong); len(wrong.text) > 0 {
 		t.Errorf("eight renewals:\n%s", strings.Join(wrong.text, "\n"))
 	}
 }
@@ -95,6 +95,7 @@ func agedMatrix(t *testing.T, now func() time.Time) *matrix {
 	if err := m.token.StoreIDevID(m.server.signIDevID); err != nil {
 		t.Fatal(err)
 	}
+	m.fromFactory(t)
 	return m
 }
 

@@ -18,7 +18,7 @@ import (
 func TestTrace(t *testing.T) {
 	t.Parallel()
 	m := newMatrix(t)
-	d := m.copyOf(t, m.prepare(t, crashStory{}), "trace")
+	d := m.device(t, "trace")
 
 	for _, story := range []struct {
 		args                       []string

@@ -59,7 +59,10 @@ func WriteFile(path string, data []byte, perm os.FileMode) (err error) {
 		err = pending.CloseAtomicallyReplace() // fsync, close, rename
 	}
 	if err != nil {
-		return errors.Join(err, pending.Cleanup())
+		if failed := pending.Cleanup(); failed != nil {
+			return errors.Join(err, failed)
+		}
+		return err
 	}
 	return syncDirectory(dir)
 }
@@ -96,8 +99,7 @@ func Symlink(target, path string) (err error) {
 // MkdirAll makes a directory and those above it that are missing, as os.MkdirAll
 // does. When it returns nil, those that it made are on the disk: a file in one that
 // is not would be lost with it.
-func MkdirAll(path string, perm os.FileMode) (err error) {
-	defer wrap(&err, "make directory", path)
+func MkdirAll(path string, perm os.FileMode) error {
 	var made []string
 	for dir := filepath.Clean(path); ; dir = filepath.Dir(dir) {
 		if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
@@ -207,15 +209,15 @@ func syncDirectory(path string) error {
 	return dir.Close()
 }
 
-// wrap says what was done to which path; a cause that names the path itself
-// gives up its own mention.
+// wrap says what was done to which path; a cause that names the path itself, or
+// WriteFile's temporary one, gives up its own mention.
 func wrap(err *error, doing, path string) {
 	if *err == nil {
 		return
 	}
 	cause := *err
 	var pathErr *fs.PathError
-	if errors.As(cause, &pathErr) && pathErr == cause && pathErr.Path == path {
+	if errors.As(cause, &pathErr) && pathErr == cause && (pathErr.Path == path || isTemporaryOf(filepath.Base(pathErr.Path), filepath.Base(path))) {
 		cause = pathErr.Err
 	}
 	*err = fmt.Errorf("%s: %s: %w", doing, path, cause)

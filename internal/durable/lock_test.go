@@ -470,8 +470,8 @@ func TestWriteFileOnAFullDisk(t *testing.T) {
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Env = append(os.Environ(), roleVariable+"=full", pathVariable+"="+path)
 	output, err := cmd.Output()
-	if err == nil || !strings.HasPrefix(string(output), "write file: "+path+": ") {
-		t.Errorf("got %v, %q", err, output)
+	if want := "write file: " + path + ": file too large\n"; err == nil || string(output) != want {
+		t.Errorf("got %v, %q, want %q", err, output, want)
 	}
 	if got, err := os.ReadFile(path); err != nil || string(got) != "old" {
 		t.Errorf("got %q, %v", got, err)

@@ -88,6 +88,10 @@ func (Module) Env(realModule, log string, at Point) []string {
 	}
 }
 
+// Fills is the environment that makes the module fill a file system at the point,
+// with a file of this path, where it would kill.
+func (Module) Fills(path string) string { return "P11CRASH_FILL=" + path }
+
 // ReadLog reads the points that a run passed, in their order. A log that is
 // missing, empty or malformed fails the test.
 func ReadLog(t testing.TB, log string) []Point {

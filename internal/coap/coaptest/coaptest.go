@@ -63,6 +63,8 @@ type Faults struct {
 	// Tamper is asked before Hook, one call at a time: what it returns goes on at
 	// once, in the datagram's place, unless it says that it leaves it alone.
 	Tamper func(Datagram) (instead [][]byte, tampered bool)
+	// Sent is called after a datagram has been sent on at once, before the next is.
+	Sent func(Datagram)
 }
 
 // Count is what one side sent, before faults.
@@ -119,7 +121,7 @@ func NewProxy(t testing.TB, target string, faults Faults) *Proxy {
 	p := &Proxy{faults: faults, target: addr.AddrPort(), front: front, flows: map[netip.AddrPort]*flow{}}
 	p.tasks.Go(p.readFront)
 	t.Cleanup(func() {
-		p.close()
+		p.Close()
 		if t.Failed() {
 			t.Logf("coaptest: seed %d: %+v", faults.Seed, p.Counters())
 		}
@@ -137,7 +139,8 @@ func (p *Proxy) Counters() Counters {
 	return p.counters
 }
 
-func (p *Proxy) close() {
+// Close ends the proxy before its test does.
+func (p *Proxy) Close() {
 	p.mu.Lock()
 	p.closed = true
 	_ = p.front.Close()
@@ -268,6 +271,9 @@ func (p *Proxy) forward(f *flow, direction Direction, payload []byte) {
 		path.send(payload)
 	}
 	path.send(payload)
+	if p.faults.Sent != nil {
+		p.faults.Sent(datagram)
+	}
 	path.release()
 }
 

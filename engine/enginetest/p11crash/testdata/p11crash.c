@@ -1,11 +1,12 @@
 // A PKCS #11 module for tests that stands between a program and a real module,
-// records every call, and kills the program before or after one of them. It
-// changes nothing else and never looks at an argument.
+// records every call, and kills the program before or after one of them, or fills a
+// file system then. It changes nothing else and never looks at an argument.
 //
 //   P11CRASH_MODULE  the real module
 //   P11CRASH_LOG     file that gets the lines "<number> <function> before|after"
 //   P11CRASH_AT      number of the call to kill at, from 1; unset or 0: none
 //   P11CRASH_WHEN    before or after that call
+//   P11CRASH_FILL    nothing is killed: this file is made, as large as its file system allows
 //
 // Calls are counted over all threads of the process. The trampolines are generic:
 // no function of PKCS #11 v2.40 has more than eight arguments, all are integers or
@@ -37,6 +38,7 @@ static CK_FUNCTION_LIST *real; // NULL: the set-up failed and said why
 static CK_FUNCTION_LIST ours;
 static atomic_int calls;
 static int log_fd, at, kill_after;
+static const char *fill;
 
 static void point(int number, const char *name, int after)
 {
@@ -46,7 +48,13 @@ static void point(int number, const char *name, int after)
 		perror("p11crash: P11CRASH_LOG");
 		abort();
 	}
-	if (number == at && after == kill_after) {
+	if (number == at && after == kill_after && fill) {
+		static char page[4096];
+		int fd = open(fill, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+		while (write(fd, page, sizeof page) > 0)
+			;
+		close(fd);
+	} else if (number == at && after == kill_after) {
 		kill(getpid(), SIGKILL);
 		for (;;)
 			pause();
@@ -77,6 +85,7 @@ static void set_up(void)
 		fprintf(stderr, "p11crash: P11CRASH_MODULE and P11CRASH_LOG are needed\n");
 		return;
 	}
+	fill = getenv("P11CRASH_FILL");
 	at = number ? atoi(number) : 0;
 	kill_after = when && !strcmp(when, "after");
 	if (at && !kill_after && (!when || strcmp(when, "before"))) {
