@@ -81,7 +81,10 @@ func (c *Credential) ask(ctx context.Context) (*Result, error) {
 			got.chain[0].NotAfter.UTC().Format(time.RFC3339)), nil
 	})
 	if errors.Is(err, errAnotherKey) {
-		return nil, c.replaceKey(ctx)
+		if err = c.replaceKey(ctx); err != nil {
+			err = c.giveUpRekey(ctx, inStep(StepRequest, err))
+		}
+		return nil, err // the next step generates it
 	}
 	if err != nil {
 		return nil, c.requestFailed(ctx, err)

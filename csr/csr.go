@@ -1,6 +1,7 @@
 // Package csr builds certification requests (PKCS#10, RFC 2986) that are signed
 // by a crypto.Signer, the key of an HSM as a rule, and verified before they
-// leave. It never sees a private key, and it copies the names of a certificate
+// leave, and reads what a server wants to find in them (CSR attributes, RFC 7030
+// §4.5 and RFC 9908). It never sees a private key, and it copies the names of a certificate
 // as DER where they must be the same (RFC 7030 §4.2.2).
 package csr
 
