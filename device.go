@@ -9,7 +9,8 @@
 // of the device. [Credential.Enroll] is the first boot of one, [Credential.RenewDue]
 // its renewal when the [Policy] says so, [Credential.Renew] one at once and
 // [Credential.Rekey] one with a new key, [Credential.Recover] finishes what a killed
-// run left, and each of the others begins with it. [Credential.Status] changes nothing.
+// run left, and each of the others begins with it. [Credential.Cancel] ends what is
+// not committed instead, and [Credential.Status] changes nothing.
 //
 // What holds at every moment, whatever is killed (DESIGN.md §7): the Security
 // object points at a usable credential, and the next run reaches the state that

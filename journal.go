@@ -160,7 +160,7 @@ type record struct {
 	Pairs       []credential `json:"pairs,omitempty"`
 	Operation   *operation   `json:"operation,omitempty"`
 	LastAttempt *Attempt     `json:"last_attempt,omitempty"`
-	// CACertsAt is when cacerts was answered last, by a server that was judged.
+	// CACertsAt is when cacerts was answered last, in a session that gave a certificate.
 	CACertsAt time.Time `json:"cacerts_at,omitzero"`
 	// FailedRekey is the last that came to nothing while the policy asks for one.
 	FailedRekey *Attempt `json:"failed_rekey,omitempty"`

@@ -202,6 +202,49 @@ func TestNewPairRefused(t *testing.T) {
 	}
 }
 
+// The new pair is refused and the old one gets no answer: whether it is the new one or
+// everything that is refused is not known, and both stay.
+func TestOldPairUndecided(t *testing.T) {
+	for name, run := range map[string]func(*device) (*estenroll.Result, error){"renew": (*device).renew, "rekey": (*device).rekey} {
+		t.Run(name, func(t *testing.T) {
+			site := newSite(t, testserver.Config{})
+			d := site.device(t, "undecided")
+			old := d.mustEnroll()
+			dials := 0
+			d.hook = func(when, call string) error {
+				switch when + " " + call {
+				case "after simplereenroll":
+					return d.refuseNewest()
+				case "before Dial":
+					if dials++; dials == 3 { // the request, the new pair's proof, the old one's
+						return est.ErrUnreachable
+					}
+				}
+				return nil
+			}
+			_, err := run(d)
+			wantError(t, err, estenroll.ErrUnproven)
+			wantError(t, err, est.ErrCredentialRefused)
+			op := d.journal().Operation
+			if op == nil || op.Step != "prove" || dials != 3 {
+				t.Fatalf("operation %+v, %d sessions", op, dials)
+			}
+			if status := d.status(); status.Current.Certificate != old.CertificateAddress.String() || status.Current.Problem != "" {
+				t.Errorf("status %+v", status.Current)
+			}
+			d.hook = nil
+			site.faults(t, testserver.Faults{})
+			if result := must(t, func() (*estenroll.Result, error) { return run(d) }); !result.Recovered || len(d.csrs()) != 0 {
+				t.Errorf("result %+v, %d requests", result, len(d.csrs()))
+			}
+			d.tidy(2)
+			if d.issued() != 2 {
+				t.Errorf("%d certificates issued", d.issued())
+			}
+		})
+	}
+}
+
 // refuseAfter lets the server refuse from the moment that the renewal has its
 // certificate.
 func (d *device) refuseAfter(faults testserver.Faults) {

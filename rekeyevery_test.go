@@ -156,6 +156,25 @@ func (d *device) refuseNewest() error {
 	return d.site.server.SetFaults(testserver.Faults{RefuseClients: []string{issued[len(issued)-1].Certificate}})
 }
 
+// With both pairs refused there is nothing to renew instead: the device has fallen back
+// to the IDevID, and is enrolled again.
+func TestRekeyEveryFallsBack(t *testing.T) {
+	r := rekeying(t, "falls", 1)
+	reach := r.hook
+	r.refuseAfter(testserver.Faults{RefuseIssued: true})
+	_, err := r.renew()
+	wantError(t, err, estenroll.ErrRefused)
+	if failed := r.device.status().FailedRekey; failed != nil {
+		t.Errorf("failed rekey %+v", failed)
+	}
+	r.hook = reach
+	r.site.faults(t, testserver.Faults{})
+	if result := must(t, r.renewDue); result.Kind != estenroll.KindEnroll {
+		t.Errorf("result %+v", result)
+	}
+	r.tidy(2)
+}
+
 // A rekey that gets no answer, or none in time, gives way to a renewal of the current
 // key when half of what was left of the certificate has gone.
 func TestRekeyEveryGivesWay(t *testing.T) {

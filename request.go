@@ -261,6 +261,7 @@ func (op *operation) request() (*x509.CertificateRequest, error) {
 type answer struct {
 	chain   []*x509.Certificate // leaf first
 	anchors *est.TrustAnchors
+	asked   bool // for the anchors, in the same session
 	server  *x509.Certificate
 }
 
@@ -320,7 +321,7 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err := c.compare(request, chain[0]); err != nil {
 		return nil, err
 	}
-	return &answer{chain: chain, anchors: anchors, server: session.PeerChain()[0]}, nil
+	return &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, server: session.PeerChain()[0]}, nil
 }
 
 // meet asks for crts on a new session, unless the answer that is held is young, and
@@ -519,6 +520,9 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	}
 	if op.ExplicitTA, err = c.saveExplicitTA(got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
+	}
+	if got.asked {
+		c.journal.CACertsAt = c.cfg.Now()
 	}
 	if op.Anchors, err = c.placeAnchors(ctx, got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}

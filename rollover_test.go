@@ -216,10 +216,49 @@ func TestSleptThroughRollover(t *testing.T) {
 		d.wantPending(err)
 		csr := d.csrs()
 		site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+		site.deferring(t, 1, 0)
+		_, err = d.renew()
+		d.wantPending(err)
+		if got := asked(d); !slices.Equal(got, renewal[:3]) {
+			t.Errorf("asked %q", got)
+		}
+		// What it has learned is kept for the next run.
 		d.mustRenew()
+		if got := asked(d); !slices.Equal(got, renewal[1:]) {
+			t.Errorf("the next run asked %q", got)
+		}
 		if got := d.csrs(); len(csr) != 1 || !slices.Equal(got, csr) {
 			t.Error("another CSR was sent")
 		}
+		d.tidy(2)
+	})
+
+	t.Run("only the certificate", func(t *testing.T) {
+		c := new(clock)
+		site := newSite(t, testserver.Config{Lifetime: time.Hour, Now: c.now})
+		d := site.device(t, "lapsed")
+		d.now = c.now
+		d.mustEnroll()
+		site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+		d.mustRenew()
+		site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverFinished, NoLinks: true})
+		c.advance(2 * time.Hour)
+		// The Implicit TA is the old root: as the IDevID too, the Explicit TA judges.
+		must(t, d.renewDue)
+		if got := asked(d); !slices.Equal(got, []est.Operation{est.CACerts, est.SimpleEnroll, est.CACerts}) {
+			t.Errorf("asked %q", got)
+		}
+		// And where the operator names another root, that one does.
+		site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverFinished, NoLinks: true})
+		c.advance(2 * time.Hour)
+		_, err := d.renewDue()
+		wantError(t, err, est.ErrNotVouched)
+		if d.cfg.ImplicitTA, err = est.NewTrustAnchors([]*x509.Certificate{site.server.Root()}); err != nil {
+			t.Fatal(err)
+		}
+		c.advance(time.Hour)
+		must(t, d.renewDue)
+		d.trusts("led elsewhere", site.server.Root())
 		d.tidy(2)
 	})
 
@@ -413,7 +452,8 @@ func certsOnly(t *testing.T, certs ...*x509.Certificate) *coap.Response {
 // While the answer of cacerts is young, a renewal does without it; when the CA has
 // changed all the same, it is asked for in the same session.
 func TestCACertsInterval(t *testing.T) {
-	site := newSite(t, testserver.Config{})
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now})
 	d := site.device(t, "sparing")
 	d.cfg.CACertsInterval = time.Hour
 	count := func() (n int) {
@@ -424,7 +464,6 @@ func TestCACertsInterval(t *testing.T) {
 		}
 		return n - 1 // that of the proof
 	}
-	c := new(clock)
 	d.now = c.now
 	d.mustEnroll()
 	for _, step := range []struct {
@@ -434,7 +473,17 @@ func TestCACertsInterval(t *testing.T) {
 		want    int
 	}{
 		{"young", time.Minute, func() {}, 0},
-		{"the CA has changed", time.Minute, func() { site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched}) }, 1},
+		{"the CA changes in the middle of it", time.Minute, func() {
+			d.hook = func(when, call string) error {
+				if when+" "+call == "before simplereenroll" {
+					site.rollOver(t, testserver.Rollover{Phase: testserver.RolloverSwitched})
+				}
+				return nil
+			}
+		}, 1},
+		{"the clock is set back", -30 * time.Second, func() { d.hook = nil }, 1},
+		{"young again", time.Minute, func() {}, 0},
+		{"old", 3 * time.Hour, func() {}, 1},
 	} {
 		c.advance(step.advance)
 		step.do()

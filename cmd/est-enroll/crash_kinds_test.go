@@ -146,16 +146,19 @@ func isCloseAnswer(datagram coaptest.Datagram) bool {
 	return datagram.Direction == coaptest.ToClient && len(r) >= recordHeader && r[0] == alertRecord && r.epoch() != 0
 }
 
-// sentAgain reports a datagram that begins with a message of the handshake, in the
-// clear, with which this client's has begun before (RFC 6347 §4.2.4): only the
-// number of the record is another.
+// sentAgain reports a datagram of the handshake that begins as one of this client's
+// has begun before (RFC 6347 §4.2.4): with the same message in the clear, where only
+// the number of the record is another, with the ChangeCipherSpec, or with the Finished.
 func (k *datagramKiller) sentAgain(datagram coaptest.Datagram) bool {
 	r := record(datagram.Payload)
-	if len(r) < recordHeader+handshakeHeader || r[0] != handshakeRecord || r.epoch() != 0 {
+	if len(r) < recordHeader || r[0] != handshakeRecord && r[0] != changeCipherSpec {
 		return false
 	}
-	message := fmt.Sprintf("%d %d %x", datagram.Client, datagram.Direction, r[recordHeader:recordHeader+handshakeHeader])
-	again := k.seen[message]
-	k.seen[message] = true
+	beginning := fmt.Sprintf("%d %d %d %d", datagram.Client, datagram.Direction, r[0], r.epoch())
+	if r[0] == handshakeRecord && r.epoch() == 0 {
+		beginning += fmt.Sprintf(" %x", r[recordHeader:min(recordHeader+handshakeHeader, len(r))])
+	}
+	again := k.seen[beginning]
+	k.seen[beginning] = true
 	return again
 }

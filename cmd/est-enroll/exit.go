@@ -202,7 +202,7 @@ var judgements = []struct {
 	{estenroll.ErrIDevID, judgement{exitToken, "check idevid-key and idevid-certificate against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{estenroll.ErrOtherNames, judgement{exitRefused, "nothing is stored: correct subject and san to what this CA issues, ask its people, or take it with --subject-mismatch warn"}},
 	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
-	{est.ErrNotVouched, judgement{exitRefused, "compare the SHA-256 with what the people of the CA say it is, and if it is theirs name it with --anchor-fingerprint"}},
+	{est.ErrNotVouched, judgement{exitRefused, "check trust-anchors; where the CA has changed its root, compare the SHA-256 with what its people say, and name it with --anchor-fingerprint"}},
 	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate"}},
 	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},
 	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it: compare its suites, its key and its certificate with that"}},
