@@ -162,6 +162,12 @@ type CredentialConfig struct {
 	// Request is the Subject and the SANs of the first CSR, and the usages and the PSS
 	// of each. An empty Subject means the IDevID's.
 	Request csr.Template
+	// IgnoreAttributes asks no server what it wants of a CSR (CSR attributes). Default:
+	// it is asked once for each operation, and what it says stands before KeySpec and
+	// Request.
+	IgnoreAttributes bool
+	// PoP says when CSRs are linked to their session. Default: PoPAuto.
+	PoP PoP
 	// RefuseOtherNames refuses a certificate whose Subject or SAN is not what was
 	// asked for. Default: it is taken, with a warning.
 	RefuseOtherNames bool

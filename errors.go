@@ -47,6 +47,11 @@ var (
 	// ErrKeyPolicy says that the existing key that was named is not as protected
 	// as a generated one.
 	ErrKeyPolicy = errors.New("the key that was named does not satisfy the policy")
+	// ErrKeyWanted says that the server wants a kind of key (CSR attributes) that no
+	// engine generates, or that the key which was named is not.
+	ErrKeyWanted = errors.New("the server wants another kind of key")
+	// ErrNoPoP says that the CSR cannot be linked to the session.
+	ErrNoPoP = errors.New("no proof of possession is possible")
 	// ErrKeyNamed says that there is no new key to generate for a rekey: the
 	// configuration names an existing one.
 	ErrKeyNamed = errors.New("the configuration says which key it is")

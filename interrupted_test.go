@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"estenroll"
+	"estenroll/csr"
 	"estenroll/engine"
 	"estenroll/est"
 	"estenroll/testserver"
@@ -22,18 +23,22 @@ type story struct {
 	issued      int // in the end
 	credentials int
 	every       int // of the points
+	server      testserver.Config
 }
 
 var stories = []story{
-	{"first boot", nil, (*device).enroll, 1, 1, 1},
+	{"first boot", nil, (*device).enroll, 1, 1, 1, testserver.Config{}},
 	// The second renewal: it retires a certificate.
-	{"renewal", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).renew}, (*device).renew, 3, 2, 1},
+	{"renewal", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).renew}, (*device).renew, 3, 2, 1, testserver.Config{}},
 	// The second rekey: it retires a certificate and destroys its key. Most of its
 	// points are those of the others, and TestCrash has them all.
-	{"rekey", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).rekey}, (*device).rekey, 3, 2, 3},
+	{"rekey", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).rekey}, (*device).rekey, 3, 2, 3, testserver.Config{}},
+	// The server wants another key than the one that is there when it is asked, and a
+	// CSR that is linked to its session: the key is replaced, the CSR made in each.
+	{"wanted", nil, (*device).enroll, 1, 1, 2, testserver.Config{CSRAttributes: wanting(csr.WantChallengePassword(), wantedKey("EC", "P-384")), RequirePoP: true}},
 	// A renewal through a rollover that the device has slept through, with the trust
 	// anchors in the token. It is the last: the others' devices trust the first root.
-	{"rollover", []func(*device) (*estenroll.Result, error){(*device).newRoot, (*device).enroll, (*device).sleepThroughRollover}, (*device).renew, 2, 2, 2},
+	{"rollover", []func(*device) (*estenroll.Result, error){(*device).newRoot, (*device).enroll, (*device).sleepThroughRollover}, (*device).renew, 2, 2, 2, testserver.Config{}},
 }
 
 // newRoot ends the rollover before, if any, and has the device trust the root that
@@ -68,7 +73,7 @@ var harms = []harm{
 }
 
 func isExchange(call string) bool {
-	return slices.Contains([]string{"Dial", string(est.CACerts), string(est.SimpleEnroll), string(est.SimpleReenroll)}, call)
+	return slices.Contains([]string{"Dial", string(est.CACerts), string(est.CSRAttrs), string(est.SimpleEnroll), string(est.SimpleReenroll)}, call)
 }
 
 // points records the calls of the story, once uninterrupted.
@@ -115,7 +120,7 @@ func TestInterrupted(t *testing.T) {
 	for _, s := range stories {
 		for _, h := range harms {
 			t.Run(s.name+" "+h.name, func(t *testing.T) {
-				site := newSite(t, testserver.Config{})
+				site := newSite(t, s.server)
 				points := s.points(t, site)
 				if len(points) < 20 {
 					t.Fatalf("%d points: %q", len(points), points)

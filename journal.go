@@ -11,6 +11,7 @@ import (
 	"slices"
 	"time"
 
+	"estenroll/csr"
 	"estenroll/engine"
 	"estenroll/internal/durable"
 )
@@ -102,8 +103,11 @@ type operation struct {
 	// KeyType of a new key. Default: EC P-256, the only one there was once.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
 	// Renewals of the key, this one included.
-	Renewals int    `json:"renewals,omitempty"`
-	CSR      []byte `json:"csr,omitempty"`
+	Renewals int `json:"renewals,omitempty"`
+	// Attributes are what the server wants of the CSR, in DER; none where it was not
+	// asked yet.
+	Attributes []byte `json:"csr_attributes,omitempty"`
+	CSR        []byte `json:"csr,omitempty"`
 	// AskedAt, RetryAfter and Detail: the pending answer (RFC 9148 §4.7).
 	AskedAt    time.Time     `json:"asked_at,omitzero"`
 	RetryAfter time.Duration `json:"retry_after,omitempty"`
@@ -385,6 +389,11 @@ func (r *record) resolve(parse addressParser) error {
 	}
 	if op.KeyType != "" && !slices.Contains(engine.Algorithms(), op.KeyType) {
 		return fmt.Errorf("operation: unknown key_type %q", op.KeyType)
+	}
+	if len(op.Attributes) > 0 {
+		if _, err := csr.ParseAttributes(op.Attributes); err != nil {
+			return fmt.Errorf("operation: %w", err)
+		}
 	}
 	if op.RetryAfter < 0 || op.Renewals < 0 {
 		return errors.New("operation: retry_after or renewals is negative")

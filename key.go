@@ -137,11 +137,18 @@ func (c *Credential) anotherKey(ctx context.Context, op *operation) (why string,
 	if op.Kind != KindEnroll && op.Kind != KindRekey || op.Step != StepGenerate && op.Step != StepRequest {
 		return "", nil
 	}
+	wanted, err := c.wanted(op)
+	if err != nil {
+		return "", err
+	}
+	kind, err := c.keyTypeFor(wanted)
 	switch existing := c.cfg.Key != nil; {
+	case err != nil:
+		return err.Error(), nil
 	case existing != op.ExistingKey:
 		return "the configuration names another key now", nil
-	case !existing && op.keyType() != c.keyType():
-		return fmt.Sprintf("the configuration asks for a key of type %s now, not %s", c.keyType(), op.keyType()), nil
+	case !existing && op.keyType() != kind:
+		return fmt.Sprintf("the configuration asks for a key of type %s now, not %s", kind, op.keyType()), nil
 	case !existing:
 		return "", nil
 	}

@@ -25,7 +25,7 @@ var rooms = map[string][]string{
 	"estenroll/engine/enginetest":  {"estenroll/engine"},
 	"estenroll/engine/file":        {"estenroll/engine", "estenroll/internal/durable"},
 	"estenroll/engine/pkcs11":      {"estenroll/engine", "estenroll/internal/durable", "github.com/miekg/pkcs11"},
-	"estenroll/est":                {"go.mozilla.org/pkcs7"},
+	"estenroll/est":                {"github.com/fxamacker/cbor/v2", "go.mozilla.org/pkcs7"},
 	"estenroll/est/coaps":          {"estenroll/est", "estenroll/internal/coap"},
 	"estenroll/est/https":          {"estenroll/est"},
 	"estenroll/internal/agent":     {"estenroll", "estenroll/engine", "estenroll/est", "estenroll/internal/durable"},

@@ -432,6 +432,10 @@ func (c *Credential) generate(ctx context.Context, resumed bool) error {
 		}
 		return fmt.Sprintf("generated %s in the token: %s", op.keyType(), op.Key), c.advance(StepRequest)
 	})
+	if errors.Is(err, engine.ErrUnsupported) && op.keyType() != c.keyType() {
+		// It was the server's wish, of which the next run asks anew.
+		return c.discard(ctx, fmt.Errorf("the server wants a key of type %s: %w", op.keyType(), err))
+	}
 	return c.giveUpRekey(ctx, err)
 }
 

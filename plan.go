@@ -222,7 +222,15 @@ func (c *Credential) rehearseCSR(ctx context.Context, p *Plan, op *operation, au
 	default:
 		at = auth.key
 	}
-	der, err := c.signCSR(ctx, at, c.template(p.Kind, auth))
+	wanted, err := c.wanted(op)
+	if err != nil {
+		return nil, err
+	}
+	template, err := c.template(p.Kind, auth, wanted)
+	if err != nil {
+		return nil, err
+	}
+	der, err := c.signCSR(ctx, at, template)
 	if err != nil {
 		return nil, err
 	}

@@ -66,7 +66,7 @@ func (c *Credential) ask(ctx context.Context) (*Result, error) {
 	if err := c.askAnew(auth); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	if err := c.buildCSR(ctx, auth); err != nil {
+	if err := c.buildCSR(ctx, auth, nil); err != nil {
 		return nil, c.giveUpRekey(ctx, inStep(StepRequest, err))
 	}
 	if err := c.stillPending(ctx, auth); err != nil {
@@ -80,6 +80,12 @@ func (c *Credential) ask(ctx context.Context) (*Result, error) {
 		return fmt.Sprintf("%s at %s: a certificate valid until %s", operationOf(op.Kind), c.cfg.ServerURI,
 			got.chain[0].NotAfter.UTC().Format(time.RFC3339)), nil
 	})
+	if errors.Is(err, errAnotherKey) {
+		if err = c.replaceKey(ctx); err != nil {
+			err = c.giveUpRekey(ctx, inStep(StepRequest, err))
+		}
+		return nil, err // the next step generates it
+	}
 	if err != nil {
 		return nil, c.requestFailed(ctx, err)
 	}
@@ -153,26 +159,50 @@ func (op *operation) pending() *PendingError {
 }
 
 // buildCSR makes the CSR once and keeps it in the journal: every repetition, in
-// this run or the next, sends the same bytes.
-func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
+// this run or the next, sends the same bytes. It is made again in a session where the
+// server wants another one; one that is linked to its session is made in each.
+func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Session) error {
 	op := c.journal.Operation
-	template := c.template(op.Kind, auth)
+	wanted, err := c.wanted(op)
+	if err != nil {
+		return err
+	}
+	template, err := c.template(op.Kind, auth, wanted)
+	if err != nil {
+		return &est.ResponseError{Operation: est.CSRAttrs, Err: err}
+	}
+	links := c.links(wanted)
+	asked := false // of the server already, linked to this session or to another
 	if len(op.CSR) > 0 {
 		built, err := op.request()
 		if err != nil {
 			return err
 		}
-		if same, err := template.Describes(built); same || err != nil {
+		before := template
+		if links {
+			before.ChallengePassword = csr.ChallengePassword(built)
+		}
+		if asked, err = before.Describes(built); err != nil || asked && !links {
+			return err
+		}
+	}
+	if !asked {
+		// Another question: what the server said of the old one does not hold for it.
+		op.forgetAnswer()
+		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+			return err
+		}
+	}
+	if links {
+		if session == nil {
+			return nil
+		}
+		if template.ChallengePassword, err = c.link(session); err != nil {
 			return err
 		}
 	}
 	return c.timed(StepRequest, func() (_ string, err error) {
 		if op.CSR, err = c.signCSR(ctx, op.Key.Address, template); err != nil {
-			return "", err
-		}
-		// Another question: what the server said of the old one does not hold for it.
-		op.forgetAnswer()
-		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
 			return "", err
 		}
 		return "built the CSR, signed in the token", c.save()
@@ -181,19 +211,28 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair) error {
 
 func (op *operation) forgetAnswer() { op.AskedAt, op.RetryAfter, op.Detail = time.Time{}, 0, "" }
 
-// template is what an operation asks for.
-func (c *Credential) template(kind Kind, auth *pair) csr.Template {
+// template is what an operation asks for: what is configured, and what the server
+// wants instead.
+func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Template, error) {
 	template := c.cfg.Request
-	switch {
-	case kind.reenrolls():
+	if kind.reenrolls() {
 		// RFC 7030 §4.2.2: Subject and SAN "identical to" the old certificate's.
 		// All else is asked for as it is configured.
 		old := csr.ForReenrollment(auth.chain[0])
 		template.RawSubject, template.SANs, template.RawSAN = old.RawSubject, nil, old.RawSAN
-	case len(template.RawSubject) == 0:
+		wanted = wanted.WithoutNames()
+	}
+	template, replaced, err := wanted.Apply(template, auth.chain[0].RawSubject)
+	if err != nil {
+		return template, err
+	}
+	for _, what := range replaced {
+		c.warnOnce("the server wants something else than the configuration: %s", shown(what))
+	}
+	if len(template.RawSubject) == 0 {
 		template.RawSubject = auth.chain[0].RawSubject
 	}
-	return template
+	return template, nil
 }
 
 // signCSR has the token sign a CSR.
@@ -233,8 +272,8 @@ func operationOf(kind Kind) est.Operation {
 	return est.SimpleEnroll
 }
 
-// exchange is one session: crts, the live session judged by the Explicit TA,
-// then sen or sren (RFC 9148 §3).
+// exchange is one session: crts, the live session judged by the Explicit TA, att where
+// it is not known what the server wants, then sen or sren (RFC 9148 §3).
 func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) {
 	op := c.journal.Operation
 	session, err := c.open(ctx, auth)
@@ -242,15 +281,25 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	defer c.closeSession(session)
-	request, err := op.request()
+	signer, err := c.signer(ctx, op.Key.Address)
 	if err != nil {
 		return nil, err
 	}
-	anchors, now, err := c.meet(ctx, session, auth, request.PublicKey)
+	anchors, now, err := c.meet(ctx, session, auth, signer.Public())
 	if err != nil {
 		return nil, err
 	}
 	client := est.Client{Session: session}
+	if err := c.askAttributes(ctx, &client, signer.Public()); err != nil {
+		return nil, err
+	}
+	if err := c.buildCSR(ctx, auth, session); err != nil {
+		return nil, err
+	}
+	request, err := op.request()
+	if err != nil {
+		return nil, err
+	}
 	enroll := client.SimpleEnroll
 	if op.Kind.reenrolls() {
 		enroll = client.SimpleReenroll
@@ -386,8 +435,10 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 			return errors.Join(op.pending(), err)
 		}
 		return op.pending()
-	case ctx.Err() != nil, isEngineError(err), errors.Is(err, ErrClock), errors.Is(err, ErrState):
+	case ctx.Err() != nil, errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
+	case isEngineError(err):
+		return c.giveUpRekey(ctx, err)
 	case op.Kind == KindRekey && c.cfg.Now().After(op.Deadline):
 		// A renewal has nothing better to do than to go on; this one stands in the way
 		// of the renewal of the current key.

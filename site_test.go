@@ -482,7 +482,7 @@ func (d *device) warned(text string) bool {
 // csrs are the requests of the last run that carried a CSR.
 func (d *device) csrs() (bodies []string) {
 	for _, r := range d.requests {
-		if r.operation != est.CACerts {
+		if !r.operation.Asks() {
 			bodies = append(bodies, r.body)
 		}
 	}

@@ -2,7 +2,6 @@ package csr
 
 import (
 	"bytes"
-	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -41,9 +40,11 @@ func (t Template) Describes(request *x509.CertificateRequest) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	_, isRSA := request.PublicKey.(*rsa.PublicKey)
-	isPSS := request.SignatureAlgorithm == x509.SHA256WithRSAPSS
-	return bytes.Equal(t.subject(), request.RawSubject) && isPSS == (isRSA && t.PSS) &&
+	algorithm, err := t.signature(request.PublicKey)
+	if err != nil {
+		return false, nil // it was made by another template
+	}
+	return bytes.Equal(t.subject(), request.RawSubject) && request.SignatureAlgorithm == algorithm.name && ChallengePassword(request) == t.ChallengePassword &&
 		slices.EqualFunc(extensions, request.Extensions, func(a, b pkix.Extension) bool {
 			return a.Id.Equal(b.Id) && a.Critical == b.Critical && bytes.Equal(a.Value, b.Value)
 		}), nil

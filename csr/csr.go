@@ -1,12 +1,14 @@
 // Package csr builds certification requests (PKCS#10, RFC 2986) that are signed
 // by a crypto.Signer, the key of an HSM as a rule, and verified before they
-// leave. It never sees a private key, and it copies the names of a certificate
+// leave, and reads what a server wants to find in them (CSR attributes, RFC 7030
+// §4.5 and RFC 9908). It never sees a private key, and it copies the names of a certificate
 // as DER where they must be the same (RFC 7030 §4.2.2).
 package csr
 
 import (
 	"bytes"
 	"crypto"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -15,6 +17,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 // OIDSubjectAltName is the extension of the SANs (RFC 5280 §4.2.1.6).
@@ -37,6 +40,14 @@ type Template struct {
 	// v1.5. The key in the request is an RSA key all the same (rsaEncryption), whose
 	// certificate may be used with either.
 	PSS bool
+	// Hash of the signature, SHA-256, SHA-384 or SHA-512, but for PSS. Default: as
+	// strong as the key's curve, SHA-256 for an RSA key.
+	Hash crypto.Hash
+	// Others are extensions to ask for as they are, none of those above. Default: none.
+	Others []pkix.Extension
+	// ChallengePassword links the request to the session that it is sent in (RFC 7030
+	// §3.5). Default: none.
+	ChallengePassword string
 }
 
 // ForReenrollment returns the template with the Subject and SAN of a
@@ -66,7 +77,7 @@ func (t Template) SANExtension() (pkix.Extension, error) {
 }
 
 // Extensions returns what the CSR will ask for beside the Subject
-// (extensionRequest, RFC 2985 §5.4.2): SAN, key usage and extended key usage.
+// (extensionRequest, RFC 2985 §5.4.2): SAN, key usage, extended key usage and others.
 func (t Template) Extensions() ([]pkix.Extension, error) {
 	var extensions []pkix.Extension
 	san, err := t.SANExtension()
@@ -90,7 +101,7 @@ func (t Template) Extensions() ([]pkix.Extension, error) {
 		}
 		extensions = append(extensions, purposes)
 	}
-	return extensions, nil
+	return append(extensions, t.Others...), nil
 }
 
 var emptyName = []byte{0x30, 0x00}
@@ -102,25 +113,99 @@ func (t Template) subject() []byte {
 	return t.RawSubject
 }
 
+// signatureAlgorithm is how a request is signed.
+type signatureAlgorithm struct {
+	name       x509.SignatureAlgorithm
+	oid        asn1.ObjectIdentifier
+	parameters asn1.RawValue
+	family     string
+	hash       crypto.Hash
+}
+
+// signatureAlgorithms are those of RFC 5758 §3.2 and RFC 4055 §5.
+var signatureAlgorithms = []signatureAlgorithm{
+	{x509.ECDSAWithSHA256, asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 2}, asn1.RawValue{}, familyEC, crypto.SHA256},
+	{x509.ECDSAWithSHA384, asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 3}, asn1.RawValue{}, familyEC, crypto.SHA384},
+	{x509.ECDSAWithSHA512, asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 4}, asn1.RawValue{}, familyEC, crypto.SHA512},
+	{x509.SHA256WithRSA, asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 11}, asn1.NullRawValue, familyRSA, crypto.SHA256},
+	{x509.SHA384WithRSA, asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 12}, asn1.NullRawValue, familyRSA, crypto.SHA384},
+	{x509.SHA512WithRSA, asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 13}, asn1.NullRawValue, familyRSA, crypto.SHA512},
+}
+
+// pss is RSASSA-PSS with SHA-256, MGF1 of it and a salt of 32 bytes (RFC 4055 §3.1).
+var pss = signatureAlgorithm{
+	x509.SHA256WithRSAPSS, asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 10}, asn1.RawValue{FullBytes: []byte{
+		0x30, 0x34,
+		0xa0, 0x0f, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00,
+		0xa1, 0x1c, 0x30, 0x1a, 0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x08,
+		0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00,
+		0xa2, 0x03, 0x02, 0x01, 0x20,
+	}}, familyRSA, crypto.SHA256,
+}
+
+// signature is how a key signs the request: with the hash that is wanted, else the
+// one that is as strong as its curve, else SHA-256.
+func (t Template) signature(public crypto.PublicKey) (signatureAlgorithm, error) {
+	family, hash := "", crypto.SHA256
+	switch key := public.(type) {
+	case *rsa.PublicKey:
+		if family = familyRSA; t.PSS {
+			return pss, nil
+		}
+	case *ecdsa.PublicKey:
+		switch family = familyEC; key.Curve.Params().BitSize {
+		case 384:
+			hash = crypto.SHA384
+		case 521:
+			hash = crypto.SHA512
+		}
+	}
+	if t.Hash != 0 {
+		hash = t.Hash
+	}
+	for _, algorithm := range signatureAlgorithms {
+		if algorithm.family == family && algorithm.hash == hash {
+			return algorithm, nil
+		}
+	}
+	return signatureAlgorithm{}, fmt.Errorf("no signature of a %T with %s", public, hash)
+}
+
 // Build returns the DER of a CSR that asks for what the template says, signed by
-// the signer: with the hash that is as strong as its curve (SHA-256, SHA-384 or
-// SHA-512), or SHA-256 for an RSA key. The signature is verified before it
-// leaves, since a token can fail. A nil random source is crypto/rand.
+// the signer: with the hash of the template, or the one that is as strong as its
+// curve (SHA-256, SHA-384 or SHA-512), or SHA-256 for an RSA key. The signature is
+// verified before it leaves, since a token can fail. A nil random source is
+// crypto/rand.
 func Build(random io.Reader, template Template, signer crypto.Signer) ([]byte, error) {
 	if random == nil {
 		random = rand.Reader
 	}
-	extensions, err := template.Extensions()
+	algorithm, err := template.signature(signer.Public())
+	if err != nil {
+		return nil, fmt.Errorf("csr: %w", err)
+	}
+	info, err := template.requestInfo(signer.Public())
 	if err != nil {
 		return nil, err
 	}
-	request := &x509.CertificateRequest{RawSubject: template.subject(), ExtraExtensions: extensions}
-	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS {
-		request.SignatureAlgorithm = x509.SHA256WithRSAPSS
+	var opts crypto.SignerOpts = algorithm.hash
+	if algorithm.name == pss.name {
+		opts = &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash, Hash: algorithm.hash}
 	}
-	der, err := x509.CreateCertificateRequest(random, request, signer)
+	signature, err := crypto.SignMessage(signer, random, info, opts)
 	if err != nil {
 		return nil, fmt.Errorf("csr: sign: %w", err)
+	}
+	der, err := asn1.Marshal(struct {
+		Info      asn1.RawValue
+		Algorithm pkix.AlgorithmIdentifier
+		Signature asn1.BitString
+	}{
+		asn1.RawValue{FullBytes: info}, pkix.AlgorithmIdentifier{Algorithm: algorithm.oid, Parameters: algorithm.parameters},
+		asn1.BitString{Bytes: signature, BitLength: 8 * len(signature)},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("csr: %w", err)
 	}
 	parsed, err := x509.ParseCertificateRequest(der)
 	if err != nil {
@@ -130,4 +215,72 @@ func Build(random io.Reader, template Template, signer crypto.Signer) ([]byte, e
 		return nil, fmt.Errorf("csr: the signature that the key made does not verify: %w", err)
 	}
 	return der, nil
+}
+
+// requestInfo is the CertificationRequestInfo (RFC 2986 §4.1).
+//
+// crypto/x509 of Go 1.26 makes no request with a challengePassword: the type of its
+// attributes is a SEQUENCE.
+func (t Template) requestInfo(public crypto.PublicKey) ([]byte, error) {
+	key, err := x509.MarshalPKIXPublicKey(public)
+	if err != nil {
+		return nil, fmt.Errorf("csr: %w", err)
+	}
+	extensions, err := t.Extensions()
+	if err != nil {
+		return nil, err
+	}
+	var attributes [][]byte
+	if len(extensions) > 0 {
+		request, err := WantExtensions(extensions)
+		if err == nil {
+			attributes, err = appendAttribute(attributes, request)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("csr: %w", err)
+		}
+	}
+	if t.ChallengePassword != "" {
+		password, err := asn1.MarshalWithParams(t.ChallengePassword, "printable")
+		challenge := WantChallengePassword()
+		challenge.Values = [][]byte{password}
+		if err == nil {
+			attributes, err = appendAttribute(attributes, challenge)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("csr: challengePassword: %w", err)
+		}
+	}
+	slices.SortFunc(attributes, bytes.Compare) // X.690 §11.6: a SET OF is in the order of its encodings
+	version := []byte{asn1.TagInteger, 1, 0}
+	set := wrapAs(asn1.ClassContextSpecific, 0, true, slices.Concat(attributes...))
+	return wrap(asn1.TagSequence, slices.Concat(version, t.subject(), key, set)), nil
+}
+
+func appendAttribute(attributes [][]byte, attribute Attribute) ([][]byte, error) {
+	der, err := attribute.marshal()
+	return append(attributes, der), err
+}
+
+// ChallengePassword returns the challengePassword of a request (RFC 2985 §5.4.1),
+// "" if it has none or one that is no text.
+func ChallengePassword(request *x509.CertificateRequest) string {
+	var info struct {
+		Version            int
+		Subject, PublicKey asn1.RawValue
+		Attributes         asn1.RawValue `asn1:"tag:0"`
+	}
+	if _, err := asn1.Unmarshal(request.RawTBSCertificateRequest, &info); err != nil {
+		return ""
+	}
+	attributes, _ := readAttributes(info.Attributes.Bytes)
+	for _, attribute := range attributes {
+		if attribute.is(oidChallengePassword) && len(attribute.Values) == 1 {
+			var password string
+			if _, err := asn1.Unmarshal(attribute.Values[0], &password); err == nil {
+				return password
+			}
+		}
+	}
+	return ""
 }

@@ -42,7 +42,7 @@ var extKeyUsages = []struct {
 	oid  asn1.ObjectIdentifier
 }{
 	{"serverAuth", asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 1}},
-	{"clientAuth", asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 2}},
+	{"clientAuth", oidClientAuth},
 	{"codeSigning", asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 3}},
 	{"emailProtection", asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 4}},
 	{"timeStamping", asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 8}},
@@ -50,7 +50,10 @@ var extKeyUsages = []struct {
 	{"anyExtendedKeyUsage", oidAnyExtKeyUsage},
 }
 
-var oidAnyExtKeyUsage = asn1.ObjectIdentifier{2, 5, 29, 37, 0}
+var (
+	oidClientAuth     = asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 2}
+	oidAnyExtKeyUsage = asn1.ObjectIdentifier{2, 5, 29, 37, 0}
+)
 
 // ParseKeyUsage parses the names of RFC 5280 §4.2.1.3, in any case, each text one
 // of them or several with commas between; nonRepudiation is the older name of

@@ -111,6 +111,22 @@ type KeyRecoverer interface {
 	RecoverKey(ctx context.Context, at Address) (crypto.PublicKey, error)
 }
 
+// KeyImporter is implemented by engines that can take in a private key which a
+// server has made (RFC 7030 §4.4).
+type KeyImporter interface {
+	// CanImportKey finds out whether the token takes in a key of a kind, and leaves
+	// nothing in it: a key that was asked for in vain is one more that is somewhere.
+	// ErrUnsupported if it does not.
+	CanImportKey(ctx context.Context, spec KeySpec) error
+
+	// ImportKey stores the pair of a private key (PKCS#8, DER) at an address, which MUST
+	// come from NewKeyAddress. The private key is then what a generated one is, which is
+	// read back and a test signature shows; one that is not is destroyed and reported. The
+	// DER stays the caller's, to be cleared; nothing of it is kept. ErrExists if the
+	// identifier is taken, ErrUnsupported.
+	ImportKey(ctx context.Context, at Address, pkcs8 []byte) (crypto.PublicKey, error)
+}
+
 // KeyInspector is implemented by engines that can report what the token says
 // of a private key.
 type KeyInspector interface {

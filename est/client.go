@@ -32,6 +32,56 @@ func (c *Client) SimpleReenroll(ctx context.Context, csr []byte) ([]*x509.Certif
 	return c.exchange(ctx, &Request{Operation: SimpleReenroll, Body: csr})
 }
 
+// CSRAttrs returns what the server wants to find in a CSR (RFC 7030 §4.5), as DER of
+// at most 64 KiB that is for package csr to parse; nil if it has nothing to say.
+func (c *Client) CSRAttrs(ctx context.Context) ([]byte, error) {
+	resp, err := c.Session.RoundTrip(ctx, &Request{Operation: CSRAttrs})
+	var status *StatusError
+	switch {
+	case errors.As(err, &status) && status.NotFound: // RFC 9148 §4.5, RFC 7030 §4.5.2
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case len(resp.Body) == 0:
+		return nil, nil
+	case len(resp.Body) > maxAnswer:
+		err = fmt.Errorf("%d bytes, more than %d", len(resp.Body), maxAnswer)
+	case resp.ContentFormat != ContentFormatCSRAttrs:
+		err = fmt.Errorf("content-format %d, want %d", resp.ContentFormat, ContentFormatCSRAttrs)
+	}
+	if err != nil {
+		return nil, &ResponseError{Operation: CSRAttrs, Err: err}
+	}
+	return resp.Body, nil
+}
+
+// ServerKeyGen sends a CSR (DER) whose key is of the kind that is wanted, and returns
+// the key that the server has made and the certificates for it (RFC 7030 §4.4, RFC
+// 9148 §4.8): the caller clears it. ErrKeyEnveloped.
+func (c *Client) ServerKeyGen(ctx context.Context, csr []byte) (*ServerKey, error) {
+	resp, err := c.Session.RoundTrip(ctx, &Request{Operation: ServerKeyGen, Body: csr})
+	if err != nil {
+		return nil, err
+	}
+	defer clear(resp.Body)
+	parts := resp.Parts
+	if parts == nil {
+		if resp.ContentFormat != ContentFormatMultipartCore {
+			err = fmt.Errorf("content-format %d, want %d", resp.ContentFormat, ContentFormatMultipartCore)
+		} else {
+			parts, err = ParseMultipartCore(resp.Body)
+		}
+	}
+	var key *ServerKey
+	if err == nil {
+		key, err = ParseServerKey(parts)
+	}
+	if err != nil {
+		return nil, &ResponseError{Operation: ServerKeyGen, Err: err}
+	}
+	return key, nil
+}
+
 func (c *Client) exchange(ctx context.Context, req *Request) ([]*x509.Certificate, error) {
 	resp, err := c.Session.RoundTrip(ctx, req)
 	if err != nil {

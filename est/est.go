@@ -20,6 +20,9 @@ const (
 	SimpleReenroll Operation = "simplereenroll" // RFC 7030 §4.2.2
 	CSRAttrs       Operation = "csrattrs"       // RFC 7030 §4.5
 	ServerKeyGen   Operation = "serverkeygen"   // RFC 7030 §4.4
+	// ServerKeyGenCert is ServerKeyGen with the certificate as it is, in no PKCS#7:
+	// over CoAP alone (RFC 9148 §4.8).
+	ServerKeyGenCert Operation = "serverkeygen-cert"
 )
 
 // DefaultRoot is the path every server supports (RFC 9148 §4.1).
@@ -34,9 +37,18 @@ func (o Operation) ShortPath() string {
 		return "sen"
 	case SimpleReenroll:
 		return "sren"
+	case CSRAttrs:
+		return "att"
+	case ServerKeyGen:
+		return "skg"
+	case ServerKeyGenCert:
+		return "skc"
 	}
 	return ""
 }
+
+// Asks reports the operations that ask for something and have no body: GET.
+func (o Operation) Asks() bool { return o == CACerts || o == CSRAttrs }
 
 // ResourceType returns the operation's resource type, by which it is discovered
 // (RFC 9148 §4.1, §8.2).
@@ -57,19 +69,20 @@ const (
 	ContentFormatPKIXCert       ContentFormat = 287
 )
 
-// Request is one EST request. Body is DER, empty for cacerts.
+// Request is one EST request. Body is DER, empty for an operation that asks.
 type Request struct {
 	Operation Operation
 	Body      []byte
 }
 
-// Response is a successful answer. Body is DER in the format that arrived.
+// Response is a successful answer. Body is DER in the format that arrived; none at
+// all means "no attributes" in an answer of csrattrs (RFC 7030 §4.5.2).
 type Response struct {
 	ContentFormat ContentFormat
 	Body          []byte
-	// MediaType is set over HTTPS where the body is of several parts, as its
-	// Content-Type says, which Body holds as they came; ContentFormat is zero then.
-	MediaType string
+	// Parts of an answer that a transport has taken apart itself (multipart/mixed);
+	// those of multipart-core are in Body.
+	Parts []Part
 }
 
 // Session is one open, authenticated connection to an EST server.
@@ -82,8 +95,9 @@ type Session interface {
 	RoundTrip(ctx context.Context, req *Request) (*Response, error)
 	// PeerChain returns the chain the server sent in this session, leaf first.
 	PeerChain() []*x509.Certificate
-	// ChannelBinding returns what proof of possession binds a CSR to
-	// (RFC 7030 §3.5), or an error wrapping errors.ErrUnsupported.
+	// ChannelBinding returns what proof of possession binds a CSR to: tls-unique
+	// (RFC 7030 §3.5), or the exporter of RFC 9266 under TLS 1.3. An error wraps
+	// errors.ErrUnsupported where the transport has none.
 	ChannelBinding() ([]byte, error)
 	// Close ends the session.
 	Close() error

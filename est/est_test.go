@@ -705,3 +705,43 @@ func FuzzParseCertsOnly(f *testing.F) {
 		}
 	})
 }
+
+// No attributes have several forms; an answer that is not what it must be is a
+// ResponseError.
+func TestCSRAttrs(t *testing.T) {
+	body := vector(t, "att-response-285.der")
+	refused := &est.StatusError{Operation: est.CSRAttrs, Code: "4.03 Forbidden", Class: 4}
+	for _, c := range []struct {
+		name   string
+		format est.ContentFormat
+		body   []byte
+		err    error
+		want   []byte
+		text   string // of the error
+	}{
+		{name: "285", format: est.ContentFormatCSRAttrs, body: body, want: body},
+		{name: "4.04", err: &est.StatusError{Operation: est.CSRAttrs, NotFound: true}},
+		{name: "204"},
+		{name: "4.03", err: refused, text: "csrattrs at : 4.03 Forbidden"},
+		{name: "another format", format: est.ContentFormatPKCS10, body: body, text: "csrattrs: answer: content-format 286, want 285"},
+		{name: "too large", format: est.ContentFormatCSRAttrs, body: make([]byte, 64<<10+1), text: "csrattrs: answer: 65537 bytes, more than 65536"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			session := &fake{response: est.Response{ContentFormat: c.format, Body: c.body}, err: c.err}
+			got, err := (&est.Client{Session: session}).CSRAttrs(t.Context())
+			if session.got.Operation != est.CSRAttrs || session.got.Body != nil {
+				t.Errorf("sent %+v", session.got)
+			}
+			if !bytes.Equal(got, c.want) || (got == nil) != (c.want == nil) {
+				t.Errorf("got %x, want %x", got, c.want)
+			}
+			var response *est.ResponseError
+			switch {
+			case c.text == "" && err != nil, c.text != "" && (err == nil || err.Error() != c.text):
+				t.Errorf("got %v, want %q", err, c.text)
+			case c.text != "" && c.err == nil && !errors.As(err, &response):
+				t.Errorf("got %T, want a ResponseError", err)
+			}
+		})
+	}
+}

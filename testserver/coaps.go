@@ -66,7 +66,7 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		return diagnostic(codes.NotFound, "no such resource")
 	}
 	method := codes.POST
-	if operation == est.CACerts {
+	if operation.Asks() {
 		method = codes.GET
 	}
 	if req.Method != method {
@@ -83,18 +83,24 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		}
 		return diagnostic(code, "the client certificate is refused")
 	}
-	if operation == est.CACerts {
+	switch operation {
+	case est.CSRAttrs:
+		return s.attributes(req)
+	case est.CACerts:
 		return s.answer(codes.Content, req, s.crts())
 	}
 	if req.ContentFormat == nil || *req.ContentFormat != uint16(est.ContentFormatPKCS10) {
 		return diagnostic(codes.UnsupportedMediaType, "the content-format is not 286")
+	}
+	if generates(operation) {
+		return s.serverKey(ctx, req, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
 	}
 	// Before anything is issued: an answer that cannot be given must not cost a
 	// certificate.
 	if s.accepted(req, s.answered(nil)) == 0 {
 		return notAcceptable()
 	}
-	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body})
+	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
 	if err != nil {
 		return refused(err)
 	}
@@ -106,6 +112,38 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		}
 	}
 	return resp
+}
+
+// attributes is the answer of att.
+func (s *Server) attributes(req *coap.Request) *coap.Response {
+	if req.Accept != nil && *req.Accept != uint16(est.ContentFormatCSRAttrs) {
+		return diagnostic(codes.NotAcceptable, "offered is 285")
+	}
+	return &coap.Response{Code: codes.Content, ContentFormat: new(uint16(est.ContentFormatCSRAttrs)), Body: s.cfg.CSRAttributes}
+}
+
+// serverKey is the answer of skg and skc (RFC 9148 §4.8): "[284, key, 281, PKCS#7]",
+// or the certificate as it is in the place of the latter.
+func (s *Server) serverKey(ctx context.Context, req *coap.Request, asked enrollment) *coap.Response {
+	if req.Accept != nil && *req.Accept != uint16(est.ContentFormatMultipartCore) {
+		return diagnostic(codes.NotAcceptable, "offered is 62")
+	}
+	made, err := s.issueOnce(ctx, asked)
+	if err != nil {
+		return refused(err)
+	}
+	second := est.Part{ContentFormat: est.ContentFormatPKIXCert, Body: made.cert.Raw}
+	if asked.operation == est.ServerKeyGen {
+		second.ContentFormat = est.ContentFormatPKCS7CertsOnly
+		if second.Body, err = est.MarshalCertsOnly(s.answered(made.cert)); err != nil {
+			return diagnostic(codes.InternalServerError, err.Error())
+		}
+	}
+	body, err := est.MarshalMultipartCore([]est.Part{{ContentFormat: est.ContentFormatPKCS8, Body: made.pkcs8}, second})
+	if err != nil {
+		return diagnostic(codes.InternalServerError, err.Error())
+	}
+	return &coap.Response{Code: codes.Changed, ContentFormat: new(uint16(est.ContentFormatMultipartCore)), Body: body}
 }
 
 // answered is the answer of sen and sren.

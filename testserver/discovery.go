@@ -21,7 +21,17 @@ const (
 )
 
 // operations are the resources below an EST root, in the order of their links.
-var operations = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll}
+var operations = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll, est.CSRAttrs, est.ServerKeyGen, est.ServerKeyGenCert}
+
+// operations are those of the server's.
+func (s *Server) operations() []est.Operation {
+	return slices.DeleteFunc(slices.Clone(operations), func(o est.Operation) bool {
+		return o == est.CSRAttrs && s.cfg.CSRAttributes == nil || generates(o) && !s.cfg.ServerKeyGen
+	})
+}
+
+// generates reports the operations in which the server makes the key.
+func generates(o est.Operation) bool { return o == est.ServerKeyGen || o == est.ServerKeyGenCert }
 
 // roots are the paths that the resources are below: the one that every server
 // has and the odd one, and each of them with each label (RFC 9148 §4.1).
@@ -39,7 +49,7 @@ func (s *Server) labelled(root string) []string {
 
 // operationAt finds what a path is for.
 func (s *Server) operationAt(path string) (operation est.Operation, found bool) {
-	for _, operation := range operations {
+	for _, operation := range s.operations() {
 		root, named := strings.CutSuffix(path, "/"+operation.ShortPath())
 		if named && slices.Contains(s.roots(), root) {
 			return operation, true
@@ -86,20 +96,29 @@ func (l link) String() string {
 func (s *Server) links() []link {
 	var links []link
 	for _, root := range s.labelled(oddRoot) {
-		for _, operation := range operations {
-			answer := s.answered(nil)
-			if operation == est.CACerts {
-				answer = s.ca.Load().caCerts()
-			}
-			formats := []string{fmt.Sprint(est.ContentFormatPKCS7CertsOnly)}
-			if len(answer) == 1 {
-				formats = append(formats, fmt.Sprint(est.ContentFormatPKIXCert))
-			}
-			name := operation.ShortPath()
-			links = append(links, link{root + "/" + name, "ace.est." + name, formats})
+		for _, operation := range s.operations() {
+			links = append(links, link{root + "/" + operation.ShortPath(), operation.ResourceType(), s.formats(operation)})
 		}
 	}
 	return links
+}
+
+// formats are those of an operation's answer.
+func (s *Server) formats(operation est.Operation) []string {
+	answer := s.answered(nil)
+	switch operation {
+	case est.ServerKeyGen, est.ServerKeyGenCert:
+		return []string{fmt.Sprint(est.ContentFormatMultipartCore)}
+	case est.CSRAttrs:
+		return []string{fmt.Sprint(est.ContentFormatCSRAttrs)}
+	case est.CACerts:
+		answer = s.ca.Load().caCerts()
+	}
+	formats := []string{fmt.Sprint(est.ContentFormatPKCS7CertsOnly)}
+	if len(answer) == 1 {
+		formats = append(formats, fmt.Sprint(est.ContentFormatPKIXCert))
+	}
+	return formats
 }
 
 // discover answers GET /.well-known/core (RFC 6690 §4).

@@ -7,7 +7,10 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -45,12 +48,29 @@ type enrollment struct {
 	path      string            // of the resource that was asked
 	client    *x509.Certificate // nil for one that has shown a password alone
 	csr       []byte            // DER
+	binding   []byte            // of the session, nil where it is not known
 }
 
-// replayKey is one enrolment: who asked what. A repetition has the same key.
+// replayKey is one enrolment: who asked what. A repetition has the same key, in
+// another session too, where a CSR that is linked to it is another one.
 type replayKey struct {
-	operation   est.Operation
-	client, csr [sha256.Size]byte
+	operation     est.Operation
+	client, asked [sha256.Size]byte
+}
+
+func newReplayKey(asked enrollment, request *x509.CertificateRequest) replayKey {
+	what := asked.csr
+	if csr.ChallengePassword(request) != "" {
+		what = slices.Concat(request.RawSubject, request.RawSubjectPublicKeyInfo)
+		for _, extension := range request.Extensions {
+			what = append(what, extension.Value...)
+		}
+	}
+	client := asked.client
+	if client == nil {
+		client = new(x509.Certificate)
+	}
+	return replayKey{asked.operation, sha256.Sum256(client.Raw), sha256.Sum256(what)}
 }
 
 // shapedKey adds the faults that shaped a certificate: it is not given again
@@ -61,24 +81,34 @@ type shapedKey struct {
 }
 
 type issued struct {
-	cert *x509.Certificate
-	at   time.Time
+	cert  *x509.Certificate
+	pkcs8 []byte // the key that the server has made for it
+	at    time.Time
 }
 
 // enroll does sen and sren: RFC 7030 §4.2.1 and §4.2.2. Its error is a
-// *refusal, or a failure of the server. Two equal requests at once issue one
-// certificate.
+// *refusal, or a failure of the server.
 func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificate, error) {
+	made, err := s.issueOnce(ctx, asked)
+	return made.cert, err
+}
+
+// issueOnce answers a request for a certificate: two equal ones at once, and within
+// the replay window, issue one.
+func (s *Server) issueOnce(ctx context.Context, asked enrollment) (made issued, err error) {
 	request, err := parseCSR(asked.csr)
 	if err == nil {
 		err = cmp.Or(checkNames(request.RawSubject, subjectAltName(request.Extensions)), checkUsage(request))
 	}
+	if err == nil {
+		err = s.checkLink(request, asked.binding)
+	}
 	if err != nil {
-		return nil, &refusal{kind: refusedRequest, detail: err.Error()}
+		return made, &refusal{kind: refusedRequest, detail: err.Error()}
 	}
 	if asked.operation == est.SimpleReenroll {
 		if err := s.checkReenrollment(request, asked.client); err != nil {
-			return nil, err
+			return made, err
 		}
 	}
 	faults := s.Faults()
@@ -86,27 +116,23 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 		select {
 		case <-time.After(faults.Delay):
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return made, ctx.Err()
 		}
 	}
 	if faults.Answer != "" {
 		code, err := parseCode(faults.Answer)
 		if err != nil {
-			return nil, err
+			return made, err
 		}
-		return nil, &refusal{kind: refusedAs, code: code, detail: "refused by a fault"}
+		return made, &refusal{kind: refusedAs, code: code, detail: "refused by a fault"}
 	}
 
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	client := asked.client
-	if client == nil {
-		client = new(x509.Certificate)
-	}
-	key := replayKey{asked.operation, sha256.Sum256(client.Raw), sha256.Sum256(asked.csr)}
+	key := newReplayKey(asked, request)
 	if s.deferred[key] < faults.Defer {
 		s.deferred[key]++
-		return nil, &refusal{kind: refusedForNow, detail: "not decided yet, come again", retryAfter: faults.DeferMaxAge}
+		return made, &refusal{kind: refusedForNow, detail: "not decided yet, come again", retryAfter: faults.DeferMaxAge}
 	}
 	now := s.now()
 	shaped := shapedKey{key, strings.Join(faults.issuing(), " ")}
@@ -114,20 +140,19 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 	earlier, known := s.issued[shaped]
 	if !known || !s.replays(earlier, now) {
 		kind = EventIssuance
-		if earlier.cert, err = s.issue(request, faults, now); err != nil {
-			return nil, err
+		if earlier, err = s.make(asked.operation, request, faults, now); err != nil {
+			return made, err
 		}
-		earlier.at = now
 	}
 	event := newEvent(kind, now, earlier.cert)
 	event.Operation, event.Path = asked.operation, asked.path
 	if asked.client != nil {
-		event.Client, event.ClientSubject = fingerprint(client.Raw), client.Subject.String()
+		event.Client, event.ClientSubject = fingerprint(asked.client.Raw), asked.client.Subject.String()
 	}
 	event.CSR = fingerprint(asked.csr)
 	event.Faults = faults.issuing()
 	if err := s.record.add(event); err != nil {
-		return nil, err
+		return made, err
 	}
 	if kind == EventIssuance && !s.cfg.NoReplay {
 		for key, old := range s.issued {
@@ -137,13 +162,26 @@ func (s *Server) enroll(ctx context.Context, asked enrollment) (*x509.Certificat
 		}
 		s.issued[shaped] = earlier
 	}
-	return earlier.cert, nil
+	return earlier, nil
 }
 
 // replays reports whether an earlier certificate answers a repeated request:
 // within the window, and while it is of use.
 func (s *Server) replays(earlier issued, now time.Time) bool {
 	return now.Sub(earlier.at) < s.cfg.ReplayWindow && now.Before(earlier.cert.NotAfter)
+}
+
+// checkLink holds a request to the session that it came in: whoever got hold of one
+// cannot use it in another (RFC 7030 §3.5).
+func (s *Server) checkLink(request *x509.CertificateRequest, binding []byte) error {
+	password := csr.ChallengePassword(request)
+	switch {
+	case password == "" && s.cfg.RequirePoP:
+		return errors.New("the request has no challengePassword that links it to this session")
+	case password != "" && (len(binding) == 0 || password != base64.StdEncoding.EncodeToString(binding)):
+		return errors.New("the challengePassword is not that of this session")
+	}
+	return nil
 }
 
 // checkReenrollment holds the request to the identity of the client certificate:
@@ -164,8 +202,26 @@ func (s *Server) checkReenrollment(csr *x509.CertificateRequest, client *x509.Ce
 	return nil
 }
 
+// make issues for the key of the request, or for one that it makes.
+func (s *Server) make(operation est.Operation, request *x509.CertificateRequest, faults Faults, now time.Time) (made issued, err error) {
+	made.at = now
+	pub := crypto.PublicKey(request.PublicKey)
+	if generates(operation) {
+		key, err := keyLike(pub)
+		if err != nil {
+			return made, fmt.Errorf("generate key: %w", err)
+		}
+		if made.pkcs8, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
+			return made, err
+		}
+		pub = key.Public()
+	}
+	made.cert, err = s.issue(request, pub, faults, now)
+	return made, err
+}
+
 // issue signs what the CSR asks for, or what the faults make of it.
-func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time.Time) (*x509.Certificate, error) {
+func (s *Server) issue(request *x509.CertificateRequest, pub crypto.PublicKey, faults Faults, now time.Time) (*x509.Certificate, error) {
 	now = now.Truncate(time.Second)
 	notBefore, notAfter := now.Add(-s.cfg.Backdate), now.Add(s.cfg.Lifetime)
 	switch {
@@ -193,7 +249,7 @@ func (s *Server) issue(request *x509.CertificateRequest, faults Faults, now time
 	if faults.CAFlag {
 		template.BasicConstraintsValid, template.IsCA = true, true
 	}
-	ca, pub := s.ca.Load().issuing, crypto.PublicKey(request.PublicKey)
+	ca := s.ca.Load().issuing
 	if faults.ForeignChain {
 		ca = s.ca.Load().foreign
 	}

@@ -2,8 +2,8 @@ package testserver
 
 import (
 	"bytes"
+	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
@@ -203,8 +203,18 @@ func (ca httpsCA) CACerts(_ context.Context, label string, _ *http.Request) ([]*
 	return ca.server.crts(), ca.checkLabel(label)
 }
 
-func (ca httpsCA) CSRAttrs(_ context.Context, label string, _ *http.Request) (globalsign.CSRAttrs, error) {
-	return globalsign.CSRAttrs{}, ca.checkLabel(label)
+// CSRAttrs has the door answer what is configured, byte for byte: the handler's own
+// encoding puts the OIDs before the attributes.
+func (ca httpsCA) CSRAttrs(_ context.Context, label string, r *http.Request) (globalsign.CSRAttrs, error) {
+	if err := ca.checkLabel(label); err != nil {
+		return globalsign.CSRAttrs{}, err
+	}
+	wanted := ca.server.cfg.CSRAttributes
+	if wanted == nil {
+		return globalsign.CSRAttrs{}, &httpError{http.StatusNotFound, "there is no csrattrs"} // RFC 7030 §4.5.2
+	}
+	answerOf(r).shaped = &coap.Response{ContentFormat: new(uint16(est.ContentFormatCSRAttrs)), Body: wanted}
+	return globalsign.CSRAttrs{}, nil
 }
 
 func (ca httpsCA) Enroll(ctx context.Context, request *x509.CertificateRequest, label string, r *http.Request) (*x509.Certificate, error) {
@@ -215,29 +225,13 @@ func (ca httpsCA) Reenroll(ctx context.Context, client *x509.Certificate, reques
 	return ca.enroll(ctx, est.SimpleReenroll, client, request, label, r)
 }
 
-// ServerKeyGen makes a key of the kind of the request's, and issues for that
-// (RFC 7030 §4.4).
+// ServerKeyGen gives the key that was made too (RFC 7030 §4.4).
 func (ca httpsCA) ServerKeyGen(ctx context.Context, request *x509.CertificateRequest, label string, r *http.Request) (*x509.Certificate, []byte, error) {
-	if err := checkKey(request.PublicKey); err != nil {
-		return nil, nil, &httpError{http.StatusBadRequest, err.Error()}
+	if !ca.server.cfg.ServerKeyGen {
+		return nil, nil, &httpError{http.StatusNotFound, "there is no serverkeygen"}
 	}
-	key, err := keyLike(request.PublicKey)
-	if err != nil {
-		return nil, nil, err
-	}
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{RawSubject: request.RawSubject, ExtraExtensions: request.Extensions}, key)
-	if err != nil {
-		return nil, nil, err
-	}
-	if request, err = x509.ParseCertificateRequest(der); err != nil {
-		return nil, nil, err
-	}
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, nil, err
-	}
-	cert, err := ca.enroll(ctx, est.ServerKeyGen, peerOf(r), request, label, r)
-	return cert, private, err
+	made, err := ca.issueOnce(ctx, est.ServerKeyGen, peerOf(r), request, label, r)
+	return made.cert, made.pkcs8, err
 }
 
 func (ca httpsCA) TPMEnroll(context.Context, *x509.CertificateRequest, []*x509.Certificate, []byte, []byte, string, *http.Request) ([]byte, []byte, []byte, error) {
@@ -245,22 +239,28 @@ func (ca httpsCA) TPMEnroll(context.Context, *x509.CertificateRequest, []*x509.C
 }
 
 func (ca httpsCA) enroll(ctx context.Context, operation est.Operation, client *x509.Certificate, request *x509.CertificateRequest, label string, r *http.Request) (*x509.Certificate, error) {
-	if err := ca.checkLabel(label); err != nil {
-		return nil, err
-	}
-	s, answer := ca.server, r.Context().Value(answerKey{}).(*httpsAnswer)
-	cert, err := s.enroll(ctx, enrollment{operation, r.URL.Path, client, request.Raw})
-	var refused *refusal
-	if errors.As(err, &refused) {
-		return nil, answer.refused(refused)
-	}
+	made, err := ca.issueOnce(ctx, operation, client, request, label, r)
 	if err != nil {
 		return nil, err
 	}
-	if operation != est.ServerKeyGen { // which is of two parts
-		answer.shaped, err = s.shapedAnswer(cert)
+	answerOf(r).shaped, err = ca.server.shapedAnswer(made.cert)
+	return made.cert, err
+}
+
+func (ca httpsCA) issueOnce(ctx context.Context, operation est.Operation, client *x509.Certificate, request *x509.CertificateRequest, label string, r *http.Request) (issued, error) {
+	if err := ca.checkLabel(label); err != nil {
+		return issued{}, err
 	}
-	return cert, err
+	binding, err := est.TLSBinding(*r.TLS)
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return issued{}, err
+	}
+	made, err := ca.server.issueOnce(ctx, enrollment{operation, r.URL.Path, client, request.Raw, binding})
+	var refused *refusal
+	if errors.As(err, &refused) {
+		err = answerOf(r).refused(refused)
+	}
+	return made, err
 }
 
 // shapedAnswer is the answer to a CSR where it is not the certificate alone; nil if
@@ -282,6 +282,9 @@ func (s *Server) shapedAnswer(cert *x509.Certificate) (*coap.Response, error) {
 }
 
 type answerKey struct{}
+
+// answerOf is the answer to a request that the handler has.
+func answerOf(r *http.Request) *httpsAnswer { return r.Context().Value(answerKey{}).(*httpsAnswer) }
 
 // httpsAnswer holds the handler's answer back, to be changed.
 type httpsAnswer struct {
@@ -324,22 +327,12 @@ func (a *httpsAnswer) refused(r *refusal) *httpError {
 	return &httpError{status, r.detail}
 }
 
-// mediaTypes are those of the formats that a fault makes.
-var mediaTypes = map[est.ContentFormat]string{
-	est.ContentFormatPKCS7CertsOnly: "application/pkcs7-mime; smime-type=certs-only",
-	est.ContentFormatPKIXCert:       "application/pkix-cert",
-}
-
 // send writes the answer, or what the faults make of it.
 func (a *httpsAnswer) send(w http.ResponseWriter, r *http.Request) {
 	if a.shaped != nil {
 		a.header.Del("Content-Type")
 		if format := a.shaped.ContentFormat; format != nil {
-			mediaType, known := mediaTypes[est.ContentFormat(*format)]
-			if !known {
-				mediaType = "application/json"
-			}
-			a.header.Set("Content-Type", mediaType)
+			a.header.Set("Content-Type", cmp.Or(est.ContentFormat(*format).MediaType(), "application/json"))
 		}
 		a.body.Reset()
 		a.body.WriteString(base64.StdEncoding.EncodeToString(a.shaped.Body))

@@ -234,7 +234,7 @@ func (c *rawConn) handle(m *message.Message, body []byte, block1 *uint32) []byte
 		req.Accept = new(uint16(accept))
 	}
 	c.answer, c.wrong = c.handler(c.door.ctx, req), ""
-	if operation, _ := c.door.server.operationAt(req.Path); operation != est.CACerts && c.answer.Code>>5 == 2 {
+	if operation, _ := c.door.server.operationAt(req.Path); !operation.Asks() && c.answer.Code>>5 == 2 {
 		c.wrong = c.door.server.Faults().Message
 	}
 	szx := uint32(6)

@@ -34,6 +34,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"estenroll/csr"
 	"estenroll/internal/coap"
 )
 
@@ -73,6 +74,18 @@ type Config struct {
 	// Labels are EST labels (RFC 9148 §4.1): the resources are also below
 	// /.well-known/est/LABEL and /e/plz/LABEL.
 	Labels []string
+
+	// CSRAttributes is what att and csrattrs answer (RFC 7030 §4.5), in DER;
+	// csr.Attributes makes it. Default: none, and neither of the two.
+	CSRAttributes []byte
+
+	// ServerKeyGen answers skg, skc and serverkeygen with a key of the kind of the
+	// CSR's and a certificate for it (RFC 9148 §4.8, RFC 7030 §4.4). Default: there
+	// are none.
+	ServerKeyGen bool
+	// RequirePoP refuses a CSR that is not linked to its session by a challengePassword
+	// (RFC 7030 §3.5). One that has a challengePassword is held to it anyway.
+	RequirePoP bool
 
 	// ReplayWindow is how long the same CSR for the same operation from the same
 	// client certificate gets the same certificate, as long as that has not
@@ -257,6 +270,11 @@ func (c *Config) complete() error {
 	}
 	for _, label := range c.Labels {
 		if err := checkLabel(label); err != nil {
+			return err
+		}
+	}
+	if c.CSRAttributes != nil {
+		if _, err := csr.ParseAttributes(c.CSRAttributes); err != nil {
 			return err
 		}
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -162,22 +163,29 @@ func (b *bench) count(t *testing.T, f *figures) {
 
 // trafficHook sorts the datagrams of an enrolment. The first client is the
 // session of the request, the second the proof; records of DTLS tell the rest (RFC 6347
-// §4.1), and that a request with a body is long tells sen from crts. What the server
+// §4.1), that a request with a body is long tells sen from crts, and that its name
+// is shorter tells att. What the server
 // says last in a session, which closes it, is told to closed.
 func trafficHook(traffic map[string]count, closed chan<- struct{}) func(coaptest.Datagram) coaptest.Action {
 	const (
 		alert, applicationData = 21, 23
 		longestGET             = 120
 	)
-	exchange := "crts"
+	exchange, first := "crts", 0
 	return func(d coaptest.Datagram) coaptest.Action {
 		phase := "handshake"
 		switch d.Payload[0] {
 		case alert:
 			phase = "close"
 		case applicationData:
-			if d.Client == 0 && d.Direction == coaptest.ToServer && len(d.Payload) > longestGET {
-				exchange = "sen"
+			if d.Client == 0 && d.Direction == coaptest.ToServer {
+				first = cmp.Or(first, len(d.Payload))
+				switch {
+				case len(d.Payload) > longestGET:
+					exchange = "sen"
+				case len(d.Payload) < first:
+					exchange = "att"
+				}
 			}
 			phase = exchange
 		}

@@ -132,6 +132,8 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	if len(server) > 0 {
 		cfg.Security.ServerCertificate = server[0].Raw
 	}
+	cfg.IgnoreAttributes = s.csrAttributes.word == "off"
+	cfg.PoP = pops[s.pop.word]
 	cfg.Request.PSS = s.rsaPadding.word == paddingPSS
 	if err := s.request(&cfg.Request); err != nil {
 		return cfg, err
@@ -139,6 +141,9 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	cfg.RefuseOtherNames = s.subjectMismatch.word == "refuse"
 	return cfg, s.transport(&cfg)
 }
+
+// pops are the words of pop.
+var pops = map[string]estenroll.PoP{"auto": estenroll.PoPAuto, "require": estenroll.PoPRequire, "off": estenroll.PoPOff}
 
 // requiredSettings have no default.
 var requiredSettings = []string{"engine", "server", "trust-anchors"}

@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"estenroll"
+	"estenroll/csr"
 	"estenroll/engine"
 	"estenroll/est"
 	"estenroll/internal/agent"
@@ -88,6 +89,8 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitToken, "look at the token: pkcs11-tool --module MODULE --list-token-slots"}
 	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts:
 		return judgement{exitRefused, "EST is not at that path: check label and the path in server; --discovery on asks the server where it is"}
+	case errors.As(err, &response) && response.Operation == est.CSRAttrs:
+		return judgement{exitRefused, "ask the people of the server about its CSR attributes; --csr-attributes off asks for what is configured"}
 	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	case errors.Is(err, agent.ErrExport):
@@ -189,6 +192,10 @@ var judgements = []struct {
 	{engine.ErrTokenFull, judgement{exitToken, "make room in the token: pkcs11-tool --login --delete-object …, then run the same command again"}},
 	{engine.ErrTokenNotFound, judgement{exitToken, "list the tokens: pkcs11-tool --module MODULE --list-token-slots; a token whose files a power cut has emptied is gone, and with it its keys"}},
 	{engine.ErrLocked, judgement{exitTryLater, "wait for the other program, or give it longer with --lock-timeout"}},
+	{estenroll.ErrKeyNamed, judgement{exitUsage, "leave key out, and rekey generates one and leaves this one alone; without --rekey its certificate is renewed"}},
+	{estenroll.ErrKeyWanted, judgement{exitRefused, "ask the people of the server for a kind of key that this device has, or insist on key-type with --csr-attributes off"}},
+	{csr.ErrNoValue, judgement{exitRefused, "set subject, with what the server leaves to the device; --csr-attributes off asks for what is configured"}},
+	{estenroll.ErrNoPoP, judgement{exitRefused, "this transport cannot link a CSR to its session: --pop off, if the server does without"}},
 	{estenroll.ErrKeyPolicy, judgement{exitToken, "leave key out, and a key that is not extractable is generated; or insist on this one with --allow-extractable"}},
 	{estenroll.ErrKey, judgement{exitToken, "check key against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{engine.ErrUnsupported, judgement{exitToken, "another key-type or rsa-padding may be what this token has: pkcs11-tool --module MODULE --list-mechanisms"}},

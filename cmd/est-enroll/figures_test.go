@@ -186,6 +186,7 @@ func (f *figures) list() []figure {
 		{name: "bytes of the handshake", measured: fmt.Sprint(handshake.Bytes), beside: "2654"},
 		{name: "bytes of crts", measured: fmt.Sprint(crts.Bytes), beside: "1035"},
 		{name: "bytes of sen", measured: fmt.Sprint(sen.Bytes), beside: "767"},
+		{name: "att, which an enrolment asks once", measured: f.Traffic["att"].String()},
 		{name: "the close, both ways", measured: f.Traffic["close"].String()},
 		{name: "the proof: handshake, crts, close", measured: f.Traffic["proof"].String()},
 		countFigure("C_Login", f.Calls["C_Login"], 1, ""),

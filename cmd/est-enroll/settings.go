@@ -50,6 +50,7 @@ type settings struct {
 	keyUsage, extKeyUsage []string
 	subjectMismatch       oneOf
 	keyType, rsaPadding   oneOf
+	csrAttributes, pop    oneOf
 	key                   string
 	allowExtractable      bool
 	idevidKey, idevidCert string
@@ -135,6 +136,10 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.keyType, "key-type", "`type` of the key to generate, for the first certificate and at a rekey: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
 	flags.StringVar(&s.key, "key", "", "engine `address` of a key in the HSM to use as it is instead, the IDevID's perhaps; it is never destroyed")
 	flags.BoolVar(&s.allowExtractable, "allow-extractable", false, "accept a --key that the HSM can give out")
+	s.csrAttributes = oneOf{word: "auto", allowed: []string{"auto", "off"}}
+	flags.Var(&s.csrAttributes, "csr-attributes", "auto asks the server, once for a certificate, what it wants of the key and the CSR, which stands before what is set here (RFC 7030 §4.5)")
+	s.pop = oneOf{word: "auto", allowed: []string{"auto", "require", "off"}}
+	flags.Var(&s.pop, "pop", "link the CSR to the session that it is sent in (RFC 7030 §3.5): auto when the server wants it, require always, off never")
 	s.rsaPadding = oneOf{paddingPKCS1, []string{paddingPKCS1, paddingPSS}}
 	flags.Var(&s.rsaPadding, "rsa-padding", "how an RSA key signs a CSR; a DTLS 1.2 handshake it always signs with pkcs1")
 	flags.StringVar(&s.idevidKey, "idevid-key", "pkcs11:object=idevid;type=private", "engine `address` of the factory key (IDevID)")

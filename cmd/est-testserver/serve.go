@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -19,10 +20,13 @@ import (
 	"estenroll/testserver"
 )
 
+const attributesLimit = 64 << 10 // bytes
+
 func serveCommand() *cobra.Command {
 	var (
 		cfg      testserver.Config
 		faults   []string
+		wanted   string
 		writeDir string
 		password string // file
 		verbose  bool
@@ -46,14 +50,14 @@ Files in --write-dir, all PEM, written before that line:
   server.pem      the server's certificate and the intermediate CA
   factory-ca.pem  the CA of the IDevIDs
 
-The resources are crts, sen and sren below /.well-known/est and, the same ones,
-below /e/plz, which a client has to discover: GET /.well-known/core?rt=ace.est*
+The resources are crts, sen, sren, with --csr-attributes att and with
+--server-keygen skg and skc below /.well-known/est and, the same ones, below
+/e/plz, which a client has to discover: GET /.well-known/core?rt=ace.est*
 (RFC 9148 §4.1). With --label, also below /.well-known/est/LABEL and
-/e/plz/LABEL. Over HTTPS (RFC 7030) they are cacerts, csrattrs, simpleenroll,
-simplereenroll and serverkeygen below /.well-known/est, and below
+/e/plz/LABEL. Over HTTPS (RFC 7030) they are cacerts, simpleenroll,
+simplereenroll, csrattrs and serverkeygen below /.well-known/est, and below
 /.well-known/est/LABEL, for clients with a certificate or, with --http-user, a
 password. Key usage and extended key usage are issued as they are asked for.
-
 Each line of --record is a JSON object: time, kind (issuance, replay, idevid),
 operation, path, client_sha256, client_subject, csr_sha256, public_key_sha256,
 serial, subject, certificate_sha256, faults.
@@ -70,6 +74,11 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			}
 			if cfg.Lifetime == 0 || cfg.Backdate == 0 || cfg.ReplayWindow == 0 {
 				return errors.New("--lifetime, --backdate and --replay-window are at least 1s") // a zero Config field is a default
+			}
+			if wanted != "" {
+				if cfg.CSRAttributes, err = readAttributes(wanted); err != nil {
+					return err
+				}
 			}
 			if verbose {
 				cfg.Logger = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -123,6 +132,9 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.BoolVar(&cfg.AnswerRoot, "answer-root", false, "answer sen and sren with the root CA beside the certificate")
 	flags.IntVar(&cfg.OtherCAs, "other-cas", 0, "answer crts with `N` unrelated CAs too, a root and an intermediate of each, this server's own last")
 	flags.StringSliceVar(&cfg.Labels, "label", nil, "EST `LABEL` to serve beside the resources without one")
+	flags.StringVar(&wanted, "csr-attributes", "", "`FILE` with what att and csrattrs answer, DER or base64 (RFC 7030 §4.5, RFC 9908); without it there is neither")
+	flags.BoolVar(&cfg.ServerKeyGen, "server-keygen", false, "answer skg, skc and serverkeygen: make the key too, of the kind of the CSR's (RFC 9148 §4.8, RFC 7030 §4.4)")
+	flags.BoolVar(&cfg.RequirePoP, "require-pop", false, "refuse a CSR without a challengePassword that links it to its session (RFC 7030 §3.5)")
 	flags.DurationVar(&cfg.ReplayWindow, "replay-window", 24*time.Hour, "`DURATION` in which a repeated CSR gets the same certificate")
 	flags.BoolVar(&cfg.NoReplay, "no-replay", false, "issue anew for every request")
 	flags.StringArrayVar(&faults, "fault", nil, "`FAULT` to begin with, see above")
@@ -142,6 +154,18 @@ func readPassword(path string) (string, error) {
 		return "", fmt.Errorf("read password: %w", err)
 	}
 	return strings.TrimRight(string(data), "\r\n"), nil
+}
+
+// readAttributes reads DER, or the base64 of it that RFC 7030 and RFC 9908 print.
+func readAttributes(path string) ([]byte, error) {
+	data, err := durable.ReadFile(path, attributesLimit)
+	if err != nil {
+		return nil, fmt.Errorf("read CSR attributes: %w", err)
+	}
+	if der, err := base64.StdEncoding.DecodeString(string(data)); err == nil { // which skips line breaks
+		return der, nil
+	}
+	return data, nil
 }
 
 func writeCertificates(dir string, server *testserver.Server) error {

@@ -34,6 +34,10 @@ const (
 	FaultUnsupported Fault = "unsupported"
 	// FaultFailGenerate: the token makes a pair and reports a general error.
 	FaultFailGenerate Fault = "fail-generate"
+	// FaultRefuseKey: the token refuses to create an object, once.
+	FaultRefuseKey Fault = "refuse-key"
+	// FaultFailKey: the token creates an object and reports a general error, once.
+	FaultFailKey Fault = "fail-key"
 	// FaultFinalTry, FaultLocked and FaultReadOnly are flags that the token shows.
 	FaultFinalTry Fault = "final-try"
 	FaultLocked   Fault = "locked"
@@ -72,6 +76,11 @@ type Token struct {
 	// Stale says that the module shows what another program has done to the token
 	// only when it starts anew. One that suddenly does at once fails the suite.
 	Stale bool
+	// NoImport says that the token takes in no private key, as it is or wrapped: one
+	// that suddenly does fails the suite.
+	NoImport bool
+	// NoUnwrap says that it takes in none that is wrapped.
+	NoUnwrap bool
 	// Unique says that the token refuses a certificate that it holds already: one
 	// that suddenly takes it fails the suite.
 	Unique bool
@@ -94,7 +103,7 @@ type Harness struct {
 // Run runs the suite. The tests are not parallel: a module is one for a process.
 func Run(t *testing.T, h Harness) {
 	before := runtime.NumGoroutine()
-	rules := slices.Concat(keyRules, certificateRules, pinRules, deviceRules)
+	rules := slices.Concat(keyRules, importRules, certificateRules, pinRules, deviceRules)
 	for name := range h.Without {
 		if !slices.ContainsFunc(rules, func(r rule) bool { return r.name == name }) && !slices.ContainsFunc(algorithmRules, func(r algorithmRule) bool { return r.name == name }) {
 			t.Errorf("no rule is named %q", name)

@@ -156,6 +156,10 @@ func (f *faulty) inject(t *testing.T, fault enginetest.Fault) {
 		f.set(t, "return", fmt.Sprintf("C_GenerateKeyPair before %d", p11.CKR_MECHANISM_INVALID))
 	case enginetest.FaultFailGenerate:
 		f.set(t, "return", fmt.Sprintf("C_GenerateKeyPair after %d", p11.CKR_GENERAL_ERROR))
+	case enginetest.FaultRefuseKey:
+		f.set(t, "return", fmt.Sprintf("C_CreateObject before %d", p11.CKR_TEMPLATE_INCONSISTENT))
+	case enginetest.FaultFailKey:
+		f.set(t, "return", fmt.Sprintf("C_CreateObject after %d", p11.CKR_GENERAL_ERROR))
 	case enginetest.FaultFinalTry:
 		f.set(t, "flags", fmt.Sprint(p11.CKF_USER_PIN_FINAL_TRY))
 	case enginetest.FaultLocked:
@@ -241,5 +245,10 @@ func TestSoftHSM(t *testing.T) {
 // TestRemoteSoftHSM holds the driver to the same rules where the token is behind
 // p11-kit's remoting, and what is lost is the server's child, by a signal.
 func TestRemoteSoftHSM(t *testing.T) {
-	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token { return newRemoteFaulty(t).token() }})
+	enginetest.Run(t, enginetest.Harness{New: func(t *testing.T) enginetest.Token {
+		token := newRemoteFaulty(t).token()
+		// Measured: p11-kit 0.24 passes no CKM_AES_KEY_WRAP_PAD on (CKR_MECHANISM_INVALID).
+		token.NoUnwrap = true
+		return token
+	}})
 }

@@ -30,6 +30,7 @@ func TestTPM(t *testing.T) {
 		f.add = made.Add
 		f.damage = func(t *testing.T, label string) { t.Helper(); damageRow(t, made.Store, label) }
 		token := f.token()
+		token.NoImport = true
 		token.Algorithms = []engine.Algorithm{engine.ECP256, engine.ECP384}
 		// Measured: tpm2-pkcs11 1.9.0 writes a point of P-521 that it cannot read, and
 		// signs with RSA by decrypting, which a key for signing only may not; swtpm 0.7

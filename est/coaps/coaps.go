@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"time"
 
 	"estenroll/est"
@@ -75,8 +76,10 @@ type Session struct {
 	uri  est.URI
 	// provisional is one whose server nobody has judged.
 	provisional bool
-	// resources are what discovery found; others are below the URI's path.
+	// resources are what discovery found; others are below the URI's path, but for
+	// absent, which a server that supports discovery would have listed.
 	resources map[est.Operation]resource
+	absent    []est.Operation
 }
 
 var (
@@ -181,14 +184,17 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 	}
 	at, discovered := s.resources[req.Operation]
 	if !discovered {
-		at = resource{path: s.uri.Root + "/" + name, accept: est.ContentFormatPKCS7CertsOnly} // RFC 9148 §4.3
+		at = resource{path: s.uri.Root + "/" + name, accept: formats(req.Operation)[0]}
 	}
 	whole := s.uri
 	whole.Root = at.path
 	server := whole.String()
+	if slices.Contains(s.absent, req.Operation) {
+		return nil, &est.StatusError{Operation: req.Operation, Server: server, Code: "not among the resources discovered", Class: 4, NotFound: true}
+	}
 	accept := uint16(at.accept)
 	request := &coap.Request{Method: codeGET, Path: at.path, Accept: &accept}
-	if req.Operation != est.CACerts {
+	if !req.Operation.Asks() {
 		format := uint16(est.ContentFormatPKCS10)
 		request.Method, request.ContentFormat, request.Body = codePOST, &format, req.Body
 	}
@@ -200,6 +206,18 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 		return nil, fmt.Errorf("%s at %s: %w", req.Operation, server, classify(ctx, err))
 	}
 	return interpret(req.Operation, server, response)
+}
+
+// formats are those that an answer may have, the one to ask for without a choice
+// first (RFC 9148 §4.3).
+func formats(operation est.Operation) []est.ContentFormat {
+	switch operation {
+	case est.CSRAttrs:
+		return []est.ContentFormat{est.ContentFormatCSRAttrs}
+	case est.ServerKeyGen, est.ServerKeyGenCert: // the parts are by the name of the resource
+		return []est.ContentFormat{est.ContentFormatMultipartCore}
+	}
+	return []est.ContentFormat{est.ContentFormatPKCS7CertsOnly, est.ContentFormatPKIXCert}
 }
 
 // isWrongAnswer reports an answer that came, and whose blocks, options or size
@@ -244,11 +262,8 @@ func codeText(code coap.Code) string {
 // PeerChain implements est.Session.
 func (s *Session) PeerChain() []*x509.Certificate { return s.conn.PeerCertificates() }
 
-// ChannelBinding implements est.Session: proof of possession bound to the
-// session is not there yet.
-func (s *Session) ChannelBinding() ([]byte, error) {
-	return nil, fmt.Errorf("channel binding of DTLS: %w", errors.ErrUnsupported)
-}
+// ChannelBinding implements est.Session: tls-unique (RFC 9148 §3).
+func (s *Session) ChannelBinding() ([]byte, error) { return s.conn.ChannelBinding() }
 
 // ClientAuthenticated implements est.ClientAuthenticator. A server that nobody has
 // judged authenticates nobody.

@@ -29,9 +29,12 @@ type resource struct {
 	accept est.ContentFormat
 }
 
-// operations are those that "MUST be returned if the server supports resource
-// discovery" (RFC 9148 §4.1).
-var operations = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll}
+// required are those that "MUST be returned if the server supports resource
+// discovery" (RFC 9148 §4.1); others are listed where they are.
+var (
+	required   = []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll}
+	operations = append(slices.Clone(required), est.CSRAttrs, est.ServerKeyGen, est.ServerKeyGenCert)
+)
 
 // discover asks the server where its EST resources are (RFC 9148 §4.1, RFC 6690
 // §4.1). What it answers are paths on this same, authenticated session: a link to
@@ -67,6 +70,10 @@ func (s *Session) discover(ctx context.Context, label est.Label, warn func(strin
 	s.resources = map[est.Operation]resource{}
 	var missing []string
 	for _, operation := range operations {
+		if len(offered[operation]) == 0 && !slices.Contains(required, operation) {
+			s.absent = append(s.absent, operation)
+			continue
+		}
 		found, err := pick(offered[operation], label)
 		if err != nil {
 			missing = append(missing, fmt.Sprintf("%s: %v", operation, err))
@@ -112,7 +119,7 @@ func candidates(of est.URI, links []est.Link) (candidates map[est.Operation][]re
 		}
 		for _, operation := range offered {
 			if !slices.ContainsFunc(candidates[operation], func(r resource) bool { return r.path == path }) {
-				candidates[operation] = append(candidates[operation], resource{path: path, accept: acceptOf(link)})
+				candidates[operation] = append(candidates[operation], resource{path: path, accept: acceptOf(link, operation)})
 			}
 		}
 	}
@@ -147,16 +154,16 @@ func resolve(at est.URI, link est.Link) (string, error) {
 	return target.Path, nil
 }
 
-// acceptOf chooses the format to ask for: 281, unless the link says that only
-// 287 is there (RFC 9148 §4.3).
-func acceptOf(link est.Link) est.ContentFormat {
-	offers := func(format est.ContentFormat) bool {
-		return slices.Contains(link.Words("ct"), strconv.Itoa(int(format)))
+// acceptOf chooses the format to ask for: the usual one, unless the link says that
+// only another is there (RFC 9148 §4.3).
+func acceptOf(link est.Link, operation est.Operation) est.ContentFormat {
+	possible := formats(operation)
+	for _, format := range possible {
+		if slices.Contains(link.Words("ct"), strconv.Itoa(int(format))) {
+			return format
+		}
 	}
-	if offers(est.ContentFormatPKIXCert) && !offers(est.ContentFormatPKCS7CertsOnly) {
-		return est.ContentFormatPKIXCert
-	}
-	return est.ContentFormatPKCS7CertsOnly
+	return possible[0]
 }
 
 // pick takes the one resource that is meant: one with the label in its path, or,

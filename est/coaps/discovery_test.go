@@ -346,3 +346,40 @@ func FuzzDiscovery(f *testing.F) {
 		}
 	})
 }
+
+// CSR attributes are asked for at their link, and below the URI's path without
+// discovery; where discovery lists none the server is not asked.
+func TestDiscoveryOfAttributes(t *testing.T) {
+	const usual = `</c>;rt=ace.est.crts,</s>;rt=ace.est.sen,</r>;rt=ace.est.sren`
+	for _, c := range []struct {
+		name   string
+		answer string // "" is no discovery
+		want   []string
+	}{
+		{"without discovery", "", []string{"GET /.well-known/est/att 285"}},
+		{"listed", usual + `,</elsewhere/att>;rt=ace.est.att;ct=285`, []string{"GET /elsewhere/att 285"}},
+		{"not listed", usual, nil},
+		{"listed twice", usual + `,</x/att>;rt=ace.est.att,</y/att>;rt=ace.est.att`, []string{"GET /.well-known/est/att 285"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := &host{discovery: links(c.answer)}
+			w := newWorld(t, nil, h.handle)
+			cfg := w.config()
+			cfg.URI.Root, cfg.Discovery = est.DefaultRoot, c.answer != ""
+			session, err := coaps.Dial(t.Context(), cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer session.Close()
+			h.requests()
+			_, err = session.RoundTrip(t.Context(), &est.Request{Operation: est.CSRAttrs})
+			var status *est.StatusError
+			if absent := errors.As(err, &status) && status.NotFound; absent != (c.want == nil) {
+				t.Errorf("got %v", err)
+			}
+			if diff := cmp.Diff(c.want, h.requests()); diff != "" {
+				t.Errorf("(-want +got)\n%s", diff)
+			}
+		})
+	}
+}

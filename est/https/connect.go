@@ -13,7 +13,6 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"reflect"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -145,17 +144,6 @@ type publicOnly struct{ public crypto.PublicKey }
 func (p publicOnly) Public() crypto.PublicKey { return p.public }
 func (publicOnly) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
 	return nil, errors.ErrUnsupported
-}
-
-// binding is the value of the connection's channel binding.
-func (l *link) binding() ([]byte, error) {
-	if l.state.Version >= tls.VersionTLS13 {
-		return l.state.ExportKeyingMaterial("EXPORTER-Channel-Binding", nil, 32) // RFC 9266 §2
-	}
-	if len(l.state.TLSUnique) == 0 {
-		return nil, errors.ErrUnsupported
-	}
-	return slices.Clone(l.state.TLSUnique), nil
 }
 
 // handshakeFailed names what the end of a handshake means for EST.

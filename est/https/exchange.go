@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"mime"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
@@ -195,10 +194,11 @@ func (s *Session) request(ctx context.Context, req *est.Request, at est.URI) (*h
 
 // interpret maps an answer to EST (RFC 7030 §4.1.3, §4.2.3, §4.5.2).
 func (s *Session) interpret(operation est.Operation, got *answer) (*est.Response, error) {
+	defer clear(got.body) // it may be a key
 	response, err := parse(operation, got)
 	_, says := got.header["Retry-After"]
 	switch status := got.status; {
-	case status == http.StatusAccepted && err == nil && response.ContentFormat != 0 && len(response.Body) > 0:
+	case status == http.StatusAccepted && err == nil && (len(response.Body) > 0 || len(response.Parts) > 0):
 		return response, nil // it has decided, whatever it calls that
 	case status == http.StatusAccepted, status == http.StatusTooManyRequests, status == http.StatusServiceUnavailable && says:
 		pending := est.NewPendingError(operation, got.server, retryAfter(got.header, s.cfg.Now()))
@@ -224,51 +224,18 @@ func statusText(status int) string {
 	return strings.TrimSpace(strconv.Itoa(status) + " " + http.StatusText(status))
 }
 
-// parse reads the body of a success in whatever form it came.
+// parse reads the body of a success in whatever form it came. Where there is no
+// Content-Type, the operation says what it must be.
 func parse(operation est.Operation, got *answer) (*est.Response, error) {
-	format, several, err := formatOf(operation, got.header.Get("Content-Type"))
-	if err != nil {
-		return nil, err
-	}
-	if several != "" {
-		return &est.Response{MediaType: several, Body: got.body}, nil
-	}
-	body, err := decodeBody(got.body)
-	if err != nil {
-		return nil, err
-	}
-	return &est.Response{ContentFormat: format, Body: body}, nil
-}
-
-// formatOf maps a Content-Type to a format. Where there is none, the operation says
-// what it must be; smime-type may be missing, as may all other parameters.
-func formatOf(operation est.Operation, contentType string) (format est.ContentFormat, several string, err error) {
+	contentType := got.header.Get("Content-Type")
 	if strings.TrimSpace(contentType) == "" {
+		expected := est.ContentFormatPKCS7CertsOnly
 		if operation == est.CSRAttrs {
-			return est.ContentFormatCSRAttrs, "", nil
+			expected = est.ContentFormatCSRAttrs
 		}
-		return est.ContentFormatPKCS7CertsOnly, "", nil
+		contentType = expected.MediaType()
 	}
-	mediaType, parameters, err := mime.ParseMediaType(contentType)
-	if err != nil && !errors.Is(err, mime.ErrInvalidMediaParameter) {
-		return 0, "", fmt.Errorf("content type %q", est.NewDetail([]byte(contentType)))
-	}
-	switch mediaType {
-	case "application/pkcs7-mime", "application/x-pkcs7-mime":
-		if strings.EqualFold(parameters["smime-type"], "server-generated-key") {
-			return est.ContentFormatPKCS7ServerKey, "", nil
-		}
-		return est.ContentFormatPKCS7CertsOnly, "", nil
-	case "application/pkix-cert":
-		return est.ContentFormatPKIXCert, "", nil
-	case "application/pkcs8":
-		return est.ContentFormatPKCS8, "", nil
-	case "application/csrattrs":
-		return est.ContentFormatCSRAttrs, "", nil
-	case "multipart/mixed":
-		return 0, contentType, nil
-	}
-	return 0, "", fmt.Errorf("content type %q, which is not one of EST", est.NewDetail([]byte(mediaType)))
+	return est.ParseBody(contentType, got.body)
 }
 
 const lineLength = 76 // RFC 2045 §6.8, "no more than 76 characters each"
@@ -282,22 +249,6 @@ func encodeBody(der []byte) []byte {
 		lines, text = append(append(lines, text[:n]...), "\r\n"...), text[n:]
 	}
 	return lines
-}
-
-// decodeBody decodes base64 with lines of any length or none, with its padding or
-// without. A Content-Transfer-Encoding says nothing (RFC 8951 §3.2).
-func decodeBody(body []byte) ([]byte, error) {
-	text := bytes.Map(func(r rune) rune {
-		if r == ' ' || r == '\t' || r == '\r' || r == '\n' {
-			return -1
-		}
-		return r
-	}, body)
-	der, err := base64.RawStdEncoding.AppendDecode(nil, bytes.TrimRight(text, "="))
-	if err != nil {
-		return nil, errors.New("the body is not base64")
-	}
-	return der, nil
 }
 
 // defaultRetryAfter is for an answer that does not say when, or not so that it is

@@ -151,15 +151,14 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 // PeerChain implements est.Session.
 func (s *Session) PeerChain() []*x509.Certificate { return s.current().peer }
 
-// ChannelBinding implements est.Session: tls-unique under TLS 1.2 (RFC 5929 §3),
-// tls-exporter under TLS 1.3 (RFC 9266). From then on the session ends with its
-// connection, for what was made of the value is worth nothing on another.
+// ChannelBinding implements est.Session by est.TLSBinding. From then on the session
+// ends with its connection, for what was made of the value is worth nothing on another.
 func (s *Session) ChannelBinding() ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	binding, err := s.current().binding()
+	binding, err := est.TLSBinding(s.current().state)
 	if err != nil {
-		return nil, fmt.Errorf("channel binding of TLS: %w", err)
+		return nil, err
 	}
 	s.bound = true
 	return binding, nil

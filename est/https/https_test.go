@@ -87,7 +87,7 @@ func TestRequest(t *testing.T) {
 			t.Errorf("a line of %d characters", len(line))
 		}
 	}
-	if decoded, err := https.DecodeBody(sent); err != nil || !bytes.Equal(decoded, csr) {
+	if decoded, err := est.DecodeBase64(sent); err != nil || !bytes.Equal(decoded, csr) {
 		t.Errorf("got %x, %v", decoded, err)
 	}
 	if _, err := ask(t, session, est.CACerts, nil); err != nil {

@@ -81,6 +81,7 @@ type handshake struct {
 	// received counts the peer's datagrams.
 	received atomic.Int64
 	done     atomic.Bool
+	recorder *recorder
 	// p521 tells that our hello names P-521, and chosen that the server chose it.
 	p521   bool
 	chosen atomic.Bool
@@ -106,6 +107,7 @@ func (c watchedConn) ReadFrom(p []byte) (int, net.Addr, error) {
 		}
 		if err == nil {
 			c.shake.received.Add(1)
+			c.shake.recorder.received(p[:n])
 		}
 		if err == nil && c.shake.p521 && !c.shake.done.Load() && choosesP521(p[:n]) {
 			c.shake.chosen.Store(true)
@@ -113,6 +115,11 @@ func (c watchedConn) ReadFrom(p []byte) (int, net.Addr, error) {
 		}
 		return n, from, err
 	}
+}
+
+func (c watchedConn) WriteTo(p []byte, to net.Addr) (int, error) {
+	c.shake.recorder.sent(p)
+	return c.PacketConn.WriteTo(p, to)
 }
 
 // hasClearRecord reports a record of epoch 0 among those of a datagram
@@ -261,7 +268,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	if err != nil {
 		return nil, &HandshakeError{Addr: addr, Err: timedOut(err)}
 	}
-	shake := &handshake{p521: slices.Contains(groups(&cfg), groupP521)}
+	shake := &handshake{recorder: newRecorder(), p521: slices.Contains(groups(&cfg), groupP521)}
 	options := dtlsOptions(&cfg, func(state *dtls.State) (err error) {
 		if shake.peer, err = parsePeer(state); err == nil {
 			err = cfg.Verify(shake.peer)
@@ -275,6 +282,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 		shake.types = asked.CertificateTypes
 		return shake.certificate(&cfg), nil
 	}))
+	options = append(options, dtls.WithKeyLogWriter(shake.recorder))
 	if cfg.ServerName != "" {
 		options = append(options, dtls.WithServerName(cfg.ServerName))
 	}
@@ -295,6 +303,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	shake.done.Store(true)
 	c := newConn(conn, cfg, nil)
 	c.peer, c.authenticated, c.keyTypes = shake.peer, shake.signed.Load(), shake.types
+	c.binding, c.unbound = shake.recorder.tlsUnique()
 	c.start()
 	return c, nil
 }
@@ -393,14 +402,14 @@ func (c *Conn) AcceptsKey(public crypto.PublicKey) bool {
 	return len(c.keyTypes) == 0 || slices.Contains(c.keyTypes, wanted)
 }
 
-// listenDTLS opens the socket of a server.
-func listenDTLS(addr string, cfg *Config) (net.Listener, *socket, error) {
-	udpAddr, err := net.ResolveUDPAddr("udp", addr)
-	if err != nil {
-		return nil, nil, err
-	}
+// ChannelBinding is tls-unique (RFC 5929 §3), 12 bytes that only the two ends of
+// this connection know.
+func (c *Conn) ChannelBinding() ([]byte, error) { return c.binding, c.unbound }
+
+// serverOptions are those of each connection of a server.
+func serverOptions(cfg *Config) []dtls.ServerOption {
 	shake := new(handshake)
-	serverOptions := []dtls.ServerOption{
+	options := []dtls.ServerOption{
 		// RFC 9148 §3: the client presents a certificate for every function.
 		dtls.WithClientAuth(dtls.RequireAnyClientCert),
 		dtls.WithGetCertificate(func(*dtls.ClientHelloInfo) (*tls.Certificate, error) {
@@ -414,37 +423,53 @@ func listenDTLS(addr string, cfg *Config) (net.Listener, *socket, error) {
 		}
 		return cfg.Verify(peer)
 	}) {
-		serverOptions = append(serverOptions, option)
+		options = append(options, option)
 	}
-	udp, err := listenUDP(udpAddr)
-	if err != nil {
-		return nil, nil, err
-	}
-	listener, err := dtls.NewListenerWithOptions(udp, serverOptions...)
-	if err != nil {
-		return nil, nil, errors.Join(err, udp.shut())
-	}
-	return listener, udp, nil
+	return options
 }
 
-// acceptDTLS completes a server's handshake.
-func acceptDTLS(ctx context.Context, conn *dtls.Conn, cfg *Config) ([]*x509.Certificate, error) {
+// accepted is a server's end of a connection, with the recorder of its handshake.
+type accepted struct {
+	*dtls.Conn
+	recorder *recorder
+}
+
+// accept waits for the next connection, whose handshake is not done yet.
+func accept(s *socket, options []dtls.ServerOption) (*accepted, error) {
+	association, from, err := s.Accept()
+	if err != nil {
+		return nil, err
+	}
+	recorder := newRecorder()
+	conn, err := dtls.ServerWithOptions(recordedConn{association, recorder}, from, append(slices.Clone(options), dtls.WithKeyLogWriter(recorder))...)
+	if err != nil {
+		return nil, errors.Join(err, association.Close())
+	}
+	return &accepted{conn, recorder}, nil
+}
+
+// client is who is at the other end of a server's connection.
+type client struct {
+	chain   []*x509.Certificate
+	binding []byte // nil where it is not known
+}
+
+// shake completes a server's handshake.
+func (a *accepted) shake(ctx context.Context, cfg *Config) (c client, err error) {
 	ctx, cancel := context.WithTimeout(ctx, cfg.HandshakeTimeout)
 	defer cancel()
-	if err := conn.HandshakeContext(ctx); err != nil {
-		return nil, handshakeError(conn.RemoteAddr().String(), new(handshake), err)
+	if err := a.HandshakeContext(ctx); err != nil {
+		return c, handshakeError(a.RemoteAddr().String(), new(handshake), err)
 	}
-	state, ok := conn.ConnectionState()
+	state, ok := a.ConnectionState()
 	if !ok {
-		return nil, errors.New("DTLS handshake: no state")
+		return c, errors.New("DTLS handshake: no state")
 	}
-	var peer []*x509.Certificate
-	for _, der := range state.PeerCertificates {
-		cert, err := x509.ParseCertificate(der)
-		if err != nil {
-			return nil, err
-		}
-		peer = append(peer, cert)
+	if c.chain, err = parsePeer(&state); err != nil {
+		return c, err
 	}
-	return peer, nil
+	if c.binding, err = a.recorder.tlsUnique(); err != nil {
+		cfg.Logger.Info("coap: handshake", "peer", a.RemoteAddr(), "error", err)
+	}
+	return c, nil
 }

@@ -66,6 +66,8 @@ type Conn struct {
 	peer          []*x509.Certificate
 	authenticated bool
 	keyTypes      []clientcertificate.Type // that the server asked for
+	binding       []byte                   // tls-unique
+	unbound       error                    // why there is no binding
 	responder     *responder               // nil: requests of the peer are rejected
 
 	turn    chan struct{}

@@ -55,7 +55,7 @@ func TestExchange(t *testing.T) {
 	if len(got.Peer) != 1 || !bytes.Equal(got.Peer[0].Raw, p.client.chain[0]) {
 		t.Errorf("the handler's peer is %v", got.Peer)
 	}
-	got.Peer = nil
+	got.Peer, got.ChannelBinding = nil, nil
 	if diff := cmp.Diff(req, got); diff != "" {
 		t.Errorf("request (-sent +handled):\n%s", diff)
 	}

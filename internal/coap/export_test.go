@@ -23,7 +23,7 @@ func ServeLink(l Link, cfg Config, handler Handler) error {
 	if err != nil {
 		return err
 	}
-	serveLink(context.Background(), l, cfg, handler, nil)
+	serveLink(context.Background(), l, cfg, handler, client{})
 	return nil
 }
 
@@ -52,4 +52,21 @@ func (c *Conn) Remembered() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return max(len(c.remembered.replies), len(c.remembered.order))
+}
+
+// Recorded takes a datagram down, from either end, computes what comes of it, and
+// returns how much was kept.
+func Recorded(datagram []byte, client bool) int {
+	r := newRecorder()
+	if _, err := r.Write([]byte("CLIENT_RANDOM 00 01\n")); err != nil {
+		return -1
+	}
+	note := r.received
+	if client {
+		note = r.sent
+	}
+	note(datagram)
+	kept := r.bytes
+	_, _ = r.tlsUnique() // of one datagram: never whole
+	return kept
 }

@@ -155,6 +155,8 @@ type Request struct {
 
 	// Peer is the client's verified chain, leaf first. A server sets it.
 	Peer []*x509.Certificate
+	// ChannelBinding is the connection's tls-unique. A server sets it.
+	ChannelBinding []byte
 }
 
 // Response is one whole response. Any code that the peer sent is a response,

@@ -2,7 +2,6 @@ package coap
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -24,16 +23,16 @@ type Handler func(ctx context.Context, req *Request) *Response
 
 // Server answers requests over DTLS.
 type Server struct {
-	cfg      Config
-	listener net.Listener
-	socket   *socket
-	ctx      context.Context
-	cancel   context.CancelFunc
-	serving  sync.WaitGroup
+	cfg     Config
+	options []dtls.ServerOption
+	socket  *socket
+	ctx     context.Context
+	cancel  context.CancelFunc
+	serving sync.WaitGroup
 
 	mu     sync.Mutex
 	closed bool
-	conns  map[*dtls.Conn]struct{}
+	conns  map[*accepted]struct{}
 }
 
 // Listen opens a server's socket at addr, "host:port". Nothing is answered
@@ -46,27 +45,31 @@ func Listen(addr string, cfg Config) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen: %s: %w", addr, err)
 	}
-	listener, socket, err := listenDTLS(addr, &cfg)
+	udpAddr, err := net.ResolveUDPAddr("udp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %s: %w", addr, err)
 	}
-	s := &Server{cfg: cfg, listener: listener, socket: socket, conns: map[*dtls.Conn]struct{}{}}
+	socket, err := listenUDP(udpAddr)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %s: %w", addr, err)
+	}
+	s := &Server{cfg: cfg, options: serverOptions(&cfg), socket: socket, conns: map[*accepted]struct{}{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s, nil
 }
 
 // Addr is the socket's address.
-func (s *Server) Addr() net.Addr { return s.listener.Addr() }
+func (s *Server) Addr() net.Addr { return s.socket.Addr() }
 
 // Serve answers requests until Close, which makes it return nil.
 func (s *Server) Serve(handler Handler) error {
 	for {
-		accepted, err := s.listener.Accept()
+		conn, err := accept(s.socket, s.options)
 		s.mu.Lock()
 		if s.closed {
 			s.mu.Unlock()
 			if err == nil {
-				_ = accepted.Close()
+				_ = conn.Close()
 			}
 			return nil
 		}
@@ -74,7 +77,6 @@ func (s *Server) Serve(handler Handler) error {
 			s.mu.Unlock()
 			return fmt.Errorf("accept: %s: %w", s.Addr(), err)
 		}
-		conn := accepted.(*dtls.Conn)
 		if len(s.conns) >= s.cfg.MaxConnections {
 			s.mu.Unlock()
 			s.cfg.Logger.Warn("coap: too many connections", "peer", conn.RemoteAddr(), "limit", s.cfg.MaxConnections)
@@ -92,9 +94,9 @@ func (s *Server) Close() error {
 	s.mu.Lock()
 	s.closed = true
 	conns := s.conns
-	s.conns = map[*dtls.Conn]struct{}{}
+	s.conns = map[*accepted]struct{}{}
 	s.mu.Unlock()
-	err := s.listener.Close()
+	err := s.socket.Close()
 	for conn := range conns {
 		// Closing twice is no error, and the peer may have closed before us.
 		_ = conn.Close()
@@ -109,25 +111,25 @@ func (s *Server) Close() error {
 	return nil
 }
 
-func (s *Server) serve(conn *dtls.Conn, handler Handler) {
+func (s *Server) serve(conn *accepted, handler Handler) {
 	defer func() {
 		_ = conn.Close()
 		s.mu.Lock()
 		delete(s.conns, conn)
 		s.mu.Unlock()
 	}()
-	peer, err := acceptDTLS(s.ctx, conn, &s.cfg)
+	client, err := conn.shake(s.ctx, &s.cfg)
 	if err != nil {
 		s.cfg.Logger.Info("coap: handshake", "peer", conn.RemoteAddr(), "error", err)
 		return
 	}
-	serveLink(s.ctx, conn, s.cfg, handler, peer)
+	serveLink(s.ctx, conn, s.cfg, handler, client)
 }
 
 // serveLink answers requests until the link ends.
-func serveLink(ctx context.Context, link link, cfg Config, handler Handler, peer []*x509.Certificate) {
+func serveLink(ctx context.Context, link link, cfg Config, handler Handler, client client) {
 	ctx, cancel := context.WithCancel(ctx)
-	r := &responder{handler: handler, ctx: ctx, peer: peer}
+	r := &responder{handler: handler, ctx: ctx, client: client}
 	r.conn = newConn(link, cfg, r)
 	r.conn.read()
 	cancel()
@@ -149,7 +151,7 @@ type responder struct {
 	conn     *Conn
 	handler  Handler
 	ctx      context.Context
-	peer     []*x509.Certificate
+	client   client
 	handling sync.WaitGroup
 
 	mu         sync.Mutex
@@ -266,7 +268,7 @@ func (r *responder) request(m *message.Message) {
 	r.handle(m, key, &Request{
 		Method: m.Code, Host: o.host, Port: o.port,
 		Path: "/" + strings.Join(o.path, "/"), Query: o.query,
-		ContentFormat: o.contentFormat, Accept: o.accept, Body: body, Peer: r.peer,
+		ContentFormat: o.contentFormat, Accept: o.accept, Body: body, Peer: r.client.chain, ChannelBinding: r.client.binding,
 	}, wanted, o.block1)
 }
 

@@ -1,0 +1,145 @@
+package enginetest
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+
+	"estenroll/engine"
+)
+
+// made is a key that a server has made, in PKCS#8.
+func (s *suite) made(algorithm engine.Algorithm) (pkcs8 []byte, public crypto.PublicKey) {
+	s.Helper()
+	var key crypto.Signer
+	var err error
+	switch algorithm {
+	case engine.ECP256:
+		key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	case engine.ECP521:
+		key, err = ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
+	case engine.RSA2048:
+		key, err = rsa.GenerateKey(rand.Reader, 2048)
+	default:
+		_, key, err = ed25519.GenerateKey(rand.Reader)
+	}
+	if err == nil {
+		pkcs8, err = x509.MarshalPKCS8PrivateKey(key)
+	}
+	if err != nil {
+		s.Fatal(err)
+	}
+	return pkcs8, key.Public()
+}
+
+// imports wants a key to be taken in, and to be what a generated one is.
+func (s *suite) imports(e opened, importer engine.KeyImporter, algorithm engine.Algorithm) {
+	s.Helper()
+	pkcs8, public := s.made(algorithm)
+	before := bytes.Clone(pkcs8)
+	at, err := e.NewKeyAddress("name")
+	if err != nil {
+		s.Fatal(err)
+	}
+	got, err := importer.ImportKey(s.Context(), at, pkcs8)
+	if err != nil {
+		s.Fatalf("%s: %v", algorithm, err)
+	}
+	if !bytes.Equal(pkcs8, before) {
+		s.Error("the DER has changed")
+	}
+	if equal, ok := got.(interface{ Equal(crypto.PublicKey) bool }); !ok || !equal.Equal(public) {
+		s.Errorf("%s: another key: %v", algorithm, got)
+	}
+	s.signs(e, at, public)
+	s.forSigningOnly(e, at)
+	_, err = importer.ImportKey(s.Context(), at, pkcs8)
+	s.wants(err, engine.ErrExists)
+	if err := e.RemoveKey(s.Context(), at); err != nil {
+		s.Error(err)
+	}
+	s.holds(e, 0, 0, 0)
+}
+
+var importRules = []rule{
+	{"an imported key is what a generated one is, or the token says that it takes none", func(s *suite) {
+		e := s.open()
+		importer, ok := e.Engine.(engine.KeyImporter)
+		if !ok {
+			return // this driver never can
+		}
+		for _, algorithm := range []engine.Algorithm{engine.ECP256, engine.ECP521, engine.RSA2048} {
+			err := importer.CanImportKey(s.Context(), engine.KeySpec{Algorithm: algorithm})
+			s.holds(e, 0, 0, 0)
+			if s.NoImport {
+				s.wants(err, engine.ErrUnsupported)
+				continue
+			}
+			if err != nil {
+				s.Fatal(err)
+			}
+			s.imports(e, importer, algorithm)
+		}
+	}},
+	{"a key that is refused as it is comes in wrapped", func(s *suite) {
+		e := s.open()
+		importer, ok := e.Engine.(engine.KeyImporter)
+		if !ok || s.NoImport {
+			return
+		}
+		for _, algorithm := range []engine.Algorithm{engine.ECP256, engine.RSA2048} {
+			s.Inject(s.T, FaultRefuseKey)
+			if s.NoUnwrap {
+				s.wants(importer.CanImportKey(s.Context(), engine.KeySpec{Algorithm: algorithm}), engine.ErrUnsupported)
+				s.holds(e, 0, 0, 0)
+				continue
+			}
+			if err := importer.CanImportKey(s.Context(), engine.KeySpec{Algorithm: algorithm}); err != nil {
+				s.Error(err)
+			}
+			s.Inject(s.T, FaultRefuseKey)
+			s.imports(e, importer, algorithm)
+		}
+	}},
+	{"what a failed import leaves is removed", func(s *suite) {
+		e := s.open()
+		importer, ok := e.Engine.(engine.KeyImporter)
+		if !ok || s.NoImport {
+			return
+		}
+		s.Inject(s.T, FaultFailKey) // made, and said not to be
+		if s.NoUnwrap {
+			pkcs8, _ := s.made(engine.ECP256)
+			at, err := e.NewKeyAddress("name")
+			if err != nil {
+				s.Fatal(err)
+			}
+			_, err = importer.ImportKey(s.Context(), at, pkcs8)
+			s.wants(err, engine.ErrUnsupported)
+			s.holds(e, 0, 0, 0)
+		} else {
+			s.imports(e, importer, engine.ECP256)
+		}
+		for _, algorithm := range []engine.Algorithm{"Ed25519", ""} {
+			pkcs8, _ := s.made(algorithm)
+			if algorithm == "" {
+				pkcs8 = []byte("no key but a secret")
+			}
+			at, err := e.NewKeyAddress("name")
+			if err != nil {
+				s.Fatal(err)
+			}
+			_, err = importer.ImportKey(s.Context(), at, pkcs8)
+			s.wants(err, nil)
+			if bytes.Contains([]byte(err.Error()), []byte("secret")) {
+				s.Errorf("it shows what it read: %v", err)
+			}
+			s.holds(e, 0, 0, 0)
+		}
+	}},
+}

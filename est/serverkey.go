@@ -1,0 +1,96 @@
+package est
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math/big"
+)
+
+// ErrKeyEnveloped says that a server has encrypted the key that it made.
+var ErrKeyEnveloped = errors.New("the key is encrypted (CMS EnvelopedData)")
+
+// ServerKey is a key that a server has made, and the certificate for it (RFC 7030
+// §4.4, RFC 9148 §4.8). Whoever gets one clears it.
+type ServerKey struct {
+	// PKCS8 is the private key in the clear, DER (RFC 5958).
+	PKCS8 []byte
+	// Certificates of the answer, the issued one among them, not yet judged.
+	Certificates []*x509.Certificate
+}
+
+// Clear overwrites the private key.
+func (k *ServerKey) Clear() { clear(k.PKCS8) }
+
+// ParseServerKey parses the parts of an answer of serverkeygen: one key and one
+// certificate, in any order (RFC 9148 §4.8); parts that are neither are ignored. The
+// bodies of the parts are the ServerKey's then, or cleared where there is none.
+// ErrKeyEnveloped.
+func ParseServerKey(parts []Part) (key *ServerKey, err error) {
+	defer func() {
+		if err != nil {
+			for _, part := range parts {
+				clear(part.Body)
+			}
+		}
+	}()
+	key = new(ServerKey)
+	for _, part := range parts {
+		switch part.ContentFormat {
+		case ContentFormatPKCS7ServerKey:
+			return nil, ErrKeyEnveloped
+		case ContentFormatPKCS8:
+			if key.PKCS8 != nil {
+				return nil, errors.New("two keys")
+			}
+			key.PKCS8 = part.Body
+		case ContentFormatPKCS7CertsOnly, ContentFormatPKIXCert:
+			if key.Certificates != nil {
+				return nil, errors.New("two answers of certificates")
+			}
+			if key.Certificates, err = ParseCertificates(&Response{ContentFormat: part.ContentFormat, Body: part.Body}); err != nil {
+				return nil, err
+			}
+		}
+	}
+	switch {
+	case key.PKCS8 == nil:
+		return nil, errors.New("no key")
+	case key.Certificates == nil:
+		return nil, ErrNoCertificate
+	}
+	return key, nil
+}
+
+// Public returns the public key of the private one, EC or RSA, of which it keeps
+// nothing: what was parsed is cleared as far as Go allows.
+func (k *ServerKey) Public() (crypto.PublicKey, error) {
+	parsed, err := x509.ParsePKCS8PrivateKey(k.PKCS8)
+	if err != nil {
+		return nil, fmt.Errorf("PKCS#8: %w", errNoKey) // of the library's, which may show what it read
+	}
+	switch key := parsed.(type) {
+	case *ecdsa.PrivateKey:
+		//lint:ignore SA1019 nobody uses the key again: its value is overwritten
+		wipe(key.D)
+		return &key.PublicKey, nil
+	case *rsa.PrivateKey:
+		wipe(append(append([]*big.Int{key.D}, key.Primes...), key.Precomputed.Dp, key.Precomputed.Dq, key.Precomputed.Qinv)...)
+		return &key.PublicKey, nil
+	}
+	return nil, fmt.Errorf("PKCS#8: a key of type %T", parsed)
+}
+
+var errNoKey = errors.New("not a private key")
+
+// wipe overwrites the digits of numbers.
+func wipe(numbers ...*big.Int) {
+	for _, n := range numbers {
+		if n != nil {
+			clear(n.Bits())
+		}
+	}
+}

@@ -1,0 +1,323 @@
+package estenroll_test
+
+import (
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"errors"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"estenroll"
+	"estenroll/csr"
+	"estenroll/engine"
+	"estenroll/est"
+	"estenroll/testserver"
+)
+
+// wanting is what a server answers that wants something of a CSR.
+func wanting(attributes ...csr.Attribute) []byte {
+	der, err := csr.Attributes(attributes).Marshal()
+	if err != nil {
+		panic(err)
+	}
+	return der
+}
+
+func wantedKey(family, size string) csr.Attribute {
+	attribute, err := csr.WantKey(csr.WantedKey{Family: family, Size: size})
+	if err != nil {
+		panic(err)
+	}
+	return attribute
+}
+
+func wantedExtensions(extensions ...pkix.Extension) csr.Attribute {
+	attribute, err := csr.WantExtensions(extensions)
+	if err != nil {
+		panic(err)
+	}
+	return attribute
+}
+
+// operations are those of the last run, in order.
+func (d *device) operations() (names []string) {
+	for _, r := range d.requests {
+		names = append(names, r.operation.ShortPath())
+	}
+	return names
+}
+
+// challenges are the challengePasswords of the CSRs of the last run.
+func (d *device) challenges() (passwords []string) {
+	d.t.Helper()
+	for _, der := range d.csrs() {
+		request, err := x509.ParseCertificateRequest([]byte(der))
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		passwords = append(passwords, csr.ChallengePassword(request))
+	}
+	return passwords
+}
+
+// The HSM generates the key that the server asks for, whatever was configured, and
+// nothing is left of the one before it. It is asked once for an enrolment.
+func TestWantedKey(t *testing.T) {
+	d := newSite(t, testserver.Config{CSRAttributes: wanting(wantedKey("EC", "P-384"))}).device(t, "wanted")
+	first := d.mustEnroll()
+	if got := engine.AlgorithmOf(first.Certificate.PublicKey); got != engine.ECP384 {
+		t.Errorf("a key of type %s", got)
+	}
+	if got, want := d.operations(), []string{"crts", "att", "crts", "sen", "crts"}; !slices.Equal(got, want) {
+		t.Errorf("asked %q, want %q", got, want)
+	}
+	d.tidy(1)
+	renewed := d.mustRenew()
+	if renewed.Key != first.Key {
+		t.Errorf("renewed with %s", renewed.Key)
+	}
+	d.cfg.KeySpec.Algorithm = engine.ECP384
+	rekeyed := d.mustRekey()
+	if got := engine.AlgorithmOf(rekeyed.Certificate.PublicKey); got != engine.ECP384 || rekeyed.Key == first.Key {
+		t.Errorf("rekeyed with %s, a key of type %s", rekeyed.Key, got)
+	}
+	if got, want := d.operations(), []string{"crts", "att", "sren", "crts"}; !slices.Equal(got, want) {
+		t.Errorf("asked %q, want %q", got, want)
+	}
+}
+
+// What leaves the size open is what is configured, or the first that there is; a
+// renewal keeps its key, with a word about it.
+func TestWantedFamily(t *testing.T) {
+	site := newSite(t, testserver.Config{CSRAttributes: wanting(wantedKey("RSA", ""))})
+	d := site.device(t, "family")
+	d.cfg.IgnoreAttributes = true
+	d.mustEnroll()
+	if got, want := d.operations(), []string{"crts", "sen", "crts"}; !slices.Equal(got, want) {
+		t.Errorf("asked %q, want %q", got, want)
+	}
+	d.cfg.IgnoreAttributes = false
+	if got := engine.AlgorithmOf(d.mustRenew().Certificate.PublicKey); got != engine.ECP256 || !d.warned("a rekey gets it") {
+		t.Errorf("renewed for a key of type %s, events %v", got, d.events)
+	}
+	if got := engine.AlgorithmOf(d.mustRekey().Certificate.PublicKey); got != engine.RSA2048 {
+		t.Errorf("rekeyed for a key of type %s", got)
+	}
+}
+
+// What nobody can generate, or this key is not, or contradicts itself, is refused
+// before a certificate is asked for, with the reason; nothing is left.
+func TestWantedImpossible(t *testing.T) {
+	junk := csr.Attribute{Type: wantedKey("EC", "").Type, Values: [][]byte{{2, 1, 1}}}
+	for name, c := range map[string]struct {
+		attributes []byte
+		is         error
+		text       string
+	}{
+		"a curve that no engine has": {wanting(wantedKey("EC", "1.3.36.3.3.2.8.1.1.11")), estenroll.ErrKeyWanted, "EC 1.3.36.3.3.2.8.1.1.11, which no engine generates"},
+		"a size that no engine has":  {wanting(wantedKey("RSA", "8192")), estenroll.ErrKeyWanted, "RSA 8192"},
+		"two kinds of key":           {wanting(wantedKey("EC", "P-384"), wantedKey("RSA", "2048")), csr.ErrContradictory, "of type EC P-384 and of type RSA 2048"},
+		"a curve that is none":       {wanting(junk), nil, "csrattrs: answer: "},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newSite(t, testserver.Config{CSRAttributes: c.attributes}).device(t, "impossible")
+			_, err := d.enroll()
+			var response *est.ResponseError
+			if !errors.As(err, &response) || response.Operation != est.CSRAttrs || c.is != nil && !errors.Is(err, c.is) || !strings.Contains(err.Error(), c.text) {
+				t.Errorf("got %v", err)
+			}
+			if d.issued() != 0 || len(d.objects()) != 0 || d.journal().Operation != nil {
+				t.Errorf("issued %d, left %q and %+v", d.issued(), d.objects(), d.journal().Operation)
+			}
+			d.cfg.IgnoreAttributes = true
+			d.mustEnroll()
+			d.tidy(1)
+		})
+	}
+}
+
+// A token that cannot do what the server wants says so; the next run asks anew.
+func TestWantedUnsupported(t *testing.T) {
+	d := newSite(t, testserver.Config{CSRAttributes: wanting(wantedKey("EC", "P-521"))}).device(t, "unsupported")
+	d.hook = after(2, "before GenerateKey", func() error { return &engine.Error{Op: "generate key", Err: engine.ErrUnsupported} })
+	_, err := d.enroll()
+	wantError(t, err, engine.ErrUnsupported)
+	if !strings.Contains(err.Error(), "the server wants a key of type EC P-521") {
+		t.Errorf("got %v", err)
+	}
+	if len(d.objects()) != 0 || d.journal().Operation != nil {
+		t.Errorf("left %q and %+v", d.objects(), d.journal().Operation)
+	}
+	d.hook = nil
+	d.mustEnroll()
+	d.tidy(1)
+}
+
+// A key that the configuration names is used or not, and never replaced.
+func TestWantedExistingKey(t *testing.T) {
+	site := newSite(t, testserver.Config{CSRAttributes: wanting(wantedKey("EC", "P-384"))})
+	d := site.device(t, "existing")
+	d.cfg.Key, d.cfg.AllowExtractable = site.owned(t, "EC:prime256v1", "owned", "77"), true
+	_, err := d.enroll()
+	wantError(t, err, estenroll.ErrKeyWanted)
+	if d.issued() != 0 || d.journal().Operation != nil {
+		t.Errorf("issued %d, left %+v", d.issued(), d.journal().Operation)
+	}
+	d.cfg.IgnoreAttributes = true
+	d.mustEnroll()
+}
+
+// The certificate is for what the server wants instead of the configuration; at a
+// renewal not the names, which stay.
+func TestWantedTemplate(t *testing.T) {
+	der, err := os.ReadFile("testdata/rfc9908/template.der")
+	if err != nil {
+		t.Fatal(err)
+	}
+	san := pkix.Extension{Id: csr.OIDSubjectAltName, Value: []byte{0x30, 7, 0x82, 5, 'o', 't', 'h', 'e', 'r'}}
+	usage := pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 15}, Critical: true, Value: []byte{3, 2, 5, 0xa0}}
+	for name, c := range map[string]struct {
+		attributes []byte
+		subject    string
+		usage      x509.KeyUsage
+		names      []string
+	}{
+		"a template":                   {der, "CN=names+serialNumber=4711,O=Example", x509.KeyUsageDigitalSignature, nil},
+		"extensions with their values": {wanting(wantedExtensions(san, usage)), "CN=names", x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment, []string{"other"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newSite(t, testserver.Config{CSRAttributes: c.attributes}).device(t, "names")
+			check := func(cert *x509.Certificate, subject string, names []string) {
+				t.Helper()
+				if got := csr.FormatSubject(cert.RawSubject); got != subject || cert.KeyUsage != c.usage || !slices.Equal(cert.DNSNames, names) {
+					t.Errorf("issued for %s, usage %b, names %q", got, cert.KeyUsage, cert.DNSNames)
+				}
+			}
+			d.cfg.KeySpec.Algorithm = engine.RSA3072 // which the template wants
+			if name != "a template" {
+				d.cfg.KeySpec.Algorithm = ""
+			}
+			check(d.mustEnroll().Certificate, c.subject, c.names)
+			if subject := c.subject != "CN=names"; subject != d.warned("something else than the configuration: Subject") {
+				t.Errorf("events %v", d.events)
+			}
+			check(d.mustRenew().Certificate, c.subject, c.names)
+		})
+	}
+	t.Run("a renewal", func(t *testing.T) {
+		d := newSite(t, testserver.Config{CSRAttributes: wanting(wantedExtensions(san))}).device(t, "names")
+		d.cfg.IgnoreAttributes = true
+		d.mustEnroll()
+		d.cfg.IgnoreAttributes = false
+		if cert := d.mustRenew().Certificate; len(cert.DNSNames) != 0 {
+			t.Errorf("renewed for %q", cert.DNSNames)
+		}
+	})
+}
+
+// Whatever a server answers that has no attributes to give does not end an enrolment,
+// and is said unless it is a plain no.
+func TestNoAttributes(t *testing.T) {
+	for name, c := range map[string]struct {
+		err  error
+		warn bool
+	}{
+		"4.04": {&est.StatusError{Operation: est.CSRAttrs, Code: "4.04 Not Found", Class: 4, NotFound: true}, false},
+		"4.05": {&est.StatusError{Operation: est.CSRAttrs, Code: "4.05 Method Not Allowed", Class: 4}, true},
+		"5.01": {&est.StatusError{Operation: est.CSRAttrs, Code: "5.01 Not Implemented", Class: 5}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newSite(t, testserver.Config{CSRAttributes: wanting(wantedKey("EC", "P-521"))}).device(t, "none")
+			d.hook = after(1, "after csrattrs", func() error { return c.err })
+			d.mustEnroll()
+			if got := d.warned("the CSR is what the configuration says"); got != c.warn {
+				t.Errorf("warned %t, events %v", got, d.events)
+			}
+			d.tidy(1)
+		})
+	}
+}
+
+// While a request is pending the server is not asked again what it wants: the bytes
+// stay, whatever it would say by now.
+func TestAttributesKept(t *testing.T) {
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now, CSRAttributes: wanting(wantedKey("EC", "P-256"))})
+	d := site.device(t, "kept")
+	d.now = c.now
+	site.deferring(t, 1, time.Minute)
+	_, err := d.enroll()
+	d.wantPending(err)
+	first := d.csrs()
+	c.advance(2 * time.Minute)
+	d.mustEnroll()
+	if got, want := d.operations(), []string{"crts", "sen", "crts"}; !slices.Equal(got, want) || d.csrs()[0] != first[0] {
+		t.Errorf("asked %q, want %q, or other bytes", got, want)
+	}
+}
+
+// A server that wants CSRs that are linked to their session gets them, at each kind of
+// operation; one that does not gets them where that is configured.
+func TestProofOfPossession(t *testing.T) {
+	t.Run("auto", func(t *testing.T) {
+		d := newSite(t, testserver.Config{CSRAttributes: wanting(csr.WantChallengePassword()), RequirePoP: true}).device(t, "pop")
+		seen := map[string]bool{"": true}
+		for _, run := range []func() *estenroll.Result{d.mustEnroll, d.mustRenew, d.mustRekey} {
+			run()
+			challenges := d.challenges()
+			if len(challenges) != 1 || seen[challenges[0]] {
+				t.Errorf("challengePasswords %q after %v", challenges, seen)
+			}
+			seen[challenges[0]] = true
+		}
+
+		d.cfg.PoP = estenroll.PoPOff
+		_, err := d.renew()
+		var status *est.StatusError
+		if !errors.As(err, &status) || !strings.Contains(err.Error(), "no challengePassword") || !d.warned("linked to their session") {
+			t.Errorf("without: %v, events %v", err, d.events)
+		}
+	})
+	t.Run("require", func(t *testing.T) {
+		d := newSite(t, testserver.Config{RequirePoP: true}).device(t, "pop")
+		var status *est.StatusError
+		if _, err := d.enroll(); !errors.As(err, &status) {
+			t.Errorf("a server that does not say what it wants: %v", err)
+		}
+		d.cfg.PoP, d.cfg.IgnoreAttributes = estenroll.PoPRequire, true
+		d.mustEnroll()
+		d.tidy(1)
+	})
+}
+
+// A CSR that is linked to its session is made again for another one, in the same run
+// and in the next, and is the same request to a server: it issues once.
+func TestProofOfPossessionAgain(t *testing.T) {
+	c := new(clock)
+	site := newSite(t, testserver.Config{Now: c.now, CSRAttributes: wanting(csr.WantChallengePassword()), RequirePoP: true})
+	d := site.device(t, "again")
+	d.now, d.cfg.Tries = c.now, 2
+	site.deferring(t, 1, time.Minute)
+	_, err := d.enroll()
+	pending := d.wantPending(err)
+	first := d.challenges()
+	sessions := d.opened
+	if _, err := d.enroll(); !d.wantPending(err).NotBefore.Equal(pending.NotBefore) || d.opened != sessions {
+		t.Errorf("before its time: %d sessions", d.opened-sessions)
+	}
+	c.advance(2 * time.Minute)
+	d.hook = after(1, "after simpleenroll", func() error { return est.ErrUnreachable }) // the answer is lost
+	d.mustEnroll()
+	challenges := append(first, d.challenges()...)
+	if len(challenges) != 3 || len(slices.Compact(slices.Sorted(slices.Values(challenges)))) != 3 {
+		t.Errorf("challengePasswords %q", challenges)
+	}
+	if d.issued() != 1 {
+		t.Errorf("issued %d", d.issued())
+	}
+	d.tidy(1)
+}
