@@ -148,7 +148,10 @@ func (c *Credential) links(wanted csr.Wanted) bool {
 // link is the challengePassword that links a CSR to a session.
 func (c *Credential) link(session est.Session) (string, error) {
 	binding, err := session.ChannelBinding()
-	if err != nil {
+	switch {
+	case errors.Is(err, est.ErrUnreachable): // the next session may have one
+		return "", fmt.Errorf("link the CSR to the session: %w", err)
+	case err != nil:
 		return "", fmt.Errorf("link the CSR to the session: %w: %w", err, ErrNoPoP)
 	}
 	return base64.StdEncoding.EncodeToString(binding), nil

@@ -151,12 +151,17 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 // PeerChain implements est.Session.
 func (s *Session) PeerChain() []*x509.Certificate { return s.current().peer }
 
-// ChannelBinding implements est.Session by est.TLSBinding. From then on the session
-// ends with its connection, for what was made of the value is worth nothing on another.
+// ChannelBinding implements est.Session by est.TLSBinding, on another connection where
+// the server has closed the last one. From then on the session ends with its
+// connection, for what was made of the value is worth nothing on another.
 func (s *Session) ChannelBinding() ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	binding, err := est.TLSBinding(s.current().state)
+	l, err := s.usable(context.Background()) // which HandshakeTimeout bounds
+	if err != nil {
+		return nil, err
+	}
+	binding, err := est.TLSBinding(l.state)
 	if err != nil {
 		return nil, err
 	}

@@ -336,16 +336,31 @@ func TestClosedConnection(t *testing.T) {
 	})
 	t.Run("bound", func(t *testing.T) {
 		t.Parallel()
-		w := newWorld(t, nil, closing)
+		theirs := make(chan []byte, 2)
+		w := newWorld(t, nil, func(rw http.ResponseWriter, r *http.Request) {
+			value, _ := est.TLSBinding(*r.TLS)
+			theirs <- value
+			closing(rw, r)
+		})
 		session := w.dial(t, nil)
-		if _, err := session.ChannelBinding(); err != nil {
+		if _, err := ask(t, session, est.CSRAttrs, nil); err != nil {
+			t.Fatal(err)
+		}
+		ours, err := session.ChannelBinding()
+		if err != nil {
 			t.Fatal(err)
 		}
 		if _, err := ask(t, session, est.CSRAttrs, nil); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := ask(t, session, est.CSRAttrs, nil); !errors.Is(err, est.ErrUnreachable) || w.requests.Load() != 1 {
+		if before, after := <-theirs, <-theirs; bytes.Equal(before, ours) || !bytes.Equal(after, ours) {
+			t.Errorf("we have %x, the server had %x and %x", ours, before, after)
+		}
+		if _, err := ask(t, session, est.CSRAttrs, nil); !errors.Is(err, est.ErrUnreachable) || w.requests.Load() != 2 {
 			t.Errorf("got %v after %d requests", err, w.requests.Load())
+		}
+		if _, err := session.ChannelBinding(); !errors.Is(err, est.ErrUnreachable) {
+			t.Errorf("bound once more: %v", err)
 		}
 	})
 }
@@ -358,10 +373,7 @@ func TestChannelBinding(t *testing.T) {
 			t.Parallel()
 			theirs := make(chan []byte, 1)
 			w := newWorld(t, change, func(_ http.ResponseWriter, r *http.Request) {
-				value := r.TLS.TLSUnique
-				if r.TLS.Version == tls.VersionTLS13 {
-					value, _ = r.TLS.ExportKeyingMaterial("EXPORTER-Channel-Binding", nil, 32)
-				}
+				value, _ := est.TLSBinding(*r.TLS)
 				theirs <- value
 			})
 			seen := map[string]bool{}

@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"os"
@@ -218,11 +219,61 @@ func TestOpenSSLAlerts(t *testing.T) {
 	}
 }
 
+// What we have of a connection is what OpenSSL, its other end, has: the first Finished
+// (RFC 5929 §3.1), or the exporter (RFC 9266 §2).
+func TestChannelBindingOpenSSL(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		flags []string
+		shown *regexp.Regexp
+	}{
+		"TLS 1.2": {[]string{"-tls1_2", "-msg"}, regexp.MustCompile(`Finished\n\s+14 00 00 0c((?: [0-9a-f]{2}){12})`)},
+		"TLS 1.3": {[]string{"-tls1_3", "-keymatexport", "EXPORTER-Channel-Binding", "-keymatexportlen", "32"}, regexp.MustCompile(`Keying material: ([0-9A-F]{64})\n`)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, nil, nil)
+			cfg := w.config()
+			uri, output := startOpenSSL(t, w, epoch, c.flags...)
+			cfg.URI = uri
+			session, err := https.Dial(t.Context(), cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer session.Close()
+			got, err := session.ChannelBinding()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for text := ""; ; {
+				line, err := output.ReadString('\n')
+				if err != nil {
+					t.Fatalf("openssl s_server shows no value: %v\n%s", err, text)
+				}
+				text += line
+				if found := c.shown.FindStringSubmatch(text); found != nil {
+					if want := strings.ToLower(strings.ReplaceAll(found[1], " ", "")); hex.EncodeToString(got) != want {
+						t.Errorf("got %x, want %s", got, want)
+					}
+					return
+				}
+			}
+		})
+	}
+}
+
 var accepts = regexp.MustCompile(`^ACCEPT .*:(\d+)$`)
 
-// openSSLServer starts openssl s_server on a port of its choice; it answers each GET
-// with a page.
+// openSSLServer starts openssl s_server, which answers each GET with a page.
 func openSSLServer(t *testing.T, w *world, clock time.Time, flags ...string) est.URI {
+	t.Helper()
+	uri, _ := startOpenSSL(t, w, clock, append([]string{"-www"}, flags...)...)
+	return uri
+}
+
+// startOpenSSL starts openssl s_server on a port of its choice, and returns what it
+// prints after that.
+func startOpenSSL(t *testing.T, w *world, clock time.Time, flags ...string) (est.URI, *bufio.Reader) {
 	t.Helper()
 	dir := t.TempDir()
 	key, err := x509.MarshalPKCS8PrivateKey(w.server.key)
@@ -235,13 +286,16 @@ func openSSLServer(t *testing.T, w *world, clock time.Time, flags ...string) est
 	writePEM(t, filepath.Join(dir, "cert.pem"), "CERTIFICATE", w.server.cert.Raw)
 	writePEM(t, filepath.Join(dir, "key.pem"), "PRIVATE KEY", key)
 	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, "openssl", append([]string{"s_server", "-www", "-accept", "127.0.0.1:0", "-cert", "cert.pem", "-key", "key.pem", "-CAfile", "ca.pem",
+	cmd := exec.CommandContext(ctx, "openssl", append([]string{"s_server", "-accept", "127.0.0.1:0", "-cert", "cert.pem", "-key", "key.pem", "-CAfile", "ca.pem",
 		"-Verify", "3", "-verify_return_error", "-attime", strconv.FormatInt(clock.Unix(), 10)}, flags...)...)
 	cmd.Dir = dir
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cmd.StdinPipe(); err != nil { // at whose end it would end
 		t.Fatal(err)
 	}
 	if err := cmd.Start(); err != nil {
@@ -251,15 +305,18 @@ func openSSLServer(t *testing.T, w *world, clock time.Time, flags ...string) est
 		cancel()
 		_ = cmd.Wait() // it was killed
 	})
-	for lines := bufio.NewScanner(stdout); lines.Scan(); {
-		if found := accepts.FindStringSubmatch(lines.Text()); found != nil {
+	output := bufio.NewReader(stdout)
+	for {
+		line, err := output.ReadString('\n')
+		if err != nil {
+			t.Fatalf("openssl s_server does not say where it listens: %v: %s", err, &stderr)
+		}
+		if found := accepts.FindStringSubmatch(strings.TrimSpace(line)); found != nil {
 			uri, err := est.ParseURI("https://127.0.0.1:" + found[1])
 			if err != nil {
 				t.Fatal(err)
 			}
-			return uri
+			return uri, output
 		}
 	}
-	t.Fatalf("openssl s_server does not say where it listens: %s", &stderr)
-	return est.URI{}
 }
