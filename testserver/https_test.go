@@ -1,19 +1,25 @@
 package testserver_test
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
+	"encoding/pem"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"estenroll/csr"
 	"estenroll/est"
 	"estenroll/est/https"
 	"estenroll/testserver"
@@ -321,7 +327,11 @@ func TestEstclient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := startHTTPS(t, testserver.Config{Labels: []string{"factory-2"}})
+	attributes, err := csr.Attributes{csr.WantChallengePassword()}.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := startHTTPS(t, testserver.Config{Labels: []string{"factory-2"}, CSRAttributes: attributes, ServerKeyGen: true})
 	dir := files(t, server)
 	at := func(verb string, args ...string) []byte {
 		return run(t, dir, client, append([]string{verb, "-server", strings.TrimPrefix(server.HTTPSURI(), "https://"), "-explicit", "ca.pem"}, args...)...)
@@ -331,7 +341,9 @@ func TestEstclient(t *testing.T) {
 		t.Errorf("cacerts: %d certificates, want 2", got)
 	}
 	writeFile(t, filepath.Join(dir, "chain.pem"), at("cacerts", "-aps", "factory-2"))
-	at("csrattrs")
+	if got := string(at("csrattrs")); !strings.Contains(got, "1.2.840.113549.1.9.7") {
+		t.Errorf("csrattrs: got %s", got)
+	}
 	at("enroll", append(as("idevid.pem"), "-csr", "csr.pem", "-out", "issued.pem")...)
 	at("enroll", append(as("idevid.pem"), "-csr", "csr.pem", "-aps", "factory-2", "-out", "labelled.pem")...)
 	at("reenroll", append(as("issued.pem"), "-out", "renewed.pem")...)
@@ -357,6 +369,84 @@ func TestEstclient(t *testing.T) {
 	run(t, dir, "openssl", "x509", "-in", "issued.pem", "-noout", "-checkend", "60")
 	if got := len(withPassword.Issuances()); got != 1 {
 		t.Errorf("with a password: issued %d, want 1", got)
+	}
+}
+
+// The door has the value of a connection that OpenSSL, its other end, has: a CSR that
+// is linked by it is good there, and nowhere else.
+func TestProofOfPossessionOpenSSL(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		flags []string
+		shown *regexp.Regexp
+	}{
+		"TLS 1.2": {[]string{"-tls1_2", "-msg"}, regexp.MustCompile(`Finished\n\s+14 00 00 0c((?: [0-9a-f]{2}){12})`)},
+		"TLS 1.3": {[]string{"-tls1_3", "-keymatexport", "EXPORTER-Channel-Binding", "-keymatexportlen", "32"}, regexp.MustCompile(`Keying material: ([0-9A-F]{64})\n`)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := startHTTPS(t, testserver.Config{RequirePoP: true})
+			dir, device := t.TempDir(), idevid(t, server, "dev")
+			key, err := x509.MarshalPKCS8PrivateKey(device.key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			writeFile(t, filepath.Join(dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
+			writeFile(t, filepath.Join(dir, "idevid.pem"), pemOf(device.cert))
+			writeFile(t, filepath.Join(dir, "ca.pem"), pemOf(server.Root()))
+			cmd := exec.CommandContext(t.Context(), "openssl", append([]string{"s_client", "-connect", strings.TrimPrefix(server.HTTPSURI(), "https://"),
+				"-CAfile", "ca.pem", "-verify_return_error", "-cert", "idevid.pem", "-key", "key.pem", "-nocommands"}, c.flags...)...)
+			cmd.Dir = dir
+			input, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			stdout, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				_ = cmd.Process.Kill()
+				_ = cmd.Wait() // it was killed
+			}()
+			output, text := bufio.NewReader(stdout), ""
+			until := func(shown *regexp.Regexp) string {
+				t.Helper()
+				for {
+					if found := shown.FindStringSubmatch(text); found != nil {
+						return found[1]
+					}
+					line, err := output.ReadString('\n')
+					if err != nil {
+						t.Fatalf("openssl s_client: %v\n%s", err, text)
+					}
+					text += line
+				}
+			}
+			binding, err := hex.DecodeString(strings.ReplaceAll(until(c.shown), " ", ""))
+			if err != nil {
+				t.Fatal(err)
+			}
+			der, err := csr.Build(nil, csr.Template{RawSubject: device.cert.RawSubject, ChallengePassword: base64.StdEncoding.EncodeToString(binding)}, device.key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body := base64.StdEncoding.EncodeToString(der)
+			if _, err := fmt.Fprintf(input, "POST /.well-known/est/simpleenroll HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/pkcs10\r\n"+
+				"Content-Transfer-Encoding: base64\r\nContent-Length: %d\r\n\r\n%s", len(body), body); err != nil {
+				t.Fatal(err)
+			}
+			if status := until(regexp.MustCompile(`HTTP/1.1 ([^\r\n]*)\r\n`)); status != "200 OK" || len(server.Issuances()) != 1 {
+				t.Errorf("got %s, %d issued", status, len(server.Issuances()))
+			}
+			var refused *est.StatusError
+			if _, err := clientOver(t, server, device).SimpleEnroll(t.Context(), der); !errors.As(err, &refused) || refused.Code != "400 Bad Request" || !strings.Contains(refused.Detail, "not that of this session") {
+				t.Errorf("in another session: got %v", err)
+			}
+		})
 	}
 }
 

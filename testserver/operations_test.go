@@ -32,41 +32,57 @@ func linked(t *testing.T, client *est.Client, device credential) []byte {
 	return der
 }
 
+// doors are the ways to a server.
+var doors = map[string]struct {
+	tls12   bool
+	dial    func(*testing.T, *testserver.Server, credential) *est.Client
+	refused string // code of a request that is wrong
+}{
+	"CoAPs":   {false, mustDial, "4.00 BadRequest"},
+	"TLS 1.2": {true, clientOver, "400 Bad Request"},
+	"TLS 1.3": {false, clientOver, "400 Bad Request"},
+}
+
 // A CSR that is linked to its session is good there, and nowhere else: whoever
 // replays it gets nothing.
 func TestProofOfPossession(t *testing.T) {
 	t.Parallel()
-	server := start(t, testserver.Config{RequirePoP: true, Faults: testserver.Faults{Defer: 1, DeferMaxAge: new(time.Duration)}})
-	device := idevid(t, server, "dev")
-	refused := func(client *est.Client, der []byte, detail string) {
-		t.Helper()
-		_, err := client.SimpleEnroll(t.Context(), der)
-		var status *est.StatusError
-		if !errors.As(err, &status) || !strings.HasPrefix(status.Code, "4.00") || status.Detail != detail {
-			t.Errorf("got %v, want 4.00 with %q", err, detail)
-		}
-	}
-	first := mustDial(t, server, device)
-	refused(first, newCSR(t, device.key, named("dev")), "the request has no challengePassword that links it to this session")
-	der := linked(t, first, device)
-	var pending *est.PendingError
-	if _, err := first.SimpleEnroll(t.Context(), der); !errors.As(err, &pending) {
-		t.Fatalf("got %v, want a PendingError", err)
-	}
+	for name, door := range doors {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := startHTTPS(t, testserver.Config{TLS12: door.tls12, RequirePoP: true, Faults: testserver.Faults{Defer: 1, DeferMaxAge: new(time.Duration)}})
+			device := idevid(t, server, "dev")
+			refused := func(client *est.Client, der []byte, detail string) {
+				t.Helper()
+				_, err := client.SimpleEnroll(t.Context(), der)
+				var status *est.StatusError
+				if !errors.As(err, &status) || status.Code != door.refused || !strings.Contains(status.Detail, detail) {
+					t.Errorf("got %v, want %s with %q", err, door.refused, detail)
+				}
+			}
+			first := door.dial(t, server, device)
+			refused(first, newCSR(t, device.key, named("dev")), "the request has no challengePassword that links it to this session")
+			der := linked(t, first, device)
+			var pending *est.PendingError
+			if _, err := first.SimpleEnroll(t.Context(), der); !errors.As(err, &pending) {
+				t.Fatalf("got %v, want a PendingError", err)
+			}
 
-	// The same is asked for in another session, with another CSR: the wait counts.
-	second := mustDial(t, server, device)
-	refused(second, der, "the challengePassword is not that of this session")
-	again := linked(t, second, device)
-	issued, err := second.SimpleEnroll(t.Context(), again)
-	if err != nil {
-		t.Fatal(err)
-	}
-	refused(mustDial(t, server, idevid(t, server, "thief")), again, "the challengePassword is not that of this session")
-	third := mustDial(t, server, device)
-	repeated, err := third.SimpleEnroll(t.Context(), linked(t, third, device))
-	if err != nil || !repeated[0].Equal(issued[0]) || len(server.Issuances()) != 1 {
-		t.Errorf("asked for once more: %v, %d issued", err, len(server.Issuances()))
+			// The same is asked for in another session, with another CSR: the wait counts.
+			second := door.dial(t, server, device)
+			refused(second, der, "the challengePassword is not that of this session")
+			again := linked(t, second, device)
+			issued, err := second.SimpleEnroll(t.Context(), again)
+			if err != nil {
+				t.Fatal(err)
+			}
+			refused(door.dial(t, server, idevid(t, server, "thief")), again, "the challengePassword is not that of this session")
+			third := door.dial(t, server, device)
+			repeated, err := third.SimpleEnroll(t.Context(), linked(t, third, device))
+			if err != nil || !repeated[0].Equal(issued[0]) || len(server.Issuances()) != 1 {
+				t.Errorf("asked for once more: %v, %d issued", err, len(server.Issuances()))
+			}
+		})
 	}
 }
 
@@ -74,50 +90,55 @@ func TestProofOfPossession(t *testing.T) {
 // one request, however often it comes.
 func TestServerKeyGen(t *testing.T) {
 	t.Parallel()
-	server := start(t, testserver.Config{ServerKeyGen: true})
-	device := idevid(t, server, "dev")
-	explicit, err := est.NewTrustAnchors([]*x509.Certificate{server.Root(), server.Issuing()})
-	if err != nil {
-		t.Fatal(err)
-	}
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, key := range map[string]any{"EC": newKey(t), "RSA": rsaKey} {
-		client := mustDial(t, server, device)
-		asked := newCSR(t, key, named("dev"))
-		made, err := client.ServerKeyGen(t.Context(), asked)
-		if err != nil {
-			t.Fatal(err)
-		}
-		public, err := made.Public()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got, want := fmt.Sprintf("%T", public), fmt.Sprintf("%T", key.(crypto.Signer).Public()); got != want {
-			t.Errorf("%s: made %s, want %s", name, got, want)
-		}
-		chain, err := explicit.VerifyIssued(made.Certificates, public, time.Now())
-		if err != nil || chain[0].Subject.CommonName != "dev" {
-			t.Errorf("%s: issued %v, %v", name, chain, err)
-		}
-		again, err := client.ServerKeyGen(t.Context(), asked)
-		if err != nil || !bytes.Equal(again.PKCS8, made.PKCS8) {
-			t.Errorf("%s: asked for once more: another key, or %v", name, err)
-		}
-	}
-	if got := len(server.Issuances()); got != 2 {
-		t.Errorf("issued %d, want 2", got)
-	}
-	var status *est.StatusError
-	none := start(t, testserver.Config{})
-	if _, err := mustDial(t, none, idevid(t, none, "dev")).ServerKeyGen(t.Context(), newCSR(t, newKey(t), named("dev"))); !errors.As(err, &status) || !status.NotFound {
-		t.Errorf("a server that makes none: %v", err)
+	for name, door := range doors {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := startHTTPS(t, testserver.Config{TLS12: door.tls12, ServerKeyGen: true})
+			device := idevid(t, server, "dev")
+			explicit, err := est.NewTrustAnchors([]*x509.Certificate{server.Root(), server.Issuing()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for name, key := range map[string]any{"EC": newKey(t), "RSA": rsaKey} {
+				client := door.dial(t, server, device)
+				asked := newCSR(t, key, named("dev"))
+				made, err := client.ServerKeyGen(t.Context(), asked)
+				if err != nil {
+					t.Fatal(err)
+				}
+				public, err := made.Public()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got, want := fmt.Sprintf("%T", public), fmt.Sprintf("%T", key.(crypto.Signer).Public()); got != want {
+					t.Errorf("%s: made %s, want %s", name, got, want)
+				}
+				chain, err := explicit.VerifyIssued(made.Certificates, public, time.Now())
+				if err != nil || chain[0].Subject.CommonName != "dev" {
+					t.Errorf("%s: issued %v, %v", name, chain, err)
+				}
+				again, err := client.ServerKeyGen(t.Context(), asked)
+				if err != nil || !bytes.Equal(again.PKCS8, made.PKCS8) {
+					t.Errorf("%s: asked for once more: another key, or %v", name, err)
+				}
+			}
+			if got := len(server.Issuances()); got != 2 {
+				t.Errorf("issued %d, want 2", got)
+			}
+			var status *est.StatusError
+			none := startHTTPS(t, testserver.Config{TLS12: door.tls12})
+			if _, err := door.dial(t, none, idevid(t, none, "dev")).ServerKeyGen(t.Context(), newCSR(t, newKey(t), named("dev"))); !errors.As(err, &status) || !status.NotFound {
+				t.Errorf("a server that makes none: %v", err)
+			}
+		})
 	}
 }
 
-// What att answers is what the server is configured with, and there is none without.
+// What att and csrattrs answer is what the server is configured with, and there is none without.
 func TestCSRAttributes(t *testing.T) {
 	t.Parallel()
 	key, err := csr.WantKey(csr.WantedKey{Family: "EC", Size: "P-384"})
@@ -129,10 +150,13 @@ func TestCSRAttributes(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, configured := range map[string][]byte{"some": want, "none": nil, "an empty list": {0x30, 0}} {
-		server := start(t, testserver.Config{CSRAttributes: configured})
-		got, err := mustDial(t, server, idevid(t, server, "dev")).CSRAttrs(t.Context())
-		if err != nil || string(got) != string(configured) || (got == nil) != (configured == nil) {
-			t.Errorf("%s: got %x, %v", name, got, err)
+		server := startHTTPS(t, testserver.Config{CSRAttributes: configured})
+		device := idevid(t, server, "dev")
+		for _, client := range []*est.Client{mustDial(t, server, device), clientOver(t, server, device)} {
+			got, err := client.CSRAttrs(t.Context())
+			if err != nil || string(got) != string(configured) || (got == nil) != (configured == nil) {
+				t.Errorf("%s: got %x, %v", name, got, err)
+			}
 		}
 	}
 	if server, err := testserver.New(testserver.Config{CSRAttributes: []byte{5, 0}}); err == nil {
