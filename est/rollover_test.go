@@ -49,6 +49,8 @@ func TestSucceed(t *testing.T) {
 	}
 	oldLeaf, newLeaf := issue(t, old, "server", newKey(t), nil), issue(t, second, "server", newKey(t), nil)
 	// It claims the name and the key of the held root, and nobody has signed that.
+	clients := func(c *x509.Certificate) { asCA(c); c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }
+	sooner := issue(t, nil, name, old.key, between(-90, -10)) // the held root once more
 	forged := issue(t, root(t, "nobody", asCA), name, old.key, between(-1, 900))
 
 	for _, c := range []struct {
@@ -84,6 +86,10 @@ func TestSucceed(t *testing.T) {
 		{name: "a link with a shorter path", published: certs(second.cert, link(old, second, func(c *x509.Certificate) { asCA(c); c.MaxPathLenZero = true })), err: est.ErrNotVouched},
 		{name: "a link with the root's own path", published: certs(short.cert, link(old, short, func(c *x509.Certificate) { asCA(c); c.MaxPathLen = 1 })), anchors: certs(short.cert)},
 		{name: "a link with an unknown critical extension", published: certs(second.cert, link(old, second, extended)), err: est.ErrNotVouched},
+		{name: "a link for one use", published: certs(second.cert, link(old, second, clients)), err: est.ErrNotVouched},
+		{name: "one twice", published: certs(old.cert, second.cert, old.cert, secondWithOld, second.cert), anchors: certs(old.cert, second.cert), alsoBelow: certs(secondWithOld)},
+		{name: "the held key with an end that is past", published: certs(sooner), anchors: certs(old.cert)},
+		{name: "the held key with both ends", published: certs(sooner, old.cert), anchors: certs(old.cert)},
 		{name: "a link that has not begun", published: certs(second.cert, link(old, second, between(1, 9))), err: est.ErrNotVouched},
 		{name: "a link that has ended", published: certs(second.cert, link(old, second, between(-9, -8))), anchors: certs(second.cert)},
 		{name: "an old root that has ended, and its link with it", held: certs(ended.cert), published: certs(second.cert, link(ended, second, between(-90, -10))), anchors: certs(second.cert)},

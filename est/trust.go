@@ -32,8 +32,12 @@ func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 	if len(certs) == 0 {
 		return nil, errors.New("trust anchors: no certificate")
 	}
-	t := &TrustAnchors{certificates: slices.Clone(certs), roots: x509.NewCertPool()}
+	t := &TrustAnchors{roots: x509.NewCertPool()}
 	for _, cert := range certs {
+		if slices.ContainsFunc(t.certificates, cert.Equal) {
+			continue
+		}
+		t.certificates = append(t.certificates, cert)
 		switch {
 		case !isCA(cert):
 			return nil, fmt.Errorf("trust anchors: %q is not a CA certificate: %w", cert.Subject, ErrNotTrusted)
@@ -44,12 +48,12 @@ func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 		}
 	}
 	if len(t.anchors) == 0 {
-		t.anchors = slices.DeleteFunc(slices.Clone(certs), func(cert *x509.Certificate) bool {
+		t.anchors = slices.DeleteFunc(slices.Clone(t.certificates), func(cert *x509.Certificate) bool {
 			return slices.ContainsFunc(certs, func(other *x509.Certificate) bool { return signedBy(cert, other) })
 		})
 	}
 	if len(t.anchors) == 0 {
-		t.anchors = slices.Clone(certs)
+		t.anchors = slices.Clone(t.certificates)
 	}
 	for _, anchor := range t.anchors {
 		t.roots.AddCert(anchor)
