@@ -69,7 +69,8 @@ func (c *Credential) placeAnchors(ctx context.Context, trust *est.TrustAnchors) 
 // passes reports a failure that the next run may not have. Any other of a trust
 // anchor is no reason to go without a certificate.
 func passes(ctx context.Context, err error) bool {
-	return err != nil && (ctx.Err() != nil || errors.Is(err, engine.ErrDeviceLost) || errors.Is(err, engine.ErrLocked))
+	var pin *engine.PINError
+	return err != nil && (ctx.Err() != nil || errors.Is(err, engine.ErrDeviceLost) || errors.Is(err, engine.ErrLocked) || errors.As(err, &pin))
 }
 
 func (c *Credential) notStored(anchor *x509.Certificate, err error) {

@@ -171,6 +171,8 @@ func TestNoAnchor(t *testing.T) {
 	old, renewed := root(t, "root", asCA), root(t, "root", asCA)
 	ended := root(t, "root", between(-90, -10))
 	forServers := func(c *x509.Certificate) { c.DNSNames, c.IPAddresses = []string{"ca.example"}, []net.IP{} }
+	endedSub := newCA(t, old, "sub")
+	endedSub.cert = issue(t, old, "sub", endedSub.key, between(-90, -10))
 	for _, c := range []struct {
 		name   string
 		trust  *est.TrustAnchors
@@ -180,6 +182,7 @@ func TestNoAnchor(t *testing.T) {
 	}{
 		{"another root of the same name", anchors(t, old.cert), issue(t, renewed, "server", newKey(t), forServers), "ca.example", true},
 		{"the root has ended", anchors(t, ended.cert), issue(t, ended, "server", newKey(t), forServers), "ca.example", true},
+		{"the CA between has ended", anchors(t, old.cert, endedSub.cert), issue(t, endedSub, "server", newKey(t), forServers), "ca.example", true},
 		{"the leaf has ended", anchors(t, old.cert), issue(t, old, "server", newKey(t), func(c *x509.Certificate) { forServers(c); c.NotAfter = epoch.Add(-time.Minute) }), "ca.example", false},
 		{"another name", anchors(t, old.cert), issue(t, old, "server", newKey(t), forServers), "other.example", false},
 	} {

@@ -263,7 +263,7 @@ func (t *TrustAnchors) classify(leaf *x509.Certificate, now time.Time, err error
 	var invalid x509.CertificateInvalidError
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
 		validity := &ValidityError{Certificate: cmp.Or(invalid.Cert, leaf), Time: now}
-		if slices.ContainsFunc(t.anchors, validity.Certificate.Equal) {
+		if !validity.Certificate.Equal(leaf) { // the server has another CA above it by now
 			return fmt.Errorf("%w: %w", validity, ErrNoAnchor)
 		}
 		return validity
