@@ -316,14 +316,15 @@ type Contact struct {
 }
 
 // Contact opens a session with the EST server as the run does that comes next, asks for
-// its CA certificates, and judges it by them. It asks once, and for nothing else. The
-// errors are those of a run.
+// its CA certificates, whenever they were asked for last, and judges it by them. It asks
+// once, and for nothing else. The errors are those of a run.
 func (ci *CredentialInspection) Contact(ctx context.Context) (*Contact, error) {
 	auth, err := ci.authenticator(ctx)
 	if err != nil {
 		return new(Contact), err
 	}
 	contact := &Contact{As: auth.name}
+	defer ci.c.asksAnew()()
 	session, err := ci.c.dial(ctx, auth)
 	if err != nil {
 		return contact, err

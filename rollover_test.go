@@ -492,5 +492,20 @@ func TestCACertsInterval(t *testing.T) {
 			t.Errorf("%s: asked %d times, want %d", step.name, got, step.want)
 		}
 	}
+	// An inspection is of the server as it is now, however young the answer is.
+	inspection, err := estenroll.Inspect(d.cfg.config())
+	if err == nil {
+		err = inspection.OpenToken(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.requests = nil
+	if _, err := inspection.Credentials()[0].Contact(t.Context()); err != nil || count() != 0 { // it has no proof
+		t.Errorf("inspected: asked %d times, %v", count()+1, err)
+	}
+	if err := inspection.Close(); err != nil {
+		t.Fatal(err)
+	}
 	d.tidy(2)
 }
