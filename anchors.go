@@ -110,6 +110,28 @@ func (c *Credential) storeAnchors(ctx context.Context) error {
 	return nil
 }
 
+// makeRoom removes the credential's trust anchors from a token that has no room for
+// its certificate: the state directory has them. It reports whether there is room now
+// that there was not.
+func (c *Credential) makeRoom(ctx context.Context) bool {
+	var anchors []anchorReference
+	pairs := slices.Clone(c.journal.Pairs)
+	for i := range c.journal.Pairs {
+		anchors = append(anchors, pairs[i].Anchors...)
+		c.journal.Pairs[i].Anchors = nil
+	}
+	if len(anchors) == 0 {
+		return false
+	}
+	c.warn("the token is full: its trust anchors give way to the certificate")
+	if err := c.removeAnchors(ctx, anchors, c.journal.Operation); err != nil {
+		c.journal.Pairs = pairs // which names them until they are gone
+		c.warn("make room in the token: %v", err)
+		return false
+	}
+	return true
+}
+
 // removeAnchors destroys trust anchors that nothing wants any more but the operation
 // that ends, if any: one object may serve several pairs and credentials.
 func (c *Credential) removeAnchors(ctx context.Context, anchors []anchorReference, ends *operation) error {
