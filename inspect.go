@@ -256,7 +256,7 @@ type Enrolled struct {
 	Attributes *engine.KeyAttributes
 	// Existing says that the key was not made by this program.
 	Existing bool
-	// Chained says why the chain does not lead to the trust anchors that came with it,
+	// Chained says why the chain does not lead to the trust anchors of the credential,
 	// whatever the age of its leaf.
 	Chained error
 	// Pointed says what of the Security object is not that of the pair: a run makes it
@@ -295,7 +295,11 @@ func (ci *CredentialInspection) Enrolled(ctx context.Context) (*Enrolled, error)
 	if err != nil {
 		return nil, err
 	}
-	_, e.Chained = p.trust.VerifyClient(p.chain, earlier(later(now, p.chain[0].NotBefore), p.chain[0].NotAfter))
+	trust, err := c.judges(p)
+	if err != nil {
+		return nil, err
+	}
+	_, e.Chained = trust.VerifyClient(p.chain, earlier(later(now, p.chain[0].NotBefore), p.chain[0].NotAfter))
 	instance, _ := c.instance()
 	if ci.of.restored[c.Name()] {
 		e.Pointed = fmt.Errorf("the Security object has no instance /0/%d: %w", c.cfg.Security.Instance, ErrState)

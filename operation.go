@@ -225,6 +225,9 @@ func (c *Credential) usable(ctx context.Context) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, err := c.held(); err != nil { // a loss of it is said now, and not when it is needed
+		return nil, err
+	}
 	now, err := c.verificationTime()
 	if err != nil {
 		return nil, err

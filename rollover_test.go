@@ -222,7 +222,16 @@ func TestSleptThroughRollover(t *testing.T) {
 		if got := asked(d); !slices.Equal(got, renewal[:3]) {
 			t.Errorf("asked %q", got)
 		}
-		// What it has learned is kept for the next run.
+		// What it has learned is kept for the next run, and for other programs.
+		if err := d.run(func(c *estenroll.Credential) error {
+			public, err := c.Public(d.ctx)
+			if err == nil && !slices.ContainsFunc(public.TrustAnchors, site.server.Root().Equal) {
+				t.Error("the new root is not among the trust anchors that are shown")
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
 		d.mustRenew()
 		if got := asked(d); !slices.Equal(got, renewal[1:]) {
 			t.Errorf("the next run asked %q", got)
