@@ -69,7 +69,8 @@ func (c *Credential) placeAnchors(ctx context.Context, trust *est.TrustAnchors) 
 // passes reports a failure that the next run may not have. Any other of a trust
 // anchor is no reason to go without a certificate.
 func passes(ctx context.Context, err error) bool {
-	return err != nil && (ctx.Err() != nil || errors.Is(err, engine.ErrDeviceLost) || errors.Is(err, engine.ErrLocked))
+	var pin *engine.PINError
+	return err != nil && (ctx.Err() != nil || errors.Is(err, engine.ErrDeviceLost) || errors.Is(err, engine.ErrLocked) || errors.As(err, &pin))
 }
 
 func (c *Credential) notStored(anchor *x509.Certificate, err error) {
@@ -107,6 +108,28 @@ func (c *Credential) storeAnchors(ctx context.Context) error {
 	}
 	op.Anchors = stored
 	return nil
+}
+
+// makeRoom removes the credential's trust anchors from a token that has no room for
+// its certificate: the state directory has them. It reports whether there is room now
+// that there was not.
+func (c *Credential) makeRoom(ctx context.Context) bool {
+	var anchors []anchorReference
+	pairs := slices.Clone(c.journal.Pairs)
+	for i := range c.journal.Pairs {
+		anchors = append(anchors, pairs[i].Anchors...)
+		c.journal.Pairs[i].Anchors = nil
+	}
+	if len(anchors) == 0 {
+		return false
+	}
+	c.warn("the token is full: its trust anchors give way to the certificate")
+	if err := c.removeAnchors(ctx, anchors, c.journal.Operation); err != nil {
+		c.journal.Pairs = pairs // which names them until they are gone
+		c.warn("make room in the token: %v", err)
+		return false
+	}
+	return true
 }
 
 // removeAnchors destroys trust anchors that nothing wants any more but the operation

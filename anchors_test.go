@@ -175,6 +175,39 @@ func TestAnchorsNotStored(t *testing.T) {
 	}
 }
 
+// The trust anchors in a token that is full by them give way to the certificate.
+func TestAnchorsGiveWay(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "full")
+	d.storesAnchors()
+	d.mustEnroll()
+	d.hook = func(when, call string) error {
+		if when+" "+call == "before StoreCertificates" && len(site.anchors(t)) > 0 {
+			return &engine.Error{Op: "store certificates", Err: engine.ErrTokenFull}
+		}
+		return nil
+	}
+	for range 2 {
+		if result := d.mustRenew(); !result.Changed || !d.warned("give way to the certificate") {
+			t.Errorf("result %+v, events %+v", result, d.events)
+		}
+		d.tidy(2)
+	}
+	// The token does not let go of them: as full as before, and nothing is forgotten.
+	full := d.hook
+	d.hook = func(when, call string) error {
+		if when+" "+call == "before RemoveCertificates" {
+			return &engine.Error{Op: "remove certificates", Err: engine.ErrDeviceLost}
+		}
+		return full(when, call)
+	}
+	_, err := d.renew()
+	wantError(t, err, engine.ErrTokenFull)
+	d.hook = nil
+	d.mustRenew()
+	d.tidy(2)
+}
+
 // A renewal that is refused takes its trust anchors with it, and no other.
 func TestAnchorsOfRefused(t *testing.T) {
 	site := newSite(t, testserver.Config{})

@@ -6,11 +6,9 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io/fs"
 	"path/filepath"
 
 	"estenroll/engine"
-	"estenroll/est"
 	"estenroll/lwm2m"
 )
 
@@ -21,7 +19,6 @@ type pair struct {
 	certificate engine.Address // of the leaf
 	signer      crypto.Signer
 	chain       []*x509.Certificate // leaf first
-	trust       *est.TrustAnchors   // that came with it, or are configured
 }
 
 func (p *pair) connection() Connection {
@@ -71,7 +68,7 @@ func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
 	if !samePublicKey(cert.PublicKey, signer.Public()) {
 		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", at.Certificate, at.Key, ErrIDevID)
 	}
-	c.idevid = &pair{name: "IDevID", key: at.Key, certificate: at.Certificate, signer: signer, chain: append([]*x509.Certificate{cert}, at.Chain...), trust: c.cfg.ImplicitTA}
+	c.idevid = &pair{name: "IDevID", key: at.Key, certificate: at.Certificate, signer: signer, chain: append([]*x509.Certificate{cert}, at.Chain...)}
 	return c.idevid, nil
 }
 
@@ -112,7 +109,7 @@ func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair
 	if err != nil {
 		return nil, err
 	}
-	p := &pair{name: "current", key: kept.Key.Address, certificate: kept.Certificates[0].Address, signer: signer, trust: c.cfg.ImplicitTA}
+	p := &pair{name: "current", key: kept.Key.Address, certificate: kept.Certificates[0].Address, signer: signer}
 	for _, at := range kept.Certificates {
 		cert, err := c.store.Certificate(ctx, at.Address)
 		if err != nil {
@@ -122,18 +119,6 @@ func (c *Credential) openCredential(ctx context.Context, kept credential) (*pair
 	}
 	if !samePublicKey(p.chain[0].PublicKey, signer.Public()) {
 		return nil, fmt.Errorf("the certificate at %s is not that of the key at %s: %w", kept.Certificates[0], kept.Key, ErrState)
-	}
-	if kept.ExplicitTA != "" {
-		// New sessions use the Explicit TA (RFC 9148 §3, RFC 7030 §4.1.3).
-		anchors, err := c.loadExplicitTA(kept.ExplicitTA)
-		switch {
-		case errors.Is(err, fs.ErrNotExist), errors.Is(err, ErrState):
-			c.warnOnce("%v: the server is judged by the configured trust anchors until the next renewal", err)
-		case err != nil:
-			return nil, err
-		default:
-			p.trust = anchors
-		}
 	}
 	c.opened = p
 	return p, nil

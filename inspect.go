@@ -256,7 +256,7 @@ type Enrolled struct {
 	Attributes *engine.KeyAttributes
 	// Existing says that the key was not made by this program.
 	Existing bool
-	// Chained says why the chain does not lead to the trust anchors that came with it,
+	// Chained says why the chain does not lead to the trust anchors of the credential,
 	// whatever the age of its leaf.
 	Chained error
 	// Pointed says what of the Security object is not that of the pair: a run makes it
@@ -295,7 +295,11 @@ func (ci *CredentialInspection) Enrolled(ctx context.Context) (*Enrolled, error)
 	if err != nil {
 		return nil, err
 	}
-	_, e.Chained = p.trust.VerifyClient(p.chain, earlier(later(now, p.chain[0].NotBefore), p.chain[0].NotAfter))
+	trust, err := c.judges(p)
+	if err != nil {
+		return nil, err
+	}
+	_, e.Chained = trust.VerifyClient(p.chain, earlier(later(now, p.chain[0].NotBefore), p.chain[0].NotAfter))
 	instance, _ := c.instance()
 	if ci.of.restored[c.Name()] {
 		e.Pointed = fmt.Errorf("the Security object has no instance /0/%d: %w", c.cfg.Security.Instance, ErrState)
@@ -316,14 +320,15 @@ type Contact struct {
 }
 
 // Contact opens a session with the EST server as the run does that comes next, asks for
-// its CA certificates, and judges it by them. It asks once, and for nothing else. The
-// errors are those of a run.
+// its CA certificates, whenever they were asked for last, and judges it by them. It asks
+// once, and for nothing else. The errors are those of a run.
 func (ci *CredentialInspection) Contact(ctx context.Context) (*Contact, error) {
 	auth, err := ci.authenticator(ctx)
 	if err != nil {
 		return new(Contact), err
 	}
 	contact := &Contact{As: auth.name}
+	defer ci.c.asksAnew()()
 	session, err := ci.c.dial(ctx, auth)
 	if err != nil {
 		return contact, err

@@ -172,6 +172,9 @@ func (c *Credential) attempt(kind Kind, do func() (*Result, error)) (*Result, er
 	switch {
 	case errors.As(err, &pending):
 		last.Result = "pending"
+		if op := c.journal.Operation; op != nil {
+			op.Tried = false // whatever it came to before: the server has said when to come back
+		}
 	case err != nil:
 		last.Result, last.Error = attemptFailed, truncate(err.Error(), maxRecorded)
 		if op := c.journal.Operation; op != nil {
@@ -220,6 +223,9 @@ func (c *Credential) usable(ctx context.Context) (*Result, error) {
 		return nil, nil
 	}
 	if err != nil {
+		return nil, err
+	}
+	if _, err := c.held(); err != nil { // a loss of it is said now, and not when it is needed
 		return nil, err
 	}
 	now, err := c.verificationTime()

@@ -89,11 +89,15 @@ func (c *Credential) plan(ctx context.Context, begins func(*Renewal) Kind) (*Pla
 	}
 	p := &Plan{Acts: kind != "", At: now, Kind: kind}
 	if kind == "" {
+		verification, err := c.verificationTime()
+		if err != nil {
+			return nil, err
+		}
 		then := &Renewal{State: RenewalDue}
 		switch {
 		case current.Certificate == nil:
 			then.State = RenewalLost
-		case now.After(current.Certificate.NotAfter):
+		case verification.After(current.Certificate.NotAfter):
 			then.State = RenewalExpired
 		}
 		p.At, p.Kind = renewal.NextAttempt, c.begins(then)
@@ -241,14 +245,9 @@ func (c *Credential) rehearseCSR(ctx context.Context, p *Plan, op *operation, au
 	return request.PublicKey, request.CheckSignature()
 }
 
-// rehearse is an exchange that ends before sen or sren. The server is asked for crts
-// whenever it was last, and the trust anchors that come of it are not kept.
+// rehearse is an exchange that ends before sen or sren.
 func (c *Credential) rehearse(ctx context.Context, auth *pair, key crypto.PublicKey) error {
-	asked, explicit, name, caughtUp := c.journal.CACertsAt, c.explicitTA, c.explicitName, c.caughtUp
-	defer func() {
-		c.journal.CACertsAt, c.explicitTA, c.explicitName, c.caughtUp = asked, explicit, name, caughtUp
-	}()
-	c.journal.CACertsAt = time.Time{}
+	defer c.asksAnew()()
 	session, err := c.dial(ctx, auth)
 	if err != nil {
 		return err
@@ -256,4 +255,14 @@ func (c *Credential) rehearse(ctx context.Context, auth *pair, key crypto.Public
 	defer c.closeSession(session)
 	_, _, err = c.meet(ctx, session, auth, key)
 	return err
+}
+
+// asksAnew has the server asked for crts whenever it was last, for a look at it. The
+// function takes that back, and the trust anchors that came of it.
+func (c *Credential) asksAnew() func() {
+	asked, explicit, name, caughtUp := c.journal.CACertsAt, c.explicitTA, c.explicitName, c.caughtUp
+	c.journal.CACertsAt = time.Time{}
+	return func() {
+		c.journal.CACertsAt, c.explicitTA, c.explicitName, c.caughtUp = asked, explicit, name, caughtUp
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"estenroll/engine"
 	"estenroll/est"
 )
 
@@ -60,14 +61,18 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 		// Killed inside fallBack, between its two writes.
 		return c.endFallBack(fmt.Errorf("%w: %w", ErrRefused, why))
 	}
+	cause := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrRefused, why)}
 	if err != nil {
-		return &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; then %w", ErrUnproven, why, err)}
+		unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; then %w", ErrUnproven, why, err)}
+		if !errors.Is(err, engine.ErrNotFound) || op.Kind == KindEnroll || c.cfg.NoFallback {
+			return unproven
+		}
+		return c.fallBack(ctx, cause, unproven) // the token has lost the old one: nobody accepts it
 	}
 	verdictOnOld, whyOld := c.show(ctx, old)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	cause := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrRefused, why)}
 	if verdictOnOld == accepted {
 		c.say(StepProve, "the server accepts the %s certificate: the new one is removed", old.name)
 		return c.discard(ctx, cause)
@@ -80,7 +85,7 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 }
 
 // fallBack points the Security object at the IDevID when the server refuses
-// both enrolled pairs and accepts it. Both are kept: the next Enroll begins anew.
+// both enrolled pairs, or the one that the token still has, and accepts it. Both are kept: the next Enroll begins anew.
 func (c *Credential) fallBack(ctx context.Context, cause, unproven error) error {
 	idevid, err := c.openIDevID(ctx)
 	if err != nil {
@@ -98,7 +103,7 @@ func (c *Credential) fallBack(ctx context.Context, cause, unproven error) error 
 func (c *Credential) endFallBack(cause error) error {
 	c.adopt(c.journal.Operation.credential())
 	c.journal.Operation = nil
-	c.warn("the server refuses the new and the current certificate and accepts the IDevID: the Security object points at the IDevID again")
+	c.warn("the server accepts neither the new nor the current certificate, but the IDevID: the Security object points at the IDevID again")
 	return errors.Join(cause, c.save())
 }
 

@@ -14,8 +14,8 @@ type Public struct {
 	// Certificates are the addresses of the chain, Chain is the chain: leaf first.
 	Certificates []engine.Address
 	Chain        []*x509.Certificate
-	// TrustAnchors judge the EST server: the Explicit TA that came with the
-	// certificate, or the Implicit TA where there is none.
+	// TrustAnchors judge the EST server: the Explicit TA, or the Implicit TA where
+	// there is none.
 	TrustAnchors []*x509.Certificate
 }
 
@@ -31,5 +31,9 @@ func (c *Credential) Public(ctx context.Context) (*Public, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Public{Key: p.key, Certificates: addresses(kept.Certificates), Chain: p.chain, TrustAnchors: p.trust.Certificates()}, nil
+	trust, err := c.judges(p)
+	if err != nil {
+		return nil, err
+	}
+	return &Public{Key: p.key, Certificates: addresses(kept.Certificates), Chain: p.chain, TrustAnchors: trust.Certificates()}, nil
 }

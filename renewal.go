@@ -155,10 +155,14 @@ func (c *Credential) schedule(ctx context.Context, leaf *x509.Certificate) Sched
 func (c *Credential) judgeLost(ctx context.Context, now time.Time) (*Renewal, error) {
 	r := &Renewal{State: RenewalLost, NextAttempt: now.UTC()}
 	last := c.lastAttempt(now)
-	if op := c.journal.Operation; op != nil && !op.Tried {
+	op := c.journal.Operation
+	switch {
+	case op != nil && !op.Tried:
 		r.State = RenewalUnfinished
 		return r, nil
-	} else if c.cfg.NoFallback || last.IsZero() || c.journal.LastAttempt.Kind != KindEnroll {
+	case last.IsZero():
+		return r, nil
+	case op == nil && (c.cfg.NoFallback || c.journal.LastAttempt.Kind != KindEnroll):
 		return r, nil // without the way back there is no attempt, but an error that each run says
 	}
 	pause := Schedule{Interval: maxPause}

@@ -3,6 +3,7 @@ package estenroll_test
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -493,4 +494,96 @@ func TestRenewClockForward(t *testing.T) {
 	if result := must(t, r.renewDue); !result.Changed {
 		t.Errorf("result %+v", result)
 	}
+}
+
+// A request that failed at first and that the server then keeps pending is asked for
+// again when the server has said so, and not at the next attempt of the schedule.
+func TestRenewPendingAfterFailure(t *testing.T) {
+	r := newRenewing(t, "late-pending", 90*day, nil)
+	r.dueNow()
+	r.down = true
+	_, err := r.renewDue()
+	wantError(t, err, est.ErrUnreachable)
+	r.down = false
+	r.site.deferring(t, 1, 10*time.Minute)
+	r.clock.set(r.renewal().NextAttempt)
+	_, err = r.renewDue()
+	r.wantPending(err)
+	r.clock.advance(11 * time.Minute)
+	if result := must(t, r.renewDue); !result.Changed {
+		t.Errorf("result %+v, renewal %+v", result, r.renewal())
+	}
+	r.tidy(2)
+}
+
+// A token that does not let go of old pairs is no reason to go without renewals: they
+// are named, tried again with each renewal, and gone when it does.
+func TestRenewTokenKeepsOld(t *testing.T) {
+	for _, refused := range []string{"RemoveCertificates", "RemoveKey"} {
+		t.Run(refused, func(t *testing.T) {
+			r := newRenewing(t, "hoarding", 90*day, func(d *device) { d.cfg.Policy.RekeyEvery = 1 })
+			prohibited := func(when, call string) error {
+				if when+" "+call == "before "+refused {
+					return &engine.Error{Op: "remove", Err: errors.New("CKR_ACTION_PROHIBITED")}
+				}
+				return nil
+			}
+			next := func() {
+				t.Helper()
+				r.clock.set(r.renewal().NextAttempt)
+				if result := must(t, r.renewDue); !result.Changed {
+					t.Errorf("result %+v", result)
+				}
+			}
+			r.hook = prohibited
+			next()
+			next()
+			if !r.warned("stays in the token until the next renewal") || len(r.journal().Pairs) != 3 {
+				t.Errorf("%d pairs, events %+v", len(r.journal().Pairs), r.events)
+			}
+			r.hook = nil
+			next()
+			r.tidy(2)
+			r.hook = prohibited
+			for range 16 { // as many as the journal has room for
+				next()
+			}
+			if !r.warned("for a person to remove") {
+				t.Errorf("events %+v", r.events)
+			}
+			r.idle(estenroll.RenewalNotDue)
+		})
+	}
+}
+
+// Nor is one that does not let go of a pair that the server has refused.
+func TestRenewTokenKeepsRefused(t *testing.T) {
+	r := newRenewing(t, "keeping", 90*day, func(d *device) { d.cfg.Policy.RekeyEvery = 1 })
+	r.dueNow()
+	r.hook = func(when, call string) error {
+		switch when + " " + call {
+		case "after simplereenroll":
+			return r.refuseNewest()
+		case "before RemoveCertificates":
+			return &engine.Error{Op: "remove", Err: errors.New("CKR_ACTION_PROHIBITED")}
+		}
+		return nil
+	}
+	_, err := r.renewDue()
+	wantError(t, err, estenroll.ErrRefused)
+	r.hook = func(when, call string) error {
+		if when+" "+call == "before RemoveCertificates" {
+			return &engine.Error{Op: "remove", Err: errors.New("CKR_ACTION_PROHIBITED")}
+		}
+		return nil
+	}
+	r.site.faults(t, testserver.Faults{})
+	r.clock.set(r.renewal().NextAttempt)
+	if result := must(t, r.renewDue); !result.Changed {
+		t.Errorf("result %+v", result)
+	}
+	r.hook = nil
+	r.clock.set(r.renewal().NextAttempt)
+	must(t, r.renewDue)
+	r.tidy(2)
 }

@@ -145,3 +145,50 @@ func TestRenewLostNoFallback(t *testing.T) {
 		t.Error("the server was asked")
 	}
 }
+
+// The token has lost the old pair of a renewal that is not proven yet: the server is
+// asked with the pauses of the policy, and where it refuses the new pair, the device
+// falls back to the IDevID.
+func TestRenewOldLostUnproven(t *testing.T) {
+	r := newRenewing(t, "old-lost", 90*day, func(d *device) { d.cfg.Policy.RekeyEvery = 1 })
+	r.dueNow()
+	reach := r.hook
+	r.hook = func(when, call string) error {
+		r.down = r.down || when+" "+call == "after simplereenroll"
+		return reach(when, call)
+	}
+	_, err := r.renewDue()
+	wantError(t, err, estenroll.ErrUnproven)
+	r.hook = reach
+	old := r.journal().Pairs[0]
+	if err := r.site.engine.RemoveKey(t.Context(), r.site.address(t, old.Key)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.site.engine.(engine.CertificateStore).RemoveCertificates(t.Context(), []engine.Address{r.site.address(t, old.Certificates[0])}); err != nil {
+		t.Fatal(err)
+	}
+	dials, failed := r.dials, 0
+	for range 100 { // a day, with an attempt in each interval of it
+		r.clock.advance(15 * time.Minute)
+		if _, err := r.renewDue(); err != nil {
+			wantError(t, err, estenroll.ErrUnproven)
+			failed++
+		}
+	}
+	if failed == 0 || failed > 2 || r.dials-dials != failed {
+		t.Errorf("%d attempts in a day, %d sessions", failed, r.dials-dials)
+	}
+	r.down = false
+	r.site.faults(t, testserver.Faults{RefuseIssued: true})
+	r.clock.set(r.renewal().NextAttempt)
+	_, err = r.renewDue()
+	wantError(t, err, estenroll.ErrRefused)
+	if !r.warned("points at the IDevID again") {
+		t.Errorf("events %+v", r.events)
+	}
+	r.site.faults(t, testserver.Faults{})
+	if result := must(t, r.renewDue); result.Kind != estenroll.KindEnroll || !result.Changed {
+		t.Errorf("result %+v", result)
+	}
+	r.idle(estenroll.RenewalNotDue)
+}

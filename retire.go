@@ -19,17 +19,22 @@ func (c *Credential) retire(ctx context.Context) (*Result, error) {
 	op := c.journal.Operation
 	err := c.timed(StepRetire, func() (string, error) {
 		retired := 0
-		for len(c.journal.Pairs) > 1+keepPrevious {
-			last := len(c.journal.Pairs) - 1
-			old := c.journal.Pairs[last]
-			c.journal.Pairs = c.journal.Pairs[:last]
-			if err := c.removeCredential(ctx, old.Certificates, old.ownKey(), old.Anchors, nil); err != nil {
-				// The record of the attempt is saved next: it must not forget this one.
-				c.journal.Pairs = append(c.journal.Pairs, old)
+		for i := len(c.journal.Pairs) - 1; i > keepPrevious; i-- {
+			old := c.journal.Pairs[i]
+			c.journal.Pairs = slices.Delete(c.journal.Pairs, i, i+1)
+			err := c.removeCredential(ctx, old.Certificates, old.ownKey(), old.Anchors, nil)
+			if err == nil {
+				retired++
+				continue
+			}
+			// The record of the attempt is saved next: it must not forget this one.
+			c.journal.Pairs = slices.Insert(c.journal.Pairs, i, old)
+			if !stays(ctx, err) {
 				return "", err
 			}
-			retired++
+			c.warn("the old certificate stays in the token until the next renewal: %v", err)
 		}
+		c.forgetOldest()
 		c.journal.Operation = nil // on the disk with the record of the attempt, which is saved next
 		if op.Kind != KindRenew || c.cfg.Policy.RekeyEvery == 0 {
 			c.journal.FailedRekey = nil
@@ -47,6 +52,20 @@ func (c *Credential) retire(ctx context.Context) (*Result, error) {
 		return nil, fmt.Errorf("read the certificate of the journal: %w: %w", err, ErrState)
 	}
 	return &Result{Kind: op.Kind, Changed: true, Certificate: leaf, CertificateAddress: op.Certificates[0].Address, Key: op.Key.Address}, nil
+}
+
+// stays reports that the token does not let go of an object, for which no renewal
+// waits: the next that is completed tries again.
+func stays(ctx context.Context, err error) bool { return isEngineError(err) && !passes(ctx, err) }
+
+// forgetOldest makes room in the journal for the next pair, where the token has not
+// let go of so many.
+func (c *Credential) forgetOldest() {
+	for len(c.journal.Pairs) >= maxPairs {
+		last := len(c.journal.Pairs) - 1
+		c.warn("there are %d pairs that the token keeps: %s is for a person to remove", len(c.journal.Pairs), c.journal.Pairs[last].Certificates[0])
+		c.journal.Pairs = c.journal.Pairs[:last]
+	}
 }
 
 // ownKey returns the key that goes with the pair, nil for one that was there before.
@@ -118,14 +137,23 @@ func (c *Credential) discard(ctx context.Context, cause error) error {
 	if cause != nil {
 		op.Reason = truncate(cause.Error(), maxRecorded)
 	}
+	again := op.Step == StepDiscard
 	if err := c.advance(StepDiscard); err != nil {
 		return errors.Join(cause, err)
 	}
 	// Ctrl-C does not stop the cleaning up: it is short, and asked for.
 	ctx = context.WithoutCancel(ctx)
 	certs, key := c.created(op)
-	if err := c.removeCredential(ctx, certs, key, op.Anchors, op); err != nil {
+	switch err := c.removeCredential(ctx, certs, key, op.Anchors, op); {
+	case err == nil:
+	case !again || !stays(ctx, err):
 		return errors.Join(cause, &StepError{Step: StepDiscard, Err: err})
+	case len(certs) > 0: // it goes as the oldest
+		c.warn("what the %s created stays in the token until the next renewal: %v", op.Kind, err)
+		c.journal.Pairs = append(c.journal.Pairs, op.credential())
+		c.forgetOldest()
+	default:
+		c.warn("what the %s created stays in the token: it is for a person to remove: %v", op.Kind, err)
 	}
 	c.journal.Operation = nil
 	return errors.Join(cause, c.save(), c.removeUnreferencedFiles())

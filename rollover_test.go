@@ -224,7 +224,16 @@ func TestSleptThroughRollover(t *testing.T) {
 		if got := asked(d); !slices.Equal(got, renewal[:3]) {
 			t.Errorf("asked %q", got)
 		}
-		// What it has learned is kept for the next run.
+		// What it has learned is kept for the next run, and for other programs.
+		if err := d.run(func(c *estenroll.Credential) error {
+			public, err := c.Public(d.ctx)
+			if err == nil && !slices.ContainsFunc(public.TrustAnchors, site.server.Root().Equal) {
+				t.Error("the new root is not among the trust anchors that are shown")
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
 		d.mustRenew()
 		if got := asked(d); !slices.Equal(got, renewal[1:]) {
 			t.Errorf("the next run asked %q", got)
@@ -493,6 +502,21 @@ func TestCACertsInterval(t *testing.T) {
 		if got := count(); got != step.want {
 			t.Errorf("%s: asked %d times, want %d", step.name, got, step.want)
 		}
+	}
+	// An inspection is of the server as it is now, however young the answer is.
+	inspection, err := estenroll.Inspect(d.cfg.config())
+	if err == nil {
+		err = inspection.OpenToken(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.requests = nil
+	if _, err := inspection.Credentials()[0].Contact(t.Context()); err != nil || count() != 0 { // it has no proof
+		t.Errorf("inspected: asked %d times, %v", count()+1, err)
+	}
+	if err := inspection.Close(); err != nil {
+		t.Fatal(err)
 	}
 	d.tidy(2)
 }

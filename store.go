@@ -3,6 +3,7 @@ package estenroll
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -40,7 +41,11 @@ func (c *Credential) storeCertificates(ctx context.Context) error {
 		if err != nil {
 			return "", err
 		}
-		if err := c.store.StoreCertificates(ctx, addresses(op.Certificates), chain); err != nil {
+		err = c.store.StoreCertificates(ctx, addresses(op.Certificates), chain)
+		if errors.Is(err, engine.ErrTokenFull) && c.makeRoom(ctx) {
+			err = c.store.StoreCertificates(ctx, addresses(op.Certificates), chain)
+		}
+		if err != nil {
 			return "", err
 		}
 		if err := c.storeAnchors(ctx); err != nil {

@@ -19,8 +19,8 @@ var (
 	// certificate is not for what it is used for.
 	ErrNotTrusted = errors.New("not trusted")
 	// ErrNoAnchor says, beside one of the other two, that a chain would need another
-	// trust anchor: it leads to none of those that are held, or to one that has
-	// expired. A server whose CA has changed its root since looks like that.
+	// trust anchor: it leads to none of those that are held, or only by way of a CA
+	// certificate that has expired. A server whose CA has changed since looks like that.
 	ErrNoAnchor = errors.New("no valid trust anchor leads to it")
 	// ErrNotVouched says that a server publishes no root that a held anchor or the
 	// operator vouches for.

@@ -88,7 +88,8 @@ func (t *TrustAnchors) Succeed(published []*x509.Certificate, vouched []Fingerpr
 		// What does not sign itself says of itself what it likes, but for what somebody knows whole.
 		proven := signedBy(root, root) || slices.Contains(vouched, FingerprintOf(root))
 		switch {
-		case held >= 0 && !proven:
+		case held >= 0 && (!proven || root.NotAfter.Before(t.anchors[held].NotAfter)):
+			// A likeness of it, or one that ends sooner.
 			next = append(next, t.anchors[held])
 		case held >= 0:
 			next = append(next, root)
@@ -156,6 +157,9 @@ var oidNameConstraints = asn1.ObjectIdentifier{2, 5, 29, 30}
 // that of a root which is not published any more. One that vouches for less than a
 // root is, makes nothing a root.
 func isLink(cert *x509.Certificate, roots []*x509.Certificate) bool {
+	if !allows(cert, x509.ExtKeyUsageServerAuth) || !allows(cert, x509.ExtKeyUsageClientAuth) {
+		return false
+	}
 	if len(cert.UnhandledCriticalExtensions) > 0 || slices.ContainsFunc(cert.Extensions, func(e pkix.Extension) bool { return e.Id.Equal(oidNameConstraints) }) {
 		return false
 	}

@@ -49,6 +49,8 @@ func TestSucceed(t *testing.T) {
 	}
 	oldLeaf, newLeaf := issue(t, old, "server", newKey(t), nil), issue(t, second, "server", newKey(t), nil)
 	// It claims the name and the key of the held root, and nobody has signed that.
+	clients := func(c *x509.Certificate) { asCA(c); c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }
+	sooner := issue(t, nil, name, old.key, between(-90, -10)) // the held root once more
 	forged := issue(t, root(t, "nobody", asCA), name, old.key, between(-1, 900))
 
 	for _, c := range []struct {
@@ -84,6 +86,10 @@ func TestSucceed(t *testing.T) {
 		{name: "a link with a shorter path", published: certs(second.cert, link(old, second, func(c *x509.Certificate) { asCA(c); c.MaxPathLenZero = true })), err: est.ErrNotVouched},
 		{name: "a link with the root's own path", published: certs(short.cert, link(old, short, func(c *x509.Certificate) { asCA(c); c.MaxPathLen = 1 })), anchors: certs(short.cert)},
 		{name: "a link with an unknown critical extension", published: certs(second.cert, link(old, second, extended)), err: est.ErrNotVouched},
+		{name: "a link for one use", published: certs(second.cert, link(old, second, clients)), err: est.ErrNotVouched},
+		{name: "one twice", published: certs(old.cert, second.cert, old.cert, secondWithOld, second.cert), anchors: certs(old.cert, second.cert), alsoBelow: certs(secondWithOld)},
+		{name: "the held key with an end that is past", published: certs(sooner), anchors: certs(old.cert)},
+		{name: "the held key with both ends", published: certs(sooner, old.cert), anchors: certs(old.cert)},
 		{name: "a link that has not begun", published: certs(second.cert, link(old, second, between(1, 9))), err: est.ErrNotVouched},
 		{name: "a link that has ended", published: certs(second.cert, link(old, second, between(-9, -8))), anchors: certs(second.cert)},
 		{name: "an old root that has ended, and its link with it", held: certs(ended.cert), published: certs(second.cert, link(ended, second, between(-90, -10))), anchors: certs(second.cert)},
@@ -171,6 +177,8 @@ func TestNoAnchor(t *testing.T) {
 	old, renewed := root(t, "root", asCA), root(t, "root", asCA)
 	ended := root(t, "root", between(-90, -10))
 	forServers := func(c *x509.Certificate) { c.DNSNames, c.IPAddresses = []string{"ca.example"}, []net.IP{} }
+	endedSub := newCA(t, old, "sub")
+	endedSub.cert = issue(t, old, "sub", endedSub.key, between(-90, -10))
 	for _, c := range []struct {
 		name   string
 		trust  *est.TrustAnchors
@@ -180,6 +188,7 @@ func TestNoAnchor(t *testing.T) {
 	}{
 		{"another root of the same name", anchors(t, old.cert), issue(t, renewed, "server", newKey(t), forServers), "ca.example", true},
 		{"the root has ended", anchors(t, ended.cert), issue(t, ended, "server", newKey(t), forServers), "ca.example", true},
+		{"the CA between has ended", anchors(t, old.cert, endedSub.cert), issue(t, endedSub, "server", newKey(t), forServers), "ca.example", true},
 		{"the leaf has ended", anchors(t, old.cert), issue(t, old, "server", newKey(t), func(c *x509.Certificate) { forServers(c); c.NotAfter = epoch.Add(-time.Minute) }), "ca.example", false},
 		{"another name", anchors(t, old.cert), issue(t, old, "server", newKey(t), forServers), "other.example", false},
 	} {

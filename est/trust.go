@@ -32,8 +32,12 @@ func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 	if len(certs) == 0 {
 		return nil, errors.New("trust anchors: no certificate")
 	}
-	t := &TrustAnchors{certificates: slices.Clone(certs), roots: x509.NewCertPool()}
+	t := &TrustAnchors{roots: x509.NewCertPool()}
 	for _, cert := range certs {
+		if slices.ContainsFunc(t.certificates, cert.Equal) {
+			continue
+		}
+		t.certificates = append(t.certificates, cert)
 		switch {
 		case !isCA(cert):
 			return nil, fmt.Errorf("trust anchors: %q is not a CA certificate: %w", cert.Subject, ErrNotTrusted)
@@ -44,12 +48,12 @@ func NewTrustAnchors(certs []*x509.Certificate) (*TrustAnchors, error) {
 		}
 	}
 	if len(t.anchors) == 0 {
-		t.anchors = slices.DeleteFunc(slices.Clone(certs), func(cert *x509.Certificate) bool {
+		t.anchors = slices.DeleteFunc(slices.Clone(t.certificates), func(cert *x509.Certificate) bool {
 			return slices.ContainsFunc(certs, func(other *x509.Certificate) bool { return signedBy(cert, other) })
 		})
 	}
 	if len(t.anchors) == 0 {
-		t.anchors = slices.Clone(certs)
+		t.anchors = slices.Clone(t.certificates)
 	}
 	for _, anchor := range t.anchors {
 		t.roots.AddCert(anchor)
@@ -268,7 +272,7 @@ func (t *TrustAnchors) classify(leaf *x509.Certificate, now time.Time, err error
 	var invalid x509.CertificateInvalidError
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
 		validity := &ValidityError{Certificate: cmp.Or(invalid.Cert, leaf), Time: now}
-		if slices.ContainsFunc(t.anchors, validity.Certificate.Equal) {
+		if !validity.Certificate.Equal(leaf) { // the server has another CA above it by now
 			return fmt.Errorf("%w: %w", validity, ErrNoAnchor)
 		}
 		return validity

@@ -111,7 +111,7 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	cfg.ImplicitTA = est.NoTrustAnchors()
 	if s.trustAnchors != "" {
 		if cfg.ImplicitTA, err = est.NewTrustAnchors(anchors); err != nil {
-			return cfg, fmt.Errorf("trust-anchors: %w", err)
+			return cfg, fmt.Errorf("trust-anchors: %s: %v", s.trustAnchors, err) // not %w: no server's answer is refused, a setting is wrong
 		}
 	}
 	if cfg.AnchorAddress, err = anchorAddresses(s.anchorAddress); err != nil {

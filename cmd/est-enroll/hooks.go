@@ -87,9 +87,20 @@ func (w *work) do(ctx context.Context) error {
 	return err
 }
 
-// begin makes a report for each credential that the command is for.
+// refuse is do where it cannot begin.
+func (w *work) refuse(err error) error {
+	w.begin()
+	w.concludeOthers(err)
+	return err
+}
+
+// begin makes a report for each credential that the command is for, and for the one
+// that is chosen where the configuration has no such.
 func (w *work) begin() {
 	w.reports = map[string]*report{}
+	if w.chosen {
+		w.reports[w.credential] = &report{Name: w.credential}
+	}
 	for _, one := range w.treated() {
 		w.reports[one.credential] = &report{Name: one.credential}
 	}

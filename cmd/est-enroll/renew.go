@@ -11,6 +11,7 @@ import (
 
 func renewCommand(s *settings, out *output) *cobra.Command {
 	var force, rekey, dry, detailed, asJSON bool
+	var unusable error // what is wrong with the settings, of which --json tells too
 	command := &cobra.Command{
 		Use:   "renew",
 		Short: "get a new certificate when it is due, for the same key or a new one",
@@ -40,7 +41,8 @@ crts and judges it, and has the token sign the request; a key is not generated. 
 says what a run would do and when, also where nothing is due, and exits as a run
 would that comes so far. A wrong PIN costs a try and is remembered.
 
-With --json it prints one object, whatever the run comes to:
+With --json it prints one object, whatever the run comes to, unless a flag is not
+understood:
 
   name          of the credential
   action        none, renewed, rekeyed, enrolled, unchanged, pending or failed
@@ -57,9 +59,13 @@ Where the configuration has "credentials:", it is an object by their names.
 ` + hooksHelp + ``,
 		Example: `  */5 * * * *  root  est-enroll renew    # /etc/cron.d/est-enroll`,
 		Args:    noArguments,
+		PersistentPreRunE: func(cmd *cobra.Command, args []string) error {
+			unusable = cmd.Root().PersistentPreRunE(cmd, args)
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if rekey && !force {
-				return &usageError{errors.New("renew: --rekey is done now: it wants --force")}
+			if unusable == nil && rekey && !force {
+				unusable = &usageError{errors.New("renew: --rekey is done now: it wants --force")}
 			}
 			w := &work{
 				settings: s, out: out, forced: force, asJSON: asJSON, observed: asJSON,
@@ -71,7 +77,10 @@ Where the configuration has "credentials:", it is an object by their names.
 				},
 			}
 			do := w.do
-			if dry {
+			switch {
+			case unusable != nil:
+				do = func(context.Context) error { return w.refuse(unusable) }
+			case dry:
 				do = w.rehearse
 			}
 			err := do(cmd.Context())

@@ -118,6 +118,7 @@ type doctor struct {
 	clock       estenroll.Clock
 	clockErr    error
 	ends        map[string]time.Time // of certificates, by credential
+	never       map[string]bool      // credentials that were not enrolled yet
 }
 
 // Configure makes a configuration of the settings of a program, and tells of what is
@@ -128,7 +129,7 @@ type Configure func(tell func(estenroll.Event)) (estenroll.Config, error)
 // which error a run ends for it. only chooses its credentials. It changes nothing but
 // as estenroll.Inspection does.
 func Examine(ctx context.Context, configure Configure, only func(credential string) bool) *Diagnosis {
-	d := &doctor{Diagnosis: new(Diagnosis), ends: map[string]time.Time{}}
+	d := &doctor{Diagnosis: new(Diagnosis), ends: map[string]time.Time{}, never: map[string]bool{}}
 	if !d.configuration(configure, only) {
 		for _, name := range []CheckName{CheckToken, CheckPIN, CheckPair, CheckClock, CheckServer} {
 			d.skip(name, "", CheckConfiguration)
@@ -277,6 +278,7 @@ func (d *doctor) pair(ctx context.Context, check *Check, c *estenroll.Credential
 	fallback := d.fallback(c.Name())
 	enrolled, err := c.Enrolled(ctx)
 	never := !status.Enrolled && len(status.Previous) == 0
+	d.never[c.Name()] = never
 	switch missing := errors.Is(err, estenroll.ErrNotEnrolled); {
 	case never && noWayBack != nil:
 		check.fail("", noWayBack)
@@ -363,12 +365,17 @@ func looseness(attributes *engine.KeyAttributes) string {
 func (d *doctor) history(c *estenroll.CredentialInspection) {
 	op, last := c.History()
 	if pending := c.Pending(); pending != nil {
-		d.at.add(Finding{Result: Warning, Text: oneLine(pending), Err: pending})
+		d.at.add(Finding{Result: Warning, Text: oneLine(pending), Err: pending,
+			Advice: "est-enroll renew asks again then, with the same key and request; est-enroll cancel ends it"})
 	} else if op != nil {
 		d.at.warn("the next run goes on with it: est-enroll renew", "unfinished: %s at step %s, begun %s", op.Kind, op.Step, stamp(op.StartedAt))
 	}
 	if last != nil && last.Error != "" {
-		d.at.warn("if no other check says why, est-enroll -v renew --force tries it now", "the last attempt (%s) failed at %s: %s", last.Kind, stamp(last.Time), strings.ReplaceAll(last.Error, "\n", "; "))
+		command := "renew --force"
+		if d.never[c.Name()] {
+			command = "enroll"
+		}
+		d.at.warn("if no other check says why, est-enroll -v "+command+" tries it now", "the last attempt (%s) failed at %s: %s", last.Kind, stamp(last.Time), strings.ReplaceAll(last.Error, "\n", "; "))
 	}
 }
 

@@ -143,8 +143,12 @@ func (t Told) locked(ctx context.Context, change func(*told) (bool, error)) (err
 	waiting, cancel := context.WithTimeout(ctx, t.LockTimeout)
 	defer cancel()
 	lock, err := durable.Acquire(waiting, filepath.Join(t.Dir, toldLockName), toldMode, t.Command)
-	if err != nil {
+	var held *durable.LockedError
+	switch {
+	case errors.As(err, &held):
 		return errors.Join(ctx.Err(), fmt.Errorf("wait for another run's hook: %w: %w", estenroll.ErrBusy, err))
+	case err != nil:
+		return err
 	}
 	defer func() { err = errors.Join(err, lock.Release()) }()
 	if err := durable.RemoveTemporary(t.Dir, toldName); err != nil {

@@ -10,7 +10,9 @@ import (
 	"testing"
 	"time"
 
+	"estenroll"
 	"estenroll/internal/agent"
+	"estenroll/internal/durable"
 )
 
 func newTold(t *testing.T) (agent.Told, *[]string) {
@@ -85,6 +87,20 @@ func TestToldOnce(t *testing.T) {
 	wait.Wait()
 	if log := readFile(t, filepath.Join(filepath.Dir(hook.Path), "log")); ran.Load() != 1 || log != "once\n" {
 		t.Errorf("told %d times: %q", ran.Load(), log)
+	}
+}
+
+// What stands where the lock belongs is no other run, for which one would wait.
+func TestToldNoLockFile(t *testing.T) {
+	t.Parallel()
+	told, _ := newTold(t)
+	if err := os.Mkdir(filepath.Join(told.Dir, "hooks.lock"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	hook, _ := script(t, "exit 0")
+	ran, err := told.Tell(t.Context(), "device", credential(t, "", "a", "").Chain[0], hook)
+	if ran || !errors.Is(err, durable.ErrNotLockFile) || errors.Is(err, estenroll.ErrBusy) {
+		t.Errorf("ran %t, %v", ran, err)
 	}
 }
 
