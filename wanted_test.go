@@ -1,6 +1,7 @@
 package estenroll_test
 
 import (
+	"context"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -320,4 +321,41 @@ func TestProofOfPossessionAgain(t *testing.T) {
 		t.Errorf("issued %d", d.issued())
 	}
 	d.tidy(1)
+}
+
+// unbound is a session that has nothing to bind to.
+type unbound struct {
+	watched
+	err error
+}
+
+func (s unbound) ChannelBinding() ([]byte, error) { return nil, s.err }
+
+// A session whose connection has gone before the CSR was linked is one that the server
+// was not reached in; one of a transport that links nothing is not tried again.
+func TestUnbound(t *testing.T) {
+	for name, c := range map[string]struct {
+		err, want, not error
+		sessions       int
+	}{
+		"gone":  {est.Unreachable(errors.New("closed")), est.ErrUnreachable, estenroll.ErrNoPoP, 2},
+		"never": {errors.ErrUnsupported, estenroll.ErrNoPoP, est.ErrUnreachable, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newSite(t, testserver.Config{RequirePoP: true}).device(t, "unbound")
+			d.cfg.PoP, d.cfg.Tries = estenroll.PoPRequire, 2
+			d.cfg.Dial = func(ctx context.Context, with estenroll.Connection) (est.Session, error) {
+				session, err := d.dial(ctx, with)
+				if err != nil {
+					return nil, err
+				}
+				return unbound{session.(watched), c.err}, nil
+			}
+			_, err := d.enroll()
+			wantError(t, err, c.want)
+			if errors.Is(err, c.not) || d.opened != c.sessions {
+				t.Errorf("got %v after %d sessions, want %d", err, d.opened, c.sessions)
+			}
+		})
+	}
 }
