@@ -233,8 +233,8 @@ func TestInterruptedRefusal(t *testing.T) {
 		when  string // the server begins to refuse what it issued
 		every int    // of the points
 	}{
-		{"first boot", nil, (*device).enroll, "after simpleenroll", 1},
-		{"renewal", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).renew}, (*device).renew, "after simplereenroll", 1},
+		{"first boot", nil, (*device).enroll, "after simpleenroll", 2},
+		{"renewal", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).renew}, (*device).renew, "after simplereenroll", 3},
 		{"rekey", []func(*device) (*estenroll.Result, error){(*device).enroll, (*device).rekey}, (*device).rekey, "after simplereenroll", 3},
 	} {
 		for _, h := range harms {

@@ -28,8 +28,8 @@ user of the run, in "/":
 Neither the state directory nor the token is locked meanwhile. What they print is on
 standard error. One that fails makes an exit code of 0 or 10 one of 1, and undoes
 nothing; after hook-timeout it is ended with all that it has started. Of the
-environment of the run they get PATH, HOME, USER, LOGNAME, SHELL, TMPDIR, TZ and the
-language, and then, each set, if to nothing:
+environment of the run they get PATH, HOME, USER, LOGNAME, SHELL, TMPDIR, TZ, the
+language, SOFTHSM2_CONF, TPM2_PKCS11_STORE and TPM2_PKCS11_TCTI, and then, each set, if to nothing:
 
   EST_ENROLL_HOOK                         before, after or failure
   EST_ENROLL_NAME                         of the credential

@@ -45,9 +45,9 @@ With --json it prints one object, whatever the run comes to, unless a flag is no
 understood:
 
   name          of the credential
-  action        none, renewed, rekeyed, enrolled, unchanged, pending or failed
+  action        none, renewed, rekeyed, enrolled, unchanged, pending, interrupted or failed
   reason        not due, waiting, due, expired, lost, unfinished or forced
-  error         why it is pending or failed
+  error         why it is pending, interrupted or failed
   old, new      the certificate before, and the one that took its place: serial,
                 not_before, not_after
   next_attempt  when a run does something again

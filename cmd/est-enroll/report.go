@@ -66,6 +66,8 @@ func (r *report) conclude(result *estenroll.Result, err error) {
 	switch {
 	case errors.As(err, &pending):
 		r.Action, r.Error = "pending", oneLine(err)
+	case errors.Is(err, context.Canceled):
+		r.Action, r.Error = "interrupted", "interrupted: the next run goes on"
 	case err != nil:
 		r.Action, r.Error = "failed", oneLine(err)
 	case result == nil || result.Kind == "":

@@ -135,14 +135,16 @@ func (h Hook) Run(ctx context.Context) error {
 	return fmt.Errorf("run hook-%s %s: %w: %w", h.Name, h.Path, err, ErrHook)
 }
 
-// environment is what a hook gets: of ours only what says where things are and how a
-// person writes, so that no PIN, no directory of credentials and no setting is in it.
+// environment is what a hook gets: of ours only what says where things are, the token
+// among them, and how a person writes, so that no PIN, no directory of credentials and no setting is in it.
 func (h Hook) environment(ours []string) []string {
 	kept := map[string]string{"PATH": hookPath}
 	for _, pair := range ours {
 		name, value, _ := strings.Cut(pair, "=")
 		switch name {
 		case "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "LANG", "LANGUAGE":
+			kept[name] = value
+		case "SOFTHSM2_CONF", "TPM2_PKCS11_STORE", "TPM2_PKCS11_TCTI": // a hook uses the token too
 			kept[name] = value
 		default:
 			if strings.HasPrefix(name, "LC_") {

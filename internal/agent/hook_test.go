@@ -83,6 +83,7 @@ func TestHookEnvironment(t *testing.T) {
 	for name, value := range map[string]string{
 		"EST_ENROLL_ENGINE": "pkcs11:?pin-value=4711", "CREDENTIALS_DIRECTORY": "/run/credentials", "SECRET": "4711",
 		"EST_ENROLL_ERROR": "of another run", "PATH": os.Getenv("PATH"), "HOME": "/home", "LC_ALL": "C.UTF-8", "TZ": "UTC",
+		"SOFTHSM2_CONF": "/etc/softhsm", "TPM2_PKCS11_STORE": "/var/lib/tpm", "TPM2_PKCS11_TCTI": "device", "TPM2_PKCS11_OWNER_AUTH": "4711",
 	} {
 		t.Setenv(name, value)
 	}
@@ -96,7 +97,8 @@ func TestHookEnvironment(t *testing.T) {
 		name, value, _ := strings.Cut(line, "=")
 		got[name] = value
 	}
-	want := map[string]string{"PATH": os.Getenv("PATH"), "HOME": "/home", "LC_ALL": "C.UTF-8", "TZ": "UTC", "PWD": "/"} // the shell's
+	want := map[string]string{"PATH": os.Getenv("PATH"), "HOME": "/home", "LC_ALL": "C.UTF-8", "TZ": "UTC", "PWD": "/", // the shell's
+		"SOFTHSM2_CONF": "/etc/softhsm", "TPM2_PKCS11_STORE": "/var/lib/tpm", "TPM2_PKCS11_TCTI": "device"}
 	for _, name := range agent.HookVariables() {
 		want[name] = ""
 	}
