@@ -247,7 +247,7 @@ func TestRekeyEveryNotLater(t *testing.T) {
 	r := rekeying(t, "not-later", 1)
 	r.dueNow()
 	end := r.device.status().Current.NotAfter
-	r.behind = r.clock.now().Sub(end.Add(-90*day - 30*time.Second)) // to the server the current one is valid
+	r.behind.Store(int64(r.clock.now().Sub(end.Add(-90*day - 30*time.Second)))) // to the server the current one is valid
 	before := r.snapshot()
 	result := must(t, r.renewDue)
 	if result.Changed || result.Kind != estenroll.KindRekey || !r.warned("no renewal") {

@@ -35,7 +35,7 @@ func (c *stopped) advance(by time.Duration) { c.set(c.now().Add(by)) }
 type renewing struct {
 	*device
 	clock  *stopped
-	behind time.Duration // how much the server's clock is
+	behind atomic.Int64 // how much the server's clock is, as a time.Duration
 	down   bool
 	dials  int
 }
@@ -43,7 +43,7 @@ type renewing struct {
 func newRenewing(t *testing.T, name string, lifetime time.Duration, configure func(*device)) *renewing {
 	t.Helper()
 	r := &renewing{clock: newStopped()}
-	r.device = newSite(t, testserver.Config{Lifetime: lifetime, Now: func() time.Time { return r.clock.now().Add(-r.behind) }}).device(t, name)
+	r.device = newSite(t, testserver.Config{Lifetime: lifetime, Now: func() time.Time { return r.clock.now().Add(-time.Duration(r.behind.Load())) }}).device(t, name)
 	r.device.now = r.clock.now
 	r.hook = func(when, call string) error {
 		if call != "Dial" || when != "before" {
@@ -447,7 +447,7 @@ func TestRenewClockForwardAlone(t *testing.T) {
 	r := newRenewing(t, "alone", 90*day, nil)
 	right, before := r.clock.now(), r.snapshot()
 	const jump = 3650 * day
-	r.behind = jump
+	r.behind.Store(int64(jump))
 	r.clock.set(right.Add(jump))
 	for range 2 {
 		_, err := r.renewDue()
@@ -459,7 +459,7 @@ func TestRenewClockForwardAlone(t *testing.T) {
 		r.idle(estenroll.RenewalWaits)
 		r.clock.advance(day)
 	}
-	r.behind = 0
+	r.behind.Store(0)
 	r.clock.set(right.Add(3 * day))
 	r.idle(estenroll.RenewalNotDue)
 	r.dueNow()
