@@ -230,13 +230,14 @@ func (b *bareEnrolment) prepare() (err error) {
 	}
 	b.factory, b.id = factory[0], []byte(b.Subject)
 	b.trust, err = est.NewTrustAnchors(anchors)
-	return errors.Join(err, os.MkdirAll(b.Dir, 0o700))
+	return err
 }
 
 // parts lists what an enrolment consists of, in its order: the lifecycle's
 // (DESIGN.md §7), with each file that it promises on the disk.
 func (b *bareEnrolment) parts(ctx context.Context) []part {
 	return []part{
+		{"fsync: state directory", "generate", func() error { return durable.MkdirAll(b.Dir, 0o700) }},
 		{"load the module", "generate", func() (err error) {
 			b.token, err = loadRaw(b.Module)
 			return err
