@@ -47,7 +47,7 @@ var crashStories = []crashStory{
 	{name: "rollover", flow: "renewal at a CA with a new root", args: []string{"renew", "--force"}, leaves: 2, keys: 1, before: [][]string{{"enroll"}}, rollover: true, anchors: 2},
 	// Once it is begun, the next run goes on with it, and an enrolment is a first
 	// boot then; before that nothing is changed.
-	{name: "reset", flow: "reset", args: []string{"reset", "--yes"}, before: [][]string{{"enroll"}, {"renew", "--force"}}, leaves: 1, keys: 1, offline: true, judged: (*crashDevice).resetAgain},
+	{name: "reset", flow: "reset", args: []string{"reset", "--yes"}, before: [][]string{{"enroll"}, {"renew", "--force"}}, leaves: 1, keys: 1, offline: true, judged: (*crashDevice).resetAgain, covers: coversResets},
 }
 
 // TestCrash kills the program before and after each PKCS#11 call, each datagram and
@@ -126,6 +126,9 @@ func killStory(t *testing.T, story crashStory) crashFlow {
 			})
 		}
 	})
+	if story.covers != nil {
+		story.covers(t, devices)
+	}
 	return flow
 }
 
@@ -216,14 +219,18 @@ func (d *crashDevice) resetAgain(t *testing.T, story crashStory, wrong *findings
 	args := story.args
 	switch journal, err := d.journal(); {
 	case errors.Is(err, fs.ErrNotExist):
+		d.matrix.resets.finished++
 	case err != nil:
 		wrong.add("%v", err)
 	case strings.Contains(string(journal.Operation), `"reset"`):
-		if d.matrix.count%2 == 0 {
+		if d.matrix.resets.begun++; d.matrix.resets.begun%2 == 0 {
 			args = []string{"enroll"}
 		}
-	case len(journal.Pairs) != len(readJournal(t, d.matrix.template).Pairs):
-		wrong.add("the journal names %d pairs and no reset", len(journal.Pairs))
+	default:
+		d.matrix.resets.untouched++
+		if len(journal.Pairs) != len(readJournal(t, d.matrix.template).Pairs) {
+			wrong.add("the journal names %d pairs and no reset", len(journal.Pairs))
+		}
 	}
 	out, err := d.run(t, args...)
 	switch {
@@ -235,6 +242,17 @@ func (d *crashDevice) resetAgain(t *testing.T, story crashStory, wrong *findings
 		d.judgeFactory(t, wrong)
 	}
 	return out
+}
+
+// coversResets wants kills before a reset was begun and in it, each way on from there.
+func coversResets(t *testing.T, devices []*matrix) {
+	untouched, begun, on := 0, 0, 0
+	for _, m := range devices {
+		untouched, begun, on = untouched+m.resets.untouched, begun+m.resets.begun, on+m.resets.begun/2
+	}
+	if untouched == 0 || on == 0 || on == begun {
+		t.Errorf("of the kills %d are before a reset was begun, %d in it, %d of which an enrolment followed", untouched, begun, on)
+	}
 }
 
 // judgeFactory wants of the token and the state directory what the factory left.
@@ -283,6 +301,8 @@ type crashStory struct {
 	offline bool
 	// judged is the run after the kill, and the judgement. Default: again.
 	judged func(*crashDevice, *testing.T, crashStory, *findings) string
+	// covers holds what all points together met; nil for nothing.
+	covers func(*testing.T, []*matrix)
 }
 
 // matrix is what one point after another needs: the programs, the interposing module
@@ -298,6 +318,7 @@ type matrix struct {
 	template   string
 	dir        string
 	count      int
+	resets     struct{ untouched, begun, finished int } // where the kills of a reset fell
 }
 
 func newMatrix(t *testing.T) *matrix {

@@ -70,28 +70,7 @@ func (e *Engine) ImportKey(ctx context.Context, at engine.Address, pkcs8 []byte)
 	if err != nil {
 		return nil, fail(op, at, e.uri.ModulePath, err)
 	}
-	var public crypto.PublicKey
-	refused := false
-	err = e.write(ctx, op, u, func(s *session) error {
-		taken, err := s.find(URI{ID: u.ID})
-		if err != nil {
-			return err
-		}
-		if len(taken) > 0 {
-			return engine.ErrExists
-		}
-		public, err = s.importPair(u, pkcs8)
-		refused = err != nil && !s.lost(err)
-		return err
-	})
-	if refused { // the id is fresh: what carries it is of this attempt
-		cleaning := e.write(context.WithoutCancel(ctx), "remove what is left of", u, func(s *session) error { return s.destroyID(u.ID) })
-		err = errors.Join(err, cleaning)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return public, nil
+	return e.createPair(ctx, op, u, func(s *session) (crypto.PublicKey, error) { return s.importPair(u, pkcs8) })
 }
 
 func (s *session) importPair(u URI, pkcs8 []byte) (crypto.PublicKey, error) {

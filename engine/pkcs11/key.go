@@ -123,7 +123,12 @@ func (e *Engine) GenerateKey(ctx context.Context, at engine.Address, spec engine
 	if err != nil {
 		return nil, fail(op, at, e.uri.ModulePath, err)
 	}
-	var public crypto.PublicKey
+	return e.createPair(ctx, op, u, func(s *session) (crypto.PublicKey, error) { return s.generate(u, algorithm, how) })
+}
+
+// createPair makes a pair under an id that nothing has yet, and leaves nothing of one
+// that is not what was wanted.
+func (e *Engine) createPair(ctx context.Context, op string, u URI, create func(*session) (crypto.PublicKey, error)) (public crypto.PublicKey, err error) {
 	refused := false
 	err = e.write(ctx, op, u, func(s *session) error {
 		taken, err := s.find(URI{ID: u.ID})
@@ -133,7 +138,7 @@ func (e *Engine) GenerateKey(ctx context.Context, at engine.Address, spec engine
 		if len(taken) > 0 {
 			return engine.ErrExists
 		}
-		public, err = s.generate(u, algorithm, how)
+		public, err = create(s)
 		refused = err != nil && !s.lost(err)
 		return err
 	})
