@@ -293,19 +293,15 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err := c.askAttributes(ctx, &client, signer.Public()); err != nil {
 		return nil, err
 	}
-	if err := c.buildCSR(ctx, auth, session); err != nil {
-		return nil, err
+	issued, err := c.submit(ctx, &client, auth)
+	if errors.Is(err, est.ErrUnlinked) {
+		// Once, as after a 401 whose server closes the connection (RFC 7030 §3.2.3).
+		issued, err = c.submit(ctx, &client, auth)
 	}
-	request, err := op.request()
 	if err != nil {
 		return nil, err
 	}
-	enroll := client.SimpleEnroll
-	if op.Kind.reenrolls() {
-		enroll = client.SimpleReenroll
-	}
-	c.sent = true
-	issued, err := enroll(ctx, op.CSR)
+	request, err := op.request()
 	if err != nil {
 		return nil, err
 	}
@@ -322,6 +318,19 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	return &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, server: session.PeerChain()[0]}, nil
+}
+
+// submit sends the CSR, made for the session where it is linked to that.
+func (c *Credential) submit(ctx context.Context, client *est.Client, auth *pair) ([]*x509.Certificate, error) {
+	op := c.journal.Operation
+	if err := c.buildCSR(ctx, auth, client.Session); err != nil {
+		return nil, err
+	}
+	c.sent = true
+	if op.Kind.reenrolls() {
+		return client.SimpleReenroll(ctx, op.CSR)
+	}
+	return client.SimpleEnroll(ctx, op.CSR)
 }
 
 // meet asks for crts on a new session, unless the answer that is held is young, and

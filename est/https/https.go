@@ -65,7 +65,7 @@ type Session struct {
 
 	mu            sync.Mutex // over an exchange as a whole, and what follows
 	authorization string     // of HTTP Basic, once it was asked for
-	bound         bool       // something is bound to the connection: it has no successor
+	bound         *link      // what a CSR is bound to, nil where none is: on no other is one sent
 
 	linkMu sync.Mutex
 	link   *link
@@ -152,8 +152,7 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 func (s *Session) PeerChain() []*x509.Certificate { return s.current().peer }
 
 // ChannelBinding implements est.Session by est.TLSBinding, on another connection where
-// the server has closed the last one. From then on the session ends with its
-// connection, for what was made of the value is worth nothing on another.
+// the server has closed the last one.
 func (s *Session) ChannelBinding() ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -165,7 +164,7 @@ func (s *Session) ChannelBinding() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.bound = true
+	s.bound = l
 	return binding, nil
 }
 
@@ -206,9 +205,6 @@ func (s *Session) usable(ctx context.Context) (*link, error) {
 	}
 	if _, alerted := remoteAlert(ended); alerted {
 		return nil, s.classify(ctx, before, ended)
-	}
-	if s.bound {
-		return nil, est.Unreachable(errors.New("the server has closed the connection that the request is bound to"))
 	}
 	next, err := s.connect(ctx)
 	if err != nil {
