@@ -257,13 +257,15 @@ func (c *Credential) ServerURI() string { return c.cfg.ServerURI }
 // has no more keeps what it has in the token: it can be looked at and reset.
 func (c *Credential) Configured() bool { return !c.forgotten }
 
-// credentialName holds for a label in a token and for a file's name.
-var credentialName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+// credentialName, up to maxName, holds for a label in a token and for a file's name.
+var credentialName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+
+const maxName = 64
 
 // CheckName says what is wrong with the name of a credential: it labels objects
 // in tokens and names files. The name is not repeated.
 func CheckName(name string) error {
-	if !credentialName.MatchString(name) {
+	if len(name) > maxName || !credentialName.MatchString(name) {
 		return errors.New("want a name of 1 to 64 letters, digits, dots, dashes and underscores that begins with a letter or a digit")
 	}
 	return nil

@@ -534,6 +534,7 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	if op.ExplicitTA, err = c.saveExplicitTA(got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
+	c.explicitTA, c.explicitName = got.anchors, op.ExplicitTA
 	if got.asked {
 		c.journal.CACertsAt = c.cfg.Now()
 	}
