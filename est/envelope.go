@@ -1,5 +1,7 @@
 package est
 
+//lint:file-ignore SA1019 PKCS #1 v1.5 is how servers transport keys (RFC 3370 §4.2.1)
+
 import (
 	"bytes"
 	"crypto"
@@ -44,14 +46,13 @@ type KEK interface {
 
 // Object identifiers of what is enveloped, and how.
 var (
-	oidSignedData    = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 7, 2}         // RFC 5652 §5.1
-	oidEnvelopedData = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 7, 3}         // RFC 5652 §6.1
-	oidKeyPackage    = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 2, 1, 2, 78, 5} // RFC 5958 §2
-	oidRSA           = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 1}         // RFC 3370 §4.2.1
-	oidOAEP          = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 7}         // RFC 3560 §3
-	oidMGF1          = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 8}         // RFC 8017 §B.2.1
-	oidEmptyLabel    = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 9}         // RFC 8017 §A.2.1
-	oidAES128Wrap    = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 1, 5}     // RFC 3565 §2.3.2
+	oidSignedData    = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 7, 2}     // RFC 5652 §5.1
+	oidEnvelopedData = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 7, 3}     // RFC 5652 §6.1
+	oidRSA           = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 1}     // RFC 3370 §4.2.1
+	oidOAEP          = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 7}     // RFC 3560 §3
+	oidMGF1          = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 8}     // RFC 8017 §B.2.1
+	oidEmptyLabel    = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 9}     // RFC 8017 §A.2.1
+	oidAES128Wrap    = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 1, 5} // RFC 3565 §2.3.2
 	oidAES192Wrap    = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 1, 25}
 	oidAES256Wrap    = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 1, 45}
 )

@@ -1,5 +1,7 @@
 package est_test
 
+//lint:file-ignore SA1019 PKCS #1 v1.5 is how servers transport keys (RFC 3370 §4.2.1)
+
 import (
 	"bytes"
 	"crypto"
