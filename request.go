@@ -106,7 +106,7 @@ func (c *Credential) askAnew(auth *pair) (err error) {
 	c.warn("the %s was begun with %s: %s is asked, with the same CSR", op.Kind, op.Server, c.cfg.ServerURI)
 	op.Server = c.cfg.ServerURI
 	op.forgetAnswer()
-	op.Deadline, err = c.deadline(op.Kind, auth.chain[0])
+	op.Deadline, err = c.deadline(op.Kind, auth.leaf())
 	return err
 }
 
@@ -127,7 +127,7 @@ func (c *Credential) stillPending(ctx context.Context, auth *pair) (err error) {
 		// The clock was known to be behind then and was set since: between the two
 		// lie decades that nobody waited.
 		op.StartedAt = now
-		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+		if op.Deadline, err = c.deadline(op.Kind, auth.leaf()); err != nil {
 			return err
 		}
 	}
@@ -189,7 +189,7 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Sessi
 	if !asked {
 		// Another question: what the server said of the old one does not hold for it.
 		op.forgetAnswer()
-		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+		if op.Deadline, err = c.deadline(op.Kind, auth.leaf()); err != nil {
 			return err
 		}
 	}
@@ -222,7 +222,11 @@ func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Tem
 		template.RawSubject, template.SANs, template.RawSAN = old.RawSubject, nil, old.RawSAN
 		wanted = wanted.WithoutNames()
 	}
-	template, replaced, err := wanted.Apply(template, auth.chain[0].RawSubject)
+	var own []byte
+	if leaf := auth.leaf(); leaf != nil {
+		own = leaf.RawSubject
+	}
+	template, replaced, err := wanted.Apply(template, own)
 	if err != nil {
 		return template, err
 	}
@@ -230,7 +234,7 @@ func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Tem
 		c.warnOnce("the server wants something else than the configuration: %s", shown(what))
 	}
 	if len(template.RawSubject) == 0 {
-		template.RawSubject = auth.chain[0].RawSubject
+		template.RawSubject = own
 	}
 	return template, nil
 }
@@ -293,19 +297,15 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err := c.askAttributes(ctx, &client, signer.Public()); err != nil {
 		return nil, err
 	}
-	if err := c.buildCSR(ctx, auth, session); err != nil {
-		return nil, err
+	issued, err := c.submit(ctx, &client, auth)
+	if errors.Is(err, est.ErrUnlinked) {
+		// Once, as after a 401 whose server closes the connection (RFC 7030 §3.2.3).
+		issued, err = c.submit(ctx, &client, auth)
 	}
-	request, err := op.request()
 	if err != nil {
 		return nil, err
 	}
-	enroll := client.SimpleEnroll
-	if op.Kind.reenrolls() {
-		enroll = client.SimpleReenroll
-	}
-	c.sent = true
-	issued, err := enroll(ctx, op.CSR)
+	request, err := op.request()
 	if err != nil {
 		return nil, err
 	}
@@ -322,6 +322,19 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	return &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, server: session.PeerChain()[0]}, nil
+}
+
+// submit sends the CSR, made for the session where it is linked to that.
+func (c *Credential) submit(ctx context.Context, client *est.Client, auth *pair) ([]*x509.Certificate, error) {
+	op := c.journal.Operation
+	if err := c.buildCSR(ctx, auth, client.Session); err != nil {
+		return nil, err
+	}
+	c.sent = true
+	if op.Kind.reenrolls() {
+		return client.SimpleReenroll(ctx, op.CSR)
+	}
+	return client.SimpleEnroll(ctx, op.CSR)
 }
 
 // meet asks for crts on a new session, unless the answer that is held is young, and
@@ -521,6 +534,7 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	if op.ExplicitTA, err = c.saveExplicitTA(got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
+	c.explicitTA, c.explicitName = got.anchors, op.ExplicitTA
 	if got.asked {
 		c.journal.CACertsAt = c.cfg.Now()
 	}

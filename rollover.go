@@ -85,17 +85,21 @@ func (c *Credential) open(ctx context.Context, as *pair) (est.Session, error) {
 
 // dial opens a session as a pair. Where no anchor leads to the server's certificate,
 // the CA may have changed while the device slept: its trust anchors are brought
-// up to date first.
+// up to date first. A device that has none begins with that.
 func (c *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
 	trust, err := c.judges(as)
 	if err != nil {
 		return nil, err
 	}
-	session, err := c.connect(ctx, as, trust, false)
-	if !errors.Is(err, est.ErrServerCertificate) || !errors.Is(err, est.ErrNoAnchor) {
-		return session, err
+	cause := fmt.Errorf("open session with %s: %w: %w: %w", c.cfg.ServerURI, est.ErrServerCertificate, est.ErrNoAnchor, est.ErrNotTrusted)
+	if len(trust.Anchors()) > 0 {
+		var session est.Session
+		session, cause = c.connect(ctx, as, trust, false)
+		if !errors.Is(cause, est.ErrServerCertificate) || !errors.Is(cause, est.ErrNoAnchor) {
+			return session, cause
+		}
 	}
-	if trust, err = c.catchUp(ctx, as, trust, err); err != nil {
+	if trust, err = c.catchUp(ctx, as, trust, cause); err != nil {
 		return nil, err
 	}
 	return c.connect(ctx, as, trust, false)

@@ -318,6 +318,26 @@ func TestSleptThroughRollover(t *testing.T) {
 	})
 }
 
+// A device without a trust anchor meets nobody whom it could judge: it asks for the
+// roots at once, and only on a new session for more (RFC 7030 §4.1.1).
+func TestFirstContact(t *testing.T) {
+	site := newSite(t, testserver.Config{})
+	d := site.device(t, "first")
+	d.cfg.ImplicitTA, d.cfg.AnchorFingerprints = est.NoTrustAnchors(), []est.Fingerprint{est.FingerprintOf(site.server.Root())}
+	dialled := 0
+	d.hook = func(when, call string) error {
+		if when+" "+call == "before Dial" {
+			dialled++
+		}
+		return nil
+	}
+	d.mustEnroll()
+	if dialled != 3 || d.opened != 3 {
+		t.Errorf("%d connections, %d of them to the end of the handshake, want 3: for the roots, for the request and for the proof", dialled, d.opened)
+	}
+	d.tidy(1)
+}
+
 // Who stands in the server's place gets the client's certificate and a question
 // for cacerts. Whatever it answers, it gets no CSR, nothing of it is taken for an
 // answer to the request that is pending with the server, and nothing that is kept

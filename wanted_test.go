@@ -323,6 +323,42 @@ func TestProofOfPossessionAgain(t *testing.T) {
 	d.tidy(1)
 }
 
+// A session that has got another connection is asked for what is bound to that, and the
+// CSR is made again, once: then another session has its turn.
+func TestProofOfPossessionUnlinked(t *testing.T) {
+	unlinked := func() error { return est.Unreachable(est.ErrUnlinked) }
+	built := func(d *device) (n int) {
+		for _, event := range d.events {
+			if strings.Contains(event.Message, "built the CSR") {
+				n++
+			}
+		}
+		return n
+	}
+	site := newSite(t, testserver.Config{RequirePoP: true})
+	d := site.device(t, "unlinked")
+	d.cfg.PoP, d.cfg.Tries = estenroll.PoPRequire, 1
+	d.hook = after(1, "before simpleenroll", unlinked)
+	d.mustEnroll()
+	if got := built(d); got != 2 || d.opened != 2 { // the second session is the proof's
+		t.Errorf("built %d CSRs in %d sessions", got, d.opened)
+	}
+	d.tidy(1)
+	d = site.device(t, "always")
+	d.cfg.PoP, d.cfg.Tries, d.cfg.RetryInterval = estenroll.PoPRequire, 2, time.Millisecond
+	d.hook = func(when, call string) error {
+		if when+" "+call == "before simpleenroll" {
+			return unlinked()
+		}
+		return nil
+	}
+	_, err := d.enroll()
+	wantError(t, err, est.ErrUnlinked)
+	if got := built(d); got != 4 || d.opened != 2 || d.issued() != 0 {
+		t.Errorf("built %d CSRs in %d sessions, issued %d", got, d.opened, d.issued())
+	}
+}
+
 // unbound is a session that has nothing to bind to.
 type unbound struct {
 	watched

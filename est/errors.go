@@ -44,8 +44,15 @@ var (
 	// ErrFellSilent says, beside ErrUnreachable, that the server answered at first: its
 	// address is right.
 	ErrFellSilent = errors.New("the server answers and then falls silent")
+	// ErrUnlinked says, beside ErrUnreachable, that the connection a CSR was linked to is
+	// gone and the CSR was not sent on another: it must be made again, for the channel
+	// binding that the session has by now.
+	ErrUnlinked = errors.New("the connection that the request is linked to is gone")
 	// ErrCredentialRefused says that the server refused our certificate.
 	ErrCredentialRefused = errors.New("the server refuses our certificate")
+	// ErrCertificateWanted says that the server asks for a certificate, and there is none
+	// to show.
+	ErrCertificateWanted = errors.New("the server wants a certificate, and there is none")
 	// ErrPasswordWanted says that the server asks for a user and a password
 	// (RFC 7030 §3.2.3), and there is none to give.
 	ErrPasswordWanted = errors.New("the server asks for a user and a password")

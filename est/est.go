@@ -97,7 +97,8 @@ type Session interface {
 	PeerChain() []*x509.Certificate
 	// ChannelBinding returns what proof of possession binds a CSR to: tls-unique
 	// (RFC 7030 §3.5), or the exporter of RFC 9266 under TLS 1.3. An error wraps
-	// errors.ErrUnsupported where the transport has none.
+	// errors.ErrUnsupported where the transport has none. A session that can outlive a
+	// connection sends no body on another one after that, but says ErrUnlinked.
 	ChannelBinding() ([]byte, error)
 	// Close ends the session.
 	Close() error

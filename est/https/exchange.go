@@ -128,6 +128,11 @@ func (s *Session) send(ctx context.Context, req *est.Request, at est.URI) (*answ
 	if err != nil {
 		return nil, err
 	}
+	if len(req.Body) > 0 && s.bound != nil && s.bound != l {
+		// What was made of its channel binding is worth nothing here.
+		s.bound = nil
+		return nil, est.Unreachable(est.ErrUnlinked)
+	}
 	request, err := s.request(ctx, req, at)
 	if err != nil {
 		return nil, err

@@ -19,14 +19,15 @@ import (
 	"estenroll/est"
 )
 
-// Config is what a session needs. URI, Trust, Certificate and Key are required.
+// Config is what a session needs. URI and Trust are required.
 type Config struct {
 	URI est.URI
 	// Label is appended to URI's path. Default: none.
 	Label est.Label
 
 	// Certificate (DER, leaf first) and Key authenticate us in the handshake, if the
-	// server asks for a certificate (RFC 7030 §3.3.2).
+	// server asks for a certificate (RFC 7030 §3.3.2). Default: with a Password none, which
+	// is then all that authenticates us (RFC 7030 §3.2.3); without one they are required.
 	Certificate [][]byte
 	Key         crypto.Signer
 	// Trust judges the server, at the time of Now. Default of Now: time.Now.
@@ -60,12 +61,12 @@ type Config struct {
 // answer gets another one, on which it must show the same certificate.
 type Session struct {
 	cfg  Config
-	own  *x509.Certificate // our leaf
+	own  *x509.Certificate // our leaf, nil for none
 	root est.URI           // with the label
 
 	mu            sync.Mutex // over an exchange as a whole, and what follows
 	authorization string     // of HTTP Basic, once it was asked for
-	bound         bool       // something is bound to the connection: it has no successor
+	bound         *link      // what a CSR is bound to, nil where none is: on no other is one sent
 
 	linkMu sync.Mutex
 	link   *link
@@ -86,7 +87,7 @@ var errClosed = errors.New("the session is closed")
 // answer whether it accepts our certificate: RoundTrip reports that then.
 // est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
 // est.ErrNotValidNow; est.ErrHandshake; est.ErrCredentialRefused,
-// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable; est.ErrKeyMismatch for a Key
+// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable, est.ErrCertificateWanted; est.ErrKeyMismatch for a Key
 // that is not the Certificate's; and what the Key says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
 	s := &Session{cfg: cfg, root: cfg.URI.WithLabel(cfg.Label)}
@@ -105,8 +106,10 @@ func (s *Session) complete() (err error) {
 	if s.cfg.Trust == nil && !s.cfg.Provisional {
 		return fmt.Errorf("no trust anchors: %w", est.ErrNotTrusted)
 	}
-	if s.own, err = est.OwnCertificate(s.cfg.Certificate, s.cfg.Key); err != nil {
-		return err
+	if len(s.cfg.Certificate) > 0 || s.cfg.Key != nil || s.cfg.Password == nil {
+		if s.own, err = est.OwnCertificate(s.cfg.Certificate, s.cfg.Key); err != nil {
+			return err
+		}
 	}
 	if s.cfg.Now == nil {
 		s.cfg.Now = time.Now
@@ -152,8 +155,7 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 func (s *Session) PeerChain() []*x509.Certificate { return s.current().peer }
 
 // ChannelBinding implements est.Session by est.TLSBinding, on another connection where
-// the server has closed the last one. From then on the session ends with its
-// connection, for what was made of the value is worth nothing on another.
+// the server has closed the last one.
 func (s *Session) ChannelBinding() ([]byte, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -165,7 +167,7 @@ func (s *Session) ChannelBinding() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.bound = true
+	s.bound = l
 	return binding, nil
 }
 
@@ -206,9 +208,6 @@ func (s *Session) usable(ctx context.Context) (*link, error) {
 	}
 	if _, alerted := remoteAlert(ended); alerted {
 		return nil, s.classify(ctx, before, ended)
-	}
-	if s.bound {
-		return nil, est.Unreachable(errors.New("the server has closed the connection that the request is bound to"))
 	}
 	next, err := s.connect(ctx)
 	if err != nil {

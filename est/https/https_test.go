@@ -194,6 +194,43 @@ func TestNotAsked(t *testing.T) {
 	}
 }
 
+// A client without a certificate has a password, which is for a server that lets it
+// speak; one that wants a certificate says so in the handshake, or after it.
+func TestWithoutCertificate(t *testing.T) {
+	t.Parallel()
+	bare := func(c *https.Config) {
+		c.Certificate, c.Key = nil, nil
+		c.User, c.Password = "dev-17", func() ([]byte, error) { return []byte("open sesame"), nil }
+	}
+	for name, change := range map[string]func(*tls.Config){"TLS 1.2": tls12, "TLS 1.3": func(*tls.Config) {}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, mode := range []tls.ClientAuthType{tls.NoClientCert, tls.RequestClientCert} {
+				w := newWorld(t, func(c *tls.Config) { change(c); c.ClientAuth = mode }, func(rw http.ResponseWriter, r *http.Request) {
+					if user, password, _ := r.BasicAuth(); user != "dev-17" || password != "open sesame" || len(r.TLS.PeerCertificates) > 0 {
+						rw.WriteHeader(http.StatusUnauthorized)
+					}
+				})
+				session := w.dial(t, bare)
+				if _, err := ask(t, session, est.SimpleEnroll, []byte("csr")); err != nil || session.ClientAuthenticated() || w.requests.Load() != 2 {
+					t.Errorf("%s: %v after %d requests, authenticated %t", mode, err, w.requests.Load(), session.ClientAuthenticated())
+				}
+			}
+			w := newWorld(t, change, func(http.ResponseWriter, *http.Request) {})
+			cfg := w.config()
+			bare(&cfg)
+			session, err := https.Dial(t.Context(), cfg)
+			if err == nil {
+				defer session.Close()
+				_, err = ask(t, session, est.SimpleEnroll, []byte("csr"))
+			}
+			if !errors.Is(err, est.ErrCertificateWanted) || w.requests.Load() != 0 {
+				t.Errorf("a server that wants a certificate: %v after %d requests", err, w.requests.Load())
+			}
+		})
+	}
+}
+
 // brokenSigner is a key that the HSM cannot use.
 type brokenSigner struct{ crypto.Signer }
 
@@ -346,21 +383,61 @@ func TestClosedConnection(t *testing.T) {
 		if _, err := ask(t, session, est.CSRAttrs, nil); err != nil {
 			t.Fatal(err)
 		}
-		ours, err := session.ChannelBinding()
-		if err != nil {
-			t.Fatal(err)
+		<-theirs
+		for requests := range int32(2) {
+			ours, err := session.ChannelBinding()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := ask(t, session, est.SimpleEnroll, []byte("csr")); err != nil {
+				t.Fatal(err)
+			}
+			if got := <-theirs; !bytes.Equal(got, ours) {
+				t.Errorf("we have %x, the server had %x", ours, got)
+			}
+			// What was made for that connection is sent on no other, the next one is.
+			if _, err := ask(t, session, est.SimpleEnroll, []byte("csr")); !errors.Is(err, est.ErrUnlinked) || !errors.Is(err, est.ErrUnreachable) || w.requests.Load() != requests+2 {
+				t.Errorf("got %v after %d requests", err, w.requests.Load())
+			}
 		}
-		if _, err := ask(t, session, est.CSRAttrs, nil); err != nil {
-			t.Fatal(err)
+		if n := w.listener.connections.Load(); n != 4 {
+			t.Errorf("%d connections", n)
 		}
-		if before, after := <-theirs, <-theirs; bytes.Equal(before, ours) || !bytes.Equal(after, ours) {
-			t.Errorf("we have %x, the server had %x and %x", ours, before, after)
+	})
+	t.Run("bound, and asked for a password", func(t *testing.T) {
+		t.Parallel()
+		w := newWorld(t, nil, func(rw http.ResponseWriter, r *http.Request) {
+			body, err := io.ReadAll(r.Body)
+			if err != nil {
+				t.Error(err)
+			}
+			if _, _, given := r.BasicAuth(); !given {
+				rw.Header().Set("WWW-Authenticate", `Basic realm="est"`)
+				closing(rw, r)
+				rw.WriteHeader(http.StatusUnauthorized)
+				return
+			}
+			linked, err := est.DecodeBase64(body)
+			if value, _ := est.TLSBinding(*r.TLS); err != nil || !bytes.Equal(linked, value) {
+				t.Errorf("a request that is linked to %x on a connection with %x, %v", linked, value, err)
+			}
+		})
+		asked := 0
+		session := w.dial(t, func(c *https.Config) {
+			c.User, c.Password = "dev-17", func() ([]byte, error) { asked++; return []byte("open sesame"), nil }
+		})
+		var err error
+		for _, want := range []error{est.ErrUnlinked, nil} {
+			value, bindErr := session.ChannelBinding()
+			if bindErr != nil {
+				t.Fatal(bindErr)
+			}
+			if _, err = ask(t, session, est.SimpleEnroll, value); !errors.Is(err, want) {
+				t.Errorf("got %v, want %v", err, want)
+			}
 		}
-		if _, err := ask(t, session, est.CSRAttrs, nil); !errors.Is(err, est.ErrUnreachable) || w.requests.Load() != 2 {
-			t.Errorf("got %v after %d requests", err, w.requests.Load())
-		}
-		if _, err := session.ChannelBinding(); !errors.Is(err, est.ErrUnreachable) {
-			t.Errorf("bound once more: %v", err)
+		if w.requests.Load() != 2 || asked != 1 || w.listener.connections.Load() != 2 || w.key.signatures.Load() != 2 {
+			t.Errorf("%d requests on %d connections, %d signatures, the password read %d times", w.requests.Load(), w.listener.connections.Load(), w.key.signatures.Load(), asked)
 		}
 	})
 }
