@@ -25,6 +25,7 @@ import (
 // The answer of RFC 9148, appendix A.3, is its key and its certificate, in this
 // order, and comes out byte for byte of them; the certificate is for the key.
 func TestServerKeyVector(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.8 (1)")
 	data, key, cert := vector(t, "skg-response-62.cbor"), vector(t, "skg-key-284.der"), vector(t, "skg-cert-281.der")
 	parts, err := est.ParseMultipartCore(data)
 	if err != nil {
@@ -187,6 +188,7 @@ func mixed(boundary string, parts ...string) []byte {
 // Any boundary, any order, any line breaks, with and without headers that say what
 // is known (RFC 7030 §4.4.2, RFC 8951 §3.1).
 func TestParseMultipartMixed(t *testing.T) {
+	t.Attr("shows", "RFC 8951 §3 (2)")
 	key, cert := vector(t, "skg-key-284.der"), vector(t, "skg-cert-281.der")
 	text := base64.StdEncoding.EncodeToString
 	lines := func(der []byte) string {
