@@ -220,9 +220,11 @@ func start(cfg Config) (_ *Server, err error) {
 	if s.control, err = listenControl(cfg.Control); err != nil {
 		return nil, err
 	}
-	if s.coap, err = s.listen(s.key); err != nil {
-		return nil, err
+	coaps, err := s.listen(s.key)
+	if err != nil {
+		return nil, err // and s.coap stays nil, which the door is not
 	}
+	s.coap = coaps
 	if s.https, err = s.listenHTTPS(); err != nil {
 		return nil, err
 	}
@@ -273,6 +275,9 @@ func (c *Config) complete() error {
 		if err := checkLabel(label); err != nil {
 			return err
 		}
+	}
+	if c.ListenHTTPS == "" && (c.TLS12 || c.HTTPUser != "") {
+		return errors.New("TLS 1.2 alone and HTTP Basic: the server has no HTTPS door")
 	}
 	if c.Raw && c.RequirePoP {
 		return errors.New("raw and required proof of possession: a raw server does not know what links a CSR to its session")
