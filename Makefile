@@ -12,7 +12,7 @@ PREFIX ?= /usr/local
 BUILDVCS := $(shell git status >/dev/null 2>&1 && echo true || echo false)
 export BIN SHARE PREFIX DESTDIR BUILDVCS
 
-.PHONY: demo test build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile https fleet years bench figures fuzz
+.PHONY: demo test conformance build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile https fleet years bench figures fuzz
 
 demo:
 	@packaging/deps gcc libc6-dev openssl softhsm2 opensc
@@ -20,7 +20,11 @@ demo:
 	@examples/demo
 
 test: deps lint
-	$(GO) test -race -timeout 15m ./...
+	$(GO) run ./internal/conformance -race -timeout 15m ./...
+
+# CONFORMANCE.md, of the markers that the tests reach; make test holds it to them.
+conformance: deps
+	$(GO) run ./internal/conformance -write -race -timeout 15m ./...
 
 build:
 	@packaging/deps gcc libc6-dev
@@ -86,8 +90,9 @@ fleet:
 years: deps
 	$(GO) test -timeout 30m -count 1 -run '^TestYears' -v . -args -years.n 3 -years.seed 0 $(YEARS)
 
-# What an enrolment costs beside what it cannot do without: each figure beside its
-# target. "make figures" also writes them to testdata/figures.json and README.md.
+# What an enrolment costs beside what it cannot do without, and beside estclient and
+# estserver of globalsign/est: each figure beside its target. "make figures" also writes
+# them to testdata/figures.json and README.md.
 bench: deps
 	$(GO) test -timeout 15m -count 1 -run '^TestBench$$' -v ./cmd/est-enroll -args -bench.n 61 -bench.objects 10000 $(BENCH)
 

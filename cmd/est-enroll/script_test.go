@@ -91,13 +91,15 @@ var programs = sync.OnceValues(func() (string, error) {
 })
 
 // estserver builds that of globalsign/est once.
-var estserver = sync.OnceValues(func() (string, error) {
+var estserver = sync.OnceValues(func() (string, error) { return globalsignProgram(globalsigntest.Server) })
+
+func globalsignProgram(name string) (string, error) {
 	dir, err := programs()
 	if err != nil {
 		return "", err
 	}
-	return globalsigntest.Build(dir, globalsigntest.Server)
-})
+	return globalsigntest.Build(dir, name)
+}
 
 func builtPrograms(t *testing.T) string {
 	t.Helper()
@@ -292,7 +294,18 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"stop":          plain(s.stopProgram),
 		"reload":        plain(s.reloadProgram),
 		"eventually":    plain(eventuallyExec),
+		"shows":         plain(s.shows),
 	}
+}
+
+// shows ID says that the script shows a requirement of testdata/conformance.txt.
+func (s *session) shows(_ *testscript.TestScript, args []string) error {
+	if len(args) != 1 {
+		return errors.New("usage: shows ID")
+	}
+	attribute := s.env.T().(interface{ Attr(key, value string) }).Attr
+	attribute("shows", args[0]) // a literal in the script
+	return nil
 }
 
 // exitcode N command… runs a command that must end with exit code N.
