@@ -90,13 +90,15 @@ var programs = sync.OnceValues(func() (string, error) {
 })
 
 // estserver builds that of globalsign/est once.
-var estserver = sync.OnceValues(func() (string, error) {
+var estserver = sync.OnceValues(func() (string, error) { return globalsignProgram(globalsigntest.Server) })
+
+func globalsignProgram(name string) (string, error) {
 	dir, err := programs()
 	if err != nil {
 		return "", err
 	}
-	return globalsigntest.Build(dir, globalsigntest.Server)
-})
+	return globalsigntest.Build(dir, name)
+}
 
 func builtPrograms(t *testing.T) string {
 	t.Helper()
