@@ -271,6 +271,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"stopserver":    plain(func(*testscript.TestScript, []string) error { return s.stopServer() }),
 		"fault":         plain(s.setFaults),
 		"issued":        plain(s.checkIssued),
+		"imported":      plain(s.checkImported),
 		"same-csr":      plain(sameCSR),
 		"spy":           plain(func(ts *testscript.TestScript, _ []string) error { return s.through(ts, []string{"spy"}) }),
 		"through":       plain(s.through),
