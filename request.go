@@ -289,10 +289,14 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err != nil {
 		return nil, err
 	}
-	client := est.Client{Session: session}
-	if err := c.askAttributes(ctx, &client, signer.Public()); err != nil {
+	if err := c.askAttributes(ctx, session, anchors, signer.Public()); err != nil {
 		return nil, err
 	}
+	carrier, err := carrying(ctx, session, operationOf(op.Kind), anchors)
+	if err != nil {
+		return nil, err
+	}
+	client := est.Client{Session: carrier}
 	issued, err := c.submit(ctx, &client, auth)
 	if errors.Is(err, est.ErrUnlinked) {
 		// Once, as after a 401 whose server closes the connection (RFC 7030 §3.2.3).
@@ -318,6 +322,15 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 		return nil, err
 	}
 	return &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, server: session.PeerChain()[0]}, nil
+}
+
+// carrying is the session that carries an operation: where the server has that at
+// another one, one with that, which the anchors judge.
+func carrying(ctx context.Context, session est.Session, operation est.Operation, anchors *est.TrustAnchors) (est.Session, error) {
+	if distributor, ok := session.(est.Distributor); ok {
+		return distributor.For(ctx, operation, anchors)
+	}
+	return session, nil
 }
 
 // submit sends the CSR, made for the session where it is linked to that.

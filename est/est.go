@@ -117,3 +117,13 @@ type ClientAuthenticator interface {
 type KeyAccepter interface {
 	AcceptsKey(public crypto.PublicKey) bool
 }
+
+// Distributor is implemented by sessions that may have operations at servers of
+// another host or port, which the one that was asked has named (RFC 9148 §4.1).
+type Distributor interface {
+	// For returns the session that carries an operation: this one, or one with another
+	// server, opened now if it was not and closed with this one. The other server MUST be
+	// held to the host that it was named with and to the anchors, each time: those of a
+	// session change with cacerts. Errors as of opening a session.
+	For(ctx context.Context, operation Operation, trust *TrustAnchors) (Session, error)
+}

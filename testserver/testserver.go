@@ -43,6 +43,10 @@ type Config struct {
 	// Listen is the UDP address, host:port; port 0 takes a free one.
 	// Default: 127.0.0.1:0.
 	Listen string
+	// ListenLinked is the UDP address of a second CoAPs door, host:port, which alone has
+	// the resources that a client has to discover: the links at the first lead to it, as
+	// absolute URIs (RFC 9148 §4.1). Default: there is no such door.
+	ListenLinked string
 	// ListenHTTPS is the TCP address of the HTTPS door, host:port (RFC 7030).
 	// Default: there is no such door.
 	ListenHTTPS string
@@ -136,6 +140,7 @@ type Server struct {
 	names   []string                    // in them
 	record  *record
 	coap    door
+	linked  door       // nil for none
 	https   *httpsDoor // nil for none
 	control net.Listener
 
@@ -150,6 +155,8 @@ type Server struct {
 	done     chan struct{} // closed when the CoAPs door has ended
 	serveErr error         // set before done is closed
 	httpsErr error         // why the HTTPS door has ended, if not by Close
+	// linkedErr is the same of the second CoAPs door.
+	linkedErr error
 	close    func() error
 }
 
@@ -174,7 +181,7 @@ func start(cfg Config) (_ *Server, err error) {
 		return nil, err
 	}
 	var hosts []string
-	for _, address := range []string{cfg.Listen, cfg.ListenHTTPS} {
+	for _, address := range []string{cfg.Listen, cfg.ListenLinked, cfg.ListenHTTPS} {
 		if address == "" {
 			continue
 		}
@@ -220,8 +227,14 @@ func start(cfg Config) (_ *Server, err error) {
 	if s.control, err = listenControl(cfg.Control); err != nil {
 		return nil, err
 	}
-	if s.coap, err = s.listen(s.key); err != nil {
+	if s.coap, err = s.listen(cfg.Listen, s.key); err != nil {
 		return nil, err
+	}
+	if cfg.ListenLinked != "" {
+		if s.linked, err = s.listen(cfg.ListenLinked, s.key); err != nil {
+			return nil, err
+		}
+		s.serving.Go(func() { s.linkedErr = s.linked.Serve(s.serveCoAP(true)) })
 	}
 	if s.https, err = s.listenHTTPS(); err != nil {
 		return nil, err
@@ -230,7 +243,7 @@ func start(cfg Config) (_ *Server, err error) {
 		s.serving.Go(func() { s.httpsErr = s.https.serve() })
 	}
 	s.serving.Go(func() {
-		if err := s.coap.Serve(s.serveCoAP); err != nil {
+		if err := s.coap.Serve(s.serveCoAP(false)); err != nil {
 			s.serveErr = fmt.Errorf("test server: serve CoAPs: %w", err)
 		}
 		close(s.done)
@@ -274,6 +287,9 @@ func (c *Config) complete() error {
 			return err
 		}
 	}
+	if c.Raw && c.ListenLinked != "" {
+		return errors.New("raw and a second CoAPs door: a raw server has one")
+	}
 	if c.Raw && c.RequirePoP {
 		return errors.New("raw and required proof of possession: a raw server does not know what links a CSR to its session")
 	}
@@ -303,6 +319,14 @@ func (s *Server) now() time.Time { return s.cfg.Now() }
 
 // URI returns the server's EST root without its path: coaps://host:port.
 func (s *Server) URI() string { return "coaps://" + s.coap.Addr().String() }
+
+// LinkedURI is URI of the second CoAPs door, "" for none.
+func (s *Server) LinkedURI() string {
+	if s.linked == nil {
+		return ""
+	}
+	return "coaps://" + s.linked.Addr().String()
+}
 
 // Addr returns the UDP address.
 func (s *Server) Addr() net.Addr { return s.coap.Addr() }
@@ -377,6 +401,9 @@ func (s *Server) stop() error {
 	if s.coap != nil {
 		errs = append(errs, s.coap.Close())
 	}
+	if s.linked != nil {
+		errs = append(errs, s.linked.Close())
+	}
 	if s.https != nil {
 		errs = append(errs, s.https.close())
 	}
@@ -387,5 +414,5 @@ func (s *Server) stop() error {
 	if s.record != nil {
 		errs = append(errs, s.record.close())
 	}
-	return errors.Join(append(errs, s.serveErr, s.httpsErr)...)
+	return errors.Join(append(errs, s.serveErr, s.linkedErr, s.httpsErr)...)
 }

@@ -42,6 +42,7 @@ When the server answers, a line for each of its doors is printed to standard out
 
   listening coaps://127.0.0.1:5684
   listening https://127.0.0.1:8443      with --listen-https
+  linked coaps://127.0.0.1:61617        with --listen-linked
 
 Files in --write-dir, all PEM, written before that line:
 
@@ -53,7 +54,8 @@ Files in --write-dir, all PEM, written before that line:
 The resources are crts, sen, sren, with --csr-attributes att and with
 --server-keygen skg and skc below /.well-known/est and, the same ones, below
 /e/plz, which a client has to discover: GET /.well-known/core?rt=ace.est*
-(RFC 9148 §4.1). With --label, also below /.well-known/est/LABEL and
+(RFC 9148 §4.1). With --listen-linked the latter are at that door alone, and the
+links lead there. With --label, also below /.well-known/est/LABEL and
 /e/plz/LABEL. Over HTTPS (RFC 7030) they are cacerts, simpleenroll,
 simplereenroll, csrattrs and serverkeygen below /.well-known/est, and below
 /.well-known/est/LABEL, for clients with a certificate or, with --http-user, a
@@ -106,6 +108,9 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			if uri := server.HTTPSURI(); uri != "" {
 				fmt.Fprintln(cmd.OutOrStdout(), "listening "+uri)
 			}
+			if uri := server.LinkedURI(); uri != "" {
+				fmt.Fprintln(cmd.OutOrStdout(), "linked "+uri)
+			}
 			select {
 			case <-ctx.Done():
 			case <-server.Done():
@@ -116,6 +121,7 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringVar(&cfg.Listen, "listen", "127.0.0.1:5684", "UDP `HOST:PORT`; port 0 takes a free one")
+	flags.StringVar(&cfg.ListenLinked, "listen-linked", "", "UDP `HOST:PORT` of a second CoAPs door, which the links of discovery lead to")
 	flags.StringVar(&cfg.ListenHTTPS, "listen-https", "", "TCP `HOST:PORT` of a second door, EST over HTTPS")
 	flags.BoolVar(&cfg.TLS12, "tls12", false, "speak TLS 1.2 only over HTTPS")
 	flags.StringVar(&cfg.HTTPUser, "http-user", "", "`USER` that a CSR over HTTPS needs, by HTTP Basic, with a client certificate or without")
