@@ -261,8 +261,8 @@ func (op *operation) request() (*x509.CertificateRequest, error) {
 type answer struct {
 	chain   []*x509.Certificate // leaf first
 	anchors *est.TrustAnchors
-	asked   bool // for the anchors, in the same session
-	server  *x509.Certificate
+	asked   bool              // for the anchors, in the same session
+	server  *x509.Certificate // nil where a pre-shared key stood for it
 }
 
 func operationOf(kind Kind) est.Operation {
@@ -321,14 +321,20 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err := c.compare(request, chain[0]); err != nil {
 		return nil, err
 	}
-	return &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, server: session.PeerChain()[0]}, nil
+	got := &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA}
+	if peer := session.PeerChain(); len(peer) > 0 {
+		got.server = peer[0]
+	}
+	return got, nil
 }
 
 // carrying is the session that carries an operation: where the server has that at
 // another one, one with that, which the anchors judge.
 func carrying(ctx context.Context, session est.Session, operation est.Operation, anchors *est.TrustAnchors) (est.Session, error) {
 	if distributor, ok := session.(est.Distributor); ok {
-		return distributor.For(ctx, operation, anchors)
+		if other, err := distributor.For(ctx, operation, anchors); err != nil || other != nil {
+			return other, err
+		}
 	}
 	return session, nil
 }
@@ -397,11 +403,15 @@ func (c *Credential) connect(ctx context.Context, as *pair, trust *est.TrustAnch
 		return nil, err
 	}
 	connection := as.connection()
-	connection.Trust, connection.Provisional = trust, provisional
+	connection.Trust, connection.Provisional, connection.PSK = trust, provisional, c.byPSK(as)
 	connection.Now = func() time.Time { return now }
 	connection.Warn = c.warnOnce
 	return c.cfg.Dial(ctx, connection)
 }
+
+// byPSK reports whether the sessions as a pair are by the pre-shared key instead: those
+// of the IDevID, for which it stands. What was enrolled shows itself.
+func (c *Credential) byPSK(as *pair) bool { return c.cfg.PSK && c.isIDevID(as.certificate) }
 
 // closeSession ends a session. A failure does not undo what was received: an
 // answer must not be taken for a failed request because of it.
@@ -549,8 +559,10 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	if op.Anchors, err = c.placeAnchors(ctx, got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
-	op.ServerCertificate = got.server.Raw
-	c.sawVerified(got.server.NotBefore)
+	if op.ServerCertificate = nil; got.server != nil {
+		op.ServerCertificate = got.server.Raw
+		c.sawVerified(got.server.NotBefore)
+	}
 	c.sawVerified(got.chain[0].NotBefore)
 	return nil, c.advance(StepStore)
 }

@@ -157,7 +157,7 @@ type Server struct {
 	httpsErr error         // why the HTTPS door has ended, if not by Close
 	// linkedErr is the same of the second CoAPs door.
 	linkedErr error
-	close    func() error
+	close     func() error
 }
 
 // door is a front door: a socket, and whoever answers at it.

@@ -46,6 +46,16 @@ type Config struct {
 	// presents a certificate for every function, crts too (RFC 9148 §3).
 	Certificate [][]byte
 	Key         crypto.Signer
+	// PSK authenticates both ends by a key that they share, which it returns when it is
+	// needed and which is cleared: in the place of Certificate and Key, and of the
+	// judgement of the server's certificate, for there is none (RFC 7030 §3.3.3).
+	// Discovery leads to no other server then. Default: certificates.
+	//
+	// Deviation: RFC 9148 §3 has both ends show certificates. It is for bootstrap servers
+	// that know a device by such a key, and for no session after that.
+	PSK func() ([]byte, error)
+	// PSKIdentity names that key to the server.
+	PSKIdentity string
 	// Trust judges the server, at the time of Now. Default of Now: time.Now.
 	Trust *est.TrustAnchors
 	Now   func() time.Time
@@ -99,7 +109,8 @@ var (
 // anything is sent to it, the question for its resources included.
 // est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
 // est.ErrNotValidNow; est.ErrHandshake; est.ErrCredentialRefused,
-// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable; est.ErrKeyMismatch for a Key
+// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable; est.ErrPSKRefused,
+// est.ErrPSKUnanswered; est.ErrKeyMismatch for a Key
 // that is not the Certificate's; and what the Key says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
 	if cfg.Now == nil {
@@ -131,15 +142,18 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 	if cfg.Trust == nil {
 		return nil, fmt.Errorf("no trust anchors: %w", est.ErrNotTrusted)
 	}
-	own, err := est.OwnCertificate(cfg.Certificate, cfg.Key)
-	if err != nil {
-		return nil, err
+	var own *x509.Certificate
+	if cfg.PSK == nil {
+		var err error
+		if own, err = est.OwnCertificate(cfg.Certificate, cfg.Key); err != nil {
+			return nil, err
+		}
 	}
 	if cfg.BlockSize == 0 {
 		cfg.BlockSize = 512
 	}
 	conn, err := coap.Dial(ctx, cfg.URI.Address(), coap.Config{
-		Certificate: cfg.Certificate, Key: cfg.Key, ServerName: cfg.URI.ServerName(),
+		Certificate: cfg.Certificate, Key: cfg.Key, PSK: cfg.PSK, PSKIdentity: cfg.PSKIdentity, ServerName: cfg.URI.ServerName(),
 		Verify: func(peer []*x509.Certificate) error {
 			if cfg.Provisional {
 				return nil
@@ -150,6 +164,13 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 		BlockSize: cfg.BlockSize, HandshakeTimeout: cfg.HandshakeTimeout, FlightInterval: cfg.FlightInterval,
 	})
 	var handshake *coap.HandshakeError
+	if errors.As(err, &handshake) && cfg.PSK != nil && handshake.Alert != nil {
+		return nil, fmt.Errorf("%w: %w", err, est.ErrPSKRefused)
+	}
+	if errors.As(err, &handshake) && cfg.PSK != nil && handshake.Answered && errors.Is(err, coap.ErrTimeout) && ctx.Err() == nil {
+		// A server with another key cannot read ours, and DTLS loses what it cannot read.
+		return nil, est.Unreachable(fmt.Errorf("%w: %w", err, est.ErrPSKUnanswered))
+	}
 	if errors.As(err, &handshake) && handshake.Alert != nil {
 		return nil, fmt.Errorf("%w: %w", err, est.AlertMeaning(uint8(*handshake.Alert), handshake.CertificateSent, own, cfg.Now()))
 	}
@@ -193,7 +214,7 @@ func (s *Session) For(ctx context.Context, operation est.Operation, trust *est.T
 	defer s.mu.Unlock()
 	at, found := s.resources[operation]
 	if !found || authority(at.uri) == authority(s.uri) {
-		return s, nil
+		return nil, nil
 	}
 	other := s.others[authority(at.uri)]
 	if other != nil {
@@ -222,10 +243,10 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 	if s.cfg.Provisional {
 		return s.provisional(ctx, req)
 	}
-	if carrier, err := s.For(ctx, req.Operation, s.cfg.Trust); err != nil {
+	if other, err := s.For(ctx, req.Operation, s.cfg.Trust); err != nil {
 		return nil, err
-	} else if carrier != est.Session(s) {
-		return carrier.RoundTrip(ctx, req)
+	} else if other != nil {
+		return other.RoundTrip(ctx, req)
 	}
 	return s.exchange(ctx, req)
 }
@@ -328,13 +349,14 @@ func codeText(code coap.Code) string {
 	return fmt.Sprintf("%d.%02d %s", code>>5, code&0x1f, code)
 }
 
-// PeerChain implements est.Session.
+// PeerChain implements est.Session: none where a pre-shared key stands for both ends.
 func (s *Session) PeerChain() []*x509.Certificate { return s.conn.PeerCertificates() }
 
 // ChannelBinding implements est.Session: tls-unique (RFC 9148 §3).
 func (s *Session) ChannelBinding() ([]byte, error) { return s.conn.ChannelBinding() }
 
-// ClientAuthenticated implements est.ClientAuthenticator. A server that nobody has
+// ClientAuthenticated implements est.ClientAuthenticator. A pre-shared key authenticates
+// too. A server that nobody has
 // judged authenticates nobody.
 func (s *Session) ClientAuthenticated() bool {
 	return !s.cfg.Provisional && s.conn.ClientAuthenticated()

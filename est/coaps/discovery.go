@@ -43,7 +43,8 @@ var (
 // discover asks the server where its EST resources are (RFC 9148 §4.1, RFC 6690
 // §4.1): over this same, authenticated session, never in the clear on CoAP's own port,
 // where the answer could be anybody's. A link may name another host and port, whose
-// server is then one that For judges; a session that is provisional is led nowhere. What
+// server is then one that For judges; a session that is provisional, or by a
+// pre-shared key, which is for one server, is led nowhere. What
 // the server does not answer stays below the URI's root, which "every server supports",
 // with a warning. The error is one of the connection or of the context, with which the
 // session is of no use.
@@ -66,7 +67,7 @@ func (s *Session) discover(ctx context.Context) error {
 		fallBack(err)
 		return nil
 	}
-	offered, ignored := candidates(s.uri, links, !s.cfg.Provisional)
+	offered, ignored := candidates(s.uri, links, !s.cfg.Provisional && s.cfg.PSK == nil)
 	if len(ignored) > maxIgnored {
 		ignored = append(ignored[:maxIgnored], fmt.Sprintf("%d more", len(ignored)-maxIgnored))
 	}
@@ -125,7 +126,7 @@ func candidates(of est.URI, links []est.Link, anywhere bool) (candidates map[est
 		uri, err := resolve(of, link)
 		if other := authority(uri); err == nil && other != authority(of) && !slices.Contains(others, other) {
 			if others = append(others, other); !anywhere {
-				err = errors.New("another host or port, and nobody has judged this one")
+				err = errors.New("another host or port")
 			} else if len(others) > maxServers {
 				err = fmt.Errorf("more than %d other servers", maxServers)
 			}

@@ -263,12 +263,11 @@ func TestDiscoveryElsewhere(t *testing.T) {
 	if diff := cmp.Diff([]string{"POST /s 287", "POST /s 287", "POST /s 287"}, there.requests()); diff != "" {
 		t.Errorf("there (-want +got)\n%s", diff)
 	}
-	same, err := session.For(t.Context(), est.CACerts, w.trust)
-	if err != nil || same != est.Session(session) {
-		t.Errorf("cacerts: %v, %v", same, err)
+	if other, err := session.For(t.Context(), est.CACerts, w.trust); err != nil || other != nil {
+		t.Errorf("cacerts: %v, %v", other, err)
 	}
 	carrier, err := session.For(t.Context(), est.SimpleEnroll, w.trust)
-	if err != nil || carrier == est.Session(session) || !carrier.(est.ClientAuthenticator).ClientAuthenticated() || carrier.PeerChain()[0].Equal(session.PeerChain()[0]) {
+	if err != nil || carrier == nil || !carrier.(est.ClientAuthenticator).ClientAuthenticated() || carrier.PeerChain()[0].Equal(session.PeerChain()[0]) {
 		t.Errorf("simpleenroll: %v, %v", carrier, err)
 	}
 	if one, _ := session.ChannelBinding(); carrier != nil {
@@ -377,7 +376,7 @@ func TestDiscoveryProvisional(t *testing.T) {
 	if len(asked) > 0 {
 		t.Errorf("asked %s too", <-asked)
 	}
-	if len(warnings) != 1 || !strings.Contains(warnings[0], `"coaps://127.0.0.1:1/crts" (another host or port, and nobody has judged this one)`) {
+	if len(warnings) != 1 || !strings.Contains(warnings[0], `"coaps://127.0.0.1:1/crts" (another host or port)`) {
 		t.Errorf("warnings: %q", warnings)
 	}
 }
