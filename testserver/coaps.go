@@ -43,6 +43,12 @@ func (s *Server) listen(address string, key crypto.Signer) (door, error) {
 		// Clients that are killed, one after another, leave theirs behind for minutes.
 		MaxConnections: 4096,
 	}
+	if len(s.cfg.PSKs) > 0 {
+		cfg.PSKs = func(identity string) ([]byte, bool) {
+			key, known := s.cfg.PSKs[identity]
+			return slices.Clone(key), known
+		}
+	}
 	server, err := coap.Listen(address, cfg)
 	if err != nil {
 		return nil, err // and no door, not even one of nothing
@@ -81,11 +87,14 @@ func (s *Server) resource(ctx context.Context, req *coap.Request, linked bool) *
 	if req.Method != method {
 		return diagnostic(codes.MethodNotAllowed, string(operation)+" is "+method.String())
 	}
-	if len(req.Peer) == 0 {
+	var client *x509.Certificate // nil for a pre-shared key
+	if len(req.Peer) > 0 {
+		client = req.Peer[0]
+	}
+	if client == nil && (req.PSKIdentity == "" || operation == est.SimpleReenroll) {
 		return diagnostic(codes.Unauthorized, "a client certificate is needed")
 	}
-	client := req.Peer[0]
-	if faults := s.Faults(); faults.RefuseCode != "" && faults.refuses(client, s.ca.Load()) {
+	if faults := s.Faults(); client != nil && faults.RefuseCode != "" && faults.refuses(client, s.ca.Load()) {
 		code := codes.Unauthorized
 		if faults.RefuseCode == "4.03" {
 			code = codes.Forbidden
@@ -105,14 +114,14 @@ func (s *Server) resource(ctx context.Context, req *coap.Request, linked bool) *
 		return diagnostic(codes.UnsupportedMediaType, "the content-format is not 286")
 	}
 	if generates(operation) {
-		return s.keyed(ctx, req, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
+		return s.keyed(ctx, req, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding, req.PSKIdentity})
 	}
 	// Before anything is issued: an answer that cannot be given must not cost a
 	// certificate.
 	if s.accepted(req, s.answered(nil)) == 0 {
 		return notAcceptable()
 	}
-	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
+	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding, req.PSKIdentity})
 	if err != nil {
 		return refused(err)
 	}

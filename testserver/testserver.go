@@ -98,6 +98,10 @@ type Config struct {
 	// NoReplay issues anew for every request.
 	NoReplay bool
 
+	// PSKs are pre-shared keys by the identities of devices, which a CoAPs door takes in the
+	// place of a client certificate, for all but sren (RFC 7030 §3.3.3). Default: none.
+	PSKs map[string][]byte
+
 	// TLS12 has the HTTPS door speak TLS 1.2 only. Default: TLS 1.3 too.
 	TLS12 bool
 	// HTTPUser and HTTPPassword are what a CSR needs over HTTPS by HTTP Basic, with a
@@ -289,6 +293,9 @@ func (c *Config) complete() error {
 	}
 	if c.Raw && c.ListenLinked != "" {
 		return errors.New("raw and a second CoAPs door: a raw server has one")
+	}
+	if c.Raw && len(c.PSKs) > 0 {
+		return errors.New("raw and pre-shared keys: a raw server wants certificates")
 	}
 	if c.Raw && c.RequirePoP {
 		return errors.New("raw and required proof of possession: a raw server does not know what links a CSR to its session")
