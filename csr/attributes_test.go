@@ -224,6 +224,7 @@ func TestWantedContradictory(t *testing.T) {
 // Where there is a template of the request, the attributes beside it are for other
 // clients (RFC 9908 §4).
 func TestTemplateCountsAlone(t *testing.T) {
+	t.Attr("shows", "RFC 9908 §4 (1)")
 	got := want(t, csr.WantedKey{Family: "RSA", Size: "4096"}, csr.WantChallengePassword(), csr.RequestTemplate{Key: csr.WantedKey{Family: "EC", Size: "P-384"}})
 	if got.Key.String() != "EC P-384" || got.ChallengePassword {
 		t.Errorf("got %+v", got)
@@ -232,6 +233,7 @@ func TestTemplateCountsAlone(t *testing.T) {
 
 // What is unknown is ignored, whatever it looks like.
 func TestUnknownIgnored(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.5.2 (1)")
 	got := want(t, "2.25.340282366920938463463374607431768211455", "1.3.6.1.1.1.1.22", csr.Attribute{Type: list(t, "2.999.1")[0].Type, Values: [][]byte{{4, 1, 0}}},
 		csr.Attribute{Type: list(t, "2.999.2")[0].Type, Values: [][]byte{}})
 	if diff := cmp.Diff(csr.Wanted{}, got, cmp.AllowUnexported(csr.Wanted{})); diff != "" {

@@ -48,6 +48,9 @@ type Template struct {
 	// ChallengePassword links the request to the session that it is sent in (RFC 7030
 	// §3.5). Default: none.
 	ChallengePassword string
+	// Protection has a server encrypt the key that it makes for this request (§4.4.1).
+	// Default: it is sent in the clear.
+	Protection *KeyProtection
 }
 
 // ForReenrollment returns the template with the Subject and SAN of a
@@ -251,6 +254,17 @@ func (t Template) requestInfo(public crypto.PublicKey) ([]byte, error) {
 			return nil, fmt.Errorf("csr: challengePassword: %w", err)
 		}
 	}
+	if t.Protection != nil {
+		protection, err := t.Protection.attributes()
+		for _, attribute := range protection {
+			if err == nil {
+				attributes, err = appendAttribute(attributes, attribute)
+			}
+		}
+		if err != nil {
+			return nil, fmt.Errorf("csr: protection of the key: %w", err)
+		}
+	}
 	slices.SortFunc(attributes, bytes.Compare) // X.690 §11.6: a SET OF is in the order of its encodings
 	version := []byte{asn1.TagInteger, 1, 0}
 	set := wrapAs(asn1.ClassContextSpecific, 0, true, slices.Concat(attributes...))
@@ -265,16 +279,7 @@ func appendAttribute(attributes [][]byte, attribute Attribute) ([][]byte, error)
 // ChallengePassword returns the challengePassword of a request (RFC 2985 §5.4.1),
 // "" if it has none or one that is no text.
 func ChallengePassword(request *x509.CertificateRequest) string {
-	var info struct {
-		Version            int
-		Subject, PublicKey asn1.RawValue
-		Attributes         asn1.RawValue `asn1:"tag:0"`
-	}
-	if _, err := asn1.Unmarshal(request.RawTBSCertificateRequest, &info); err != nil {
-		return ""
-	}
-	attributes, _ := readAttributes(info.Attributes.Bytes)
-	for _, attribute := range attributes {
+	for _, attribute := range requestAttributes(request) {
 		if attribute.is(oidChallengePassword) && len(attribute.Values) == 1 {
 			var password string
 			if _, err := asn1.Unmarshal(attribute.Values[0], &password); err == nil {
@@ -283,4 +288,19 @@ func ChallengePassword(request *x509.CertificateRequest) string {
 		}
 	}
 	return ""
+}
+
+// requestAttributes reads the attributes of a request, which crypto/x509 has parsed
+// but for those that it does not know.
+func requestAttributes(request *x509.CertificateRequest) Attributes {
+	var info struct {
+		Version            int
+		Subject, PublicKey asn1.RawValue
+		Attributes         asn1.RawValue `asn1:"tag:0"`
+	}
+	if _, err := asn1.Unmarshal(request.RawTBSCertificateRequest, &info); err != nil {
+		return nil
+	}
+	attributes, _ := readAttributes(info.Attributes.Bytes)
+	return attributes
 }

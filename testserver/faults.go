@@ -194,8 +194,8 @@ func (f *Faults) set(name, value string, hasValue bool) error {
 		f.Delay, err = time.ParseDuration(value)
 	case "defer":
 		count, option, hasOption := strings.Cut(value, ",")
-		if f.Defer, err = strconv.Atoi(count); err == nil && f.Defer < 1 {
-			err = errors.New("the number is less than 1")
+		if f.Defer, err = strconv.Atoi(count); err != nil || f.Defer < 1 {
+			err = errors.New("want a number from 1 on")
 		}
 		if err != nil || !hasOption {
 			return err

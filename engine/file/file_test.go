@@ -35,6 +35,9 @@ var none = map[string][]string{
 		"more than one match is an error, never a guess", "the removal of a leaf is no guess among different ones",
 		"a chain certificate of another program is shared by value and left alone",
 	},
+	"of a file nobody knows what its key is for, and no secret key is in one": {
+		"a key for signing decrypts nothing", "a secret key unwraps into the token, where it stays",
+	},
 	"it parses other keys, and refuses them": {"a key of a kind that the driver does not have disturbs nothing"},
 	"there is no PIN": {
 		"a PIN that failed is never tried again", "a PIN refused in an earlier run is not tried until its source changes",
@@ -90,6 +93,10 @@ func newToken(t *testing.T) enginetest.Token {
 			}
 			return exec.Command("openssl", "pkey", "-in", path, "-pubout", "-outform", "DER").Output()
 		},
+		GenerateDecryption: func(label, id string, _ bool) error {
+			_, err := exec.Command("openssl", "genrsa", "-out", filepath.Join(dir, label+"~"+id+".key"), "2048").Output()
+			return err
+		},
 		WriteCertificate: func(der []byte, label, id string) error {
 			return write(label+"~"+id+".crt", &pem.Block{Type: "CERTIFICATE", Bytes: der})
 		},
@@ -131,6 +138,7 @@ func TestParseAddress(t *testing.T) {
 	for _, text := range []string{
 		"", "file:", "file", "file:relative", "file:/a/../b", "file:/a/", "file:/a\n", "pkcs11:object=a", "file:object=", "file:object=a;object=b", "file:object=a/b",
 		"file:object=a~0b", "file:object=../a", "file:object=.a", "file:id=0", "file:id=0A", "file:id=xx", "file:type=data", "file:label=a", "file:object=a;", "file:id=" + strings.Repeat("00", 33),
+		"file:object=" + strings.Repeat("a", 101),
 	} {
 		if at, err := file.ParseAddress(text); err == nil || !strings.HasPrefix(err.Error(), "file address: ") {
 			t.Errorf("%q: got %v, %v", text, at, err)
@@ -204,6 +212,9 @@ func TestFiles(t *testing.T) {
 	public, err := e.GenerateKey(t.Context(), made, engine.KeySpec{})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if _, err := e.DecryptionKey(t.Context(), made); !errors.Is(err, engine.ErrUnsupported) {
+		t.Errorf("an EC key for decryption: got %v", err)
 	}
 	attributes, err := e.KeyAttributes(t.Context(), made)
 	if err != nil || *attributes.Sensitive || !*attributes.Extractable {

@@ -14,6 +14,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -57,6 +58,8 @@ func TestOneConnection(t *testing.T) {
 // A request is strict: the server may be of any make.
 func TestRequest(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 8951 §3 (1)")
+	t.Attr("shows", "RFC 7030 §4.2.1 (1)")
 	csr := bytes.Repeat([]byte{0x30, 0x82, 0xff}, 60)
 	got := make(chan *http.Request, 1)
 	body := make(chan []byte, 1)
@@ -102,6 +105,14 @@ func TestRequest(t *testing.T) {
 // the session's trust anchors and clock alone.
 func TestServerRefused(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.3 (1)")
+	t.Attr("shows", "RFC 7030 §3.3.1 (1)")
+	t.Attr("shows", "RFC 7030 §3.6 (1)")
+	t.Attr("shows", "RFC 7030 §4.1.2 (2)")
+	t.Attr("shows", "RFC 7030 §4.2 (1)")
+	t.Attr("shows", "RFC 7030 §4.2 (2)")
+	t.Attr("shows", "RFC 7030 §4.4 (1)")
+	t.Attr("shows", "RFC 7030 §3.1 (4)")
 	other := newParty(t, nil, "ca", func(c *x509.Certificate) { c.IsCA, c.KeyUsage = true, x509.KeyUsageCertSign })
 	for name, c := range map[string]struct {
 		shown func(t *testing.T, w *world) *party
@@ -194,6 +205,43 @@ func TestNotAsked(t *testing.T) {
 	}
 }
 
+// A client without a certificate has a password, which is for a server that lets it
+// speak; one that wants a certificate says so in the handshake, or after it.
+func TestWithoutCertificate(t *testing.T) {
+	t.Parallel()
+	bare := func(c *https.Config) {
+		c.Certificate, c.Key = nil, nil
+		c.User, c.Password = "dev-17", func() ([]byte, error) { return []byte("open sesame"), nil }
+	}
+	for name, change := range map[string]func(*tls.Config){"TLS 1.2": tls12, "TLS 1.3": func(*tls.Config) {}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, mode := range []tls.ClientAuthType{tls.NoClientCert, tls.RequestClientCert} {
+				w := newWorld(t, func(c *tls.Config) { change(c); c.ClientAuth = mode }, func(rw http.ResponseWriter, r *http.Request) {
+					if user, password, _ := r.BasicAuth(); user != "dev-17" || password != "open sesame" || len(r.TLS.PeerCertificates) > 0 {
+						rw.WriteHeader(http.StatusUnauthorized)
+					}
+				})
+				session := w.dial(t, bare)
+				if _, err := ask(t, session, est.SimpleEnroll, []byte("csr")); err != nil || session.ClientAuthenticated() || w.requests.Load() != 2 {
+					t.Errorf("%s: %v after %d requests, authenticated %t", mode, err, w.requests.Load(), session.ClientAuthenticated())
+				}
+			}
+			w := newWorld(t, change, func(http.ResponseWriter, *http.Request) {})
+			cfg := w.config()
+			bare(&cfg)
+			session, err := https.Dial(t.Context(), cfg)
+			if err == nil {
+				defer session.Close()
+				_, err = ask(t, session, est.SimpleEnroll, []byte("csr"))
+			}
+			if !errors.Is(err, est.ErrCertificateWanted) || w.requests.Load() != 0 {
+				t.Errorf("a server that wants a certificate: %v after %d requests", err, w.requests.Load())
+			}
+		})
+	}
+}
+
 // brokenSigner is a key that the HSM cannot use.
 type brokenSigner struct{ crypto.Signer }
 
@@ -263,6 +311,8 @@ func closedPort(t *testing.T) uint16 {
 // What is no TLS server: one that says nothing, hangs up, or speaks another protocol.
 func TestNotTLS(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.3 (3)")
+	t.Attr("shows", "RFC 7030 §3.2.3 (1)")
 	for name, c := range map[string]struct {
 		speak func(net.Conn)
 		want  error
@@ -298,6 +348,33 @@ func TestNotTLS(t *testing.T) {
 				t.Errorf("got %v, want %v", err, c.want)
 			}
 		})
+	}
+}
+
+// No cipher suite is offered that does without secrecy or authentication, or with DES or
+// what was for export.
+func TestCipherSuites(t *testing.T) {
+	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.2.3 (2)")
+	t.Attr("shows", "RFC 7030 §4.4 (2)")
+	t.Attr("shows", "RFC 7030 §6 (1)")
+	offered := make(chan []uint16, 1)
+	w := newWorld(t, func(c *tls.Config) {
+		c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			offered <- hello.CipherSuites
+			return nil, nil
+		}
+	}, func(http.ResponseWriter, *http.Request) {})
+	w.dial(t, nil)
+	suites := <-offered
+	if len(suites) == 0 {
+		t.Error("none is offered")
+	}
+	for _, suite := range suites {
+		name := tls.CipherSuiteName(suite)
+		if !strings.Contains(name, "_AES_") && !strings.Contains(name, "_CHACHA20_") || strings.Contains(name, "_anon_") {
+			t.Errorf("%s is offered", name)
+		}
 	}
 }
 
@@ -464,6 +541,9 @@ func TestAcceptsKey(t *testing.T) {
 // request leaves on it, and it proves nothing.
 func TestProvisional(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.2.3 (4)")
+	t.Attr("shows", "RFC 7030 §4.1.1 (2)")
+	t.Attr("shows", "RFC 7030 §4.1.1 (3)")
 	answer := http.StatusOK
 	w := newWorld(t, nil, func(rw http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Authorization") != "" {
