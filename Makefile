@@ -86,8 +86,9 @@ fleet:
 years: deps
 	$(GO) test -timeout 30m -count 1 -run '^TestYears' -v . -args -years.n 3 -years.seed 0 $(YEARS)
 
-# What an enrolment costs beside what it cannot do without: each figure beside its
-# target. "make figures" also writes them to testdata/figures.json and README.md.
+# What an enrolment costs beside what it cannot do without, and beside estclient and
+# estserver of globalsign/est: each figure beside its target. "make figures" also writes
+# them to testdata/figures.json and README.md.
 bench: deps
 	$(GO) test -timeout 15m -count 1 -run '^TestBench$$' -v ./cmd/est-enroll -args -bench.n 61 -bench.objects 10000 $(BENCH)
 

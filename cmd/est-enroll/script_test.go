@@ -91,13 +91,15 @@ var programs = sync.OnceValues(func() (string, error) {
 })
 
 // estserver builds that of globalsign/est once.
-var estserver = sync.OnceValues(func() (string, error) {
+var estserver = sync.OnceValues(func() (string, error) { return globalsignProgram(globalsigntest.Server) })
+
+func globalsignProgram(name string) (string, error) {
 	dir, err := programs()
 	if err != nil {
 		return "", err
 	}
-	return globalsigntest.Build(dir, globalsigntest.Server)
-})
+	return globalsigntest.Build(dir, name)
+}
 
 func builtPrograms(t *testing.T) string {
 	t.Helper()
@@ -238,6 +240,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"stopserver":    plain(func(*testscript.TestScript, []string) error { return s.stopServer() }),
 		"fault":         plain(s.setFaults),
 		"issued":        plain(s.checkIssued),
+		"imported":      plain(s.checkImported),
 		"same-csr":      plain(sameCSR),
 		"spy":           plain(func(ts *testscript.TestScript, _ []string) error { return s.through(ts, []string{"spy"}) }),
 		"through":       plain(s.through),
