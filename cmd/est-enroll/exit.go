@@ -87,6 +87,8 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitToken, "check that pin-source names a file that this user can read, and lock-dir a directory that it can write to"}
 	case errors.As(err, &engineErr):
 		return judgement{exitToken, "look at the token: pkcs11-tool --module MODULE --list-token-slots"}
+	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts && strings.HasPrefix(status.Server, est.SchemeHTTPS+":"):
+		return judgement{exitRefused, "EST is not at that path: check label and the path in server"}
 	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts:
 		return judgement{exitRefused, "EST is not at that path: check label and the path in server; --discovery on asks the server where it is"}
 	case errors.As(err, &response) && response.Operation == est.CSRAttrs:
