@@ -121,10 +121,18 @@ func (c *Credential) show(ctx context.Context, p *pair) (verdict, error) {
 			return struct{}{}, err
 		}
 		defer c.closeSession(session)
-		if asked, ok := session.(est.ClientAuthenticator); !ok || !asked.ClientAuthenticated() {
+		trust, err := c.judges(p)
+		if err != nil {
+			return struct{}{}, err
+		}
+		carrier, err := carrying(ctx, session, est.CACerts, trust)
+		if err != nil {
+			return struct{}{}, err
+		}
+		if asked, ok := carrier.(est.ClientAuthenticator); !ok || !asked.ClientAuthenticated() {
 			return struct{}{}, errors.New("the server did not ask for our certificate: its answer proves nothing")
 		}
-		_, err = session.RoundTrip(ctx, &est.Request{Operation: est.CACerts})
+		_, err = carrier.RoundTrip(ctx, &est.Request{Operation: est.CACerts})
 		return struct{}{}, err
 	})
 	var status *est.StatusError
