@@ -238,7 +238,7 @@ func (s *Session) For(ctx context.Context, operation est.Operation, trust *est.T
 // judged by the anchors of this one.
 func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Response, error) {
 	if req.Operation.ShortPath() == "" {
-		return nil, fmt.Errorf("%s over CoAPs: unknown operation", req.Operation)
+		return nil, fmt.Errorf("%s over CoAPs: %w", req.Operation, errors.ErrUnsupported)
 	}
 	if s.cfg.Provisional {
 		return s.provisional(ctx, req)
