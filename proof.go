@@ -64,7 +64,7 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 	cause := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrRefused, why)}
 	if err != nil {
 		unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; then %w", ErrUnproven, why, err)}
-		if !errors.Is(err, engine.ErrNotFound) || op.Kind == KindEnroll || c.cfg.NoFallback || c.withoutIDevID() {
+		if !errors.Is(err, engine.ErrNotFound) || op.Kind == KindEnroll || c.cfg.NoFallback {
 			return unproven
 		}
 		return c.fallBack(ctx, cause, unproven) // the token has lost the old one: nobody accepts it
@@ -83,7 +83,7 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 		return c.discard(ctx, cause)
 	}
 	unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; %s is %s too: %w", ErrUnproven, why, c.showing(old), verdictOnOld, whyOld)}
-	if verdictOnOld == undecided || op.Kind == KindEnroll || c.cfg.NoFallback || c.withoutIDevID() {
+	if verdictOnOld == undecided || op.Kind == KindEnroll || c.cfg.NoFallback {
 		return unproven
 	}
 	return c.fallBack(ctx, cause, unproven)
