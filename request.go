@@ -338,6 +338,10 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 	if err != nil {
 		return nil, err
 	}
+	// The server may have taken its time, and a certificate can begin when it is issued.
+	if now, err = c.verificationTime(); err != nil {
+		return nil, err
+	}
 	public, err := c.keyOfAnswer(session, request, auth.public(), made)
 	if err != nil {
 		return nil, err
