@@ -12,9 +12,10 @@ import (
 	"estenroll/lwm2m"
 )
 
-// pair is a credential in use: an opened key and its chain.
+// pair is a credential in use: an opened key and its chain. Without an IDevID that of
+// a first boot has neither.
 type pair struct {
-	name        string // for messages: "IDevID", "new", "current"
+	name        string // for messages: "IDevID", "new", "current", "" without an IDevID
 	key         engine.Address
 	certificate engine.Address // of the leaf
 	signer      crypto.Signer
@@ -27,6 +28,30 @@ func (p *pair) connection() Connection {
 		raw[i] = cert.Raw
 	}
 	return Connection{Certificate: raw, Key: p.signer}
+}
+
+// leaf is the certificate itself, nil where there is none.
+func (p *pair) leaf() *x509.Certificate {
+	if len(p.chain) == 0 {
+		return nil
+	}
+	return p.chain[0]
+}
+
+// public is the key, nil where there is none.
+func (p *pair) public() crypto.PublicKey {
+	if p.signer == nil {
+		return nil
+	}
+	return p.signer.Public()
+}
+
+// String is what a server answers.
+func (p *pair) String() string {
+	if len(p.chain) == 0 {
+		return "a client without a certificate"
+	}
+	return "the " + p.name + " certificate"
 }
 
 // publicKey is what every public key of the standard library offers.
@@ -57,6 +82,9 @@ func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
 		return c.idevid, nil
 	}
 	at := c.cfg.IDevID
+	if c.withoutIDevID() {
+		return new(pair), nil
+	}
 	signer, err := c.signer(ctx, at.Key)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrIDevID)
@@ -72,6 +100,17 @@ func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
 	return c.idevid, nil
 }
 
+// withoutIDevID reports a device whose password is its first credential.
+func (c *Credential) withoutIDevID() bool { return c.cfg.IDevID.Certificate == nil }
+
+// bootstrap names what authenticates an enrolment.
+func (c *Credential) bootstrap() string {
+	if c.withoutIDevID() {
+		return "the password"
+	}
+	return "the IDevID"
+}
+
 func (c *Credential) isIDevID(cert engine.Address) bool {
 	return cert == c.cfg.IDevID.Certificate || c.formerIDevID != nil && cert == c.formerIDevID
 }
@@ -82,7 +121,7 @@ func (c *Credential) isIDevID(cert engine.Address) bool {
 func (c *Credential) recognizeIDevID(ctx context.Context) error {
 	instance, _ := c.instance()
 	at, ok := instance.ClientCertificate.Engine()
-	if !ok || c.forgotten || c.isIDevID(at) || c.isOurs(at) {
+	if !ok || c.forgotten || c.withoutIDevID() || c.isIDevID(at) || c.isOurs(at) {
 		return nil
 	}
 	referred, err := c.foreignCertificate(ctx, at)
@@ -199,11 +238,21 @@ func (d *shared) saveSecurity(next *lwm2m.SecurityObject) error {
 // checkSecurity judges the Security object as the commit will make it, before
 // anything is created or asked that a wrong setting would waste.
 func (c *Credential) checkSecurity() error {
-	if err := c.securityWith(c.security, c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil).Validate(); err != nil {
+	at := c.cfg.IDevID
+	if c.withoutIDevID() {
+		at = IDevID{Key: nowhere{}, Certificate: nowhere{}} // a pair that is yet to be made
+	}
+	if err := c.securityWith(c.security, at.Key, at.Certificate, nil).Validate(); err != nil {
 		return fmt.Errorf("check Security object: %w", err)
 	}
 	return nil
 }
+
+// nowhere is the address of what there is not.
+type nowhere struct{}
+
+func (nowhere) String() string { return "nowhere" }
+func (nowhere) Scheme() string { return "nowhere" }
 
 // securityWith returns a Security object with our instance pointing at a pair. One
 // that the configuration had before points at a pair that will be retired: it goes.
@@ -248,7 +297,7 @@ func (c *Credential) prepare(ctx context.Context) (*pair, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, exists := c.security.Instance(c.cfg.Security.Instance); exists {
+	if _, exists := c.security.Instance(c.cfg.Security.Instance); exists || c.withoutIDevID() {
 		return idevid, nil
 	}
 	return idevid, c.pointSecurityAt(c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil)
@@ -284,7 +333,7 @@ func (c *Credential) restored(ctx context.Context) (*lwm2m.SecurityObject, error
 		}
 		return c.securityWith(c.security, kept.Key.Address, kept.Certificates[0].Address, nil), nil
 	}
-	if _, err := c.openIDevID(ctx); err != nil {
+	if _, err := c.openIDevID(ctx); err != nil || c.withoutIDevID() {
 		return nil, err
 	}
 	return c.securityWith(c.security, c.cfg.IDevID.Key, c.cfg.IDevID.Certificate, nil), nil

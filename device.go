@@ -49,7 +49,10 @@ const (
 	lockName     = "lock"
 )
 
-// IDevID is the factory credential (IEEE 802.1AR), by its engine addresses.
+// IDevID is the factory credential (IEEE 802.1AR), by its engine addresses. The zero
+// value is none: what Dial brings with it, a password, is the device's first credential
+// then, and its last resort. It authenticates an enrolment and is nothing that the
+// Security object could point at: before the first boot has ended that has no instance.
 type IDevID struct {
 	Key         engine.Address
 	Certificate engine.Address
@@ -74,7 +77,7 @@ type Security struct {
 
 // Connection is what a session with the EST server needs of us.
 type Connection struct {
-	Certificate [][]byte // DER, leaf first
+	Certificate [][]byte // DER, leaf first; none, and no Key, of a device without an IDevID
 	Key         crypto.Signer
 	// Trust judges the server: the Implicit TA at first, the Explicit TA after.
 	Trust *est.TrustAnchors
@@ -160,7 +163,7 @@ type CredentialConfig struct {
 	// sensitive, or of which the token does not say so.
 	AllowExtractable bool
 	// Request is the Subject and the SANs of the first CSR, and the usages and the PSS
-	// of each. An empty Subject means the IDevID's.
+	// of each. An empty Subject means the IDevID's, if there is one.
 	Request csr.Template
 	// IgnoreAttributes asks no server what it wants of a CSR (CSR attributes). Default:
 	// it is asked once for each operation, and what it says stands before KeySpec and
@@ -254,13 +257,15 @@ func (c *Credential) ServerURI() string { return c.cfg.ServerURI }
 // has no more keeps what it has in the token: it can be looked at and reset.
 func (c *Credential) Configured() bool { return !c.forgotten }
 
-// credentialName holds for a label in a token and for a file's name.
-var credentialName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+// credentialName, up to maxName, holds for a label in a token and for a file's name.
+var credentialName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
+
+const maxName = 64
 
 // CheckName says what is wrong with the name of a credential: it labels objects
 // in tokens and names files. The name is not repeated.
 func CheckName(name string) error {
-	if !credentialName.MatchString(name) {
+	if len(name) > maxName || !credentialName.MatchString(name) {
 		return errors.New("want a name of 1 to 64 letters, digits, dots, dashes and underscores that begins with a letter or a digit")
 	}
 	return nil

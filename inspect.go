@@ -229,16 +229,17 @@ func (ci *CredentialInspection) Pending() *PendingError {
 	return nil
 }
 
-// IDevID opens the factory credential and returns its certificate. ErrIDevID.
+// IDevID opens the factory credential and returns its certificate, nil for a device
+// without one. ErrIDevID.
 func (ci *CredentialInspection) IDevID(ctx context.Context) (*x509.Certificate, error) {
 	idevid, err := ci.c.openIDevID(ctx)
-	if err == nil {
+	if err == nil && !ci.c.withoutIDevID() {
 		err = signs(idevid)
 	}
 	if err != nil {
 		return nil, err
 	}
-	return idevid.chain[0], nil
+	return idevid.leaf(), nil
 }
 
 // signs has the key of a pair make a signature.
@@ -311,7 +312,7 @@ func (ci *CredentialInspection) Enrolled(ctx context.Context) (*Enrolled, error)
 
 // Contact is how far an inspection came with the EST server.
 type Contact struct {
-	// As is the pair that it showed: the current one, or the IDevID.
+	// As is what it showed: "the current certificate", or the IDevID's, or none.
 	As string
 	// Connected says that the handshake was completed, and Server is what the server
 	// showed in it.
@@ -327,7 +328,7 @@ func (ci *CredentialInspection) Contact(ctx context.Context) (*Contact, error) {
 	if err != nil {
 		return new(Contact), err
 	}
-	contact := &Contact{As: auth.name}
+	contact := &Contact{As: auth.String()}
 	defer ci.c.asksAnew()()
 	session, err := ci.c.dial(ctx, auth)
 	if err != nil {
@@ -335,10 +336,10 @@ func (ci *CredentialInspection) Contact(ctx context.Context) (*Contact, error) {
 	}
 	defer ci.c.closeSession(session)
 	contact.Connected, contact.Server = true, session.PeerChain()[0]
-	if asked, ok := session.(est.ClientAuthenticator); !ok || !asked.ClientAuthenticated() {
+	if asked, ok := session.(est.ClientAuthenticator); auth.leaf() != nil && (!ok || !asked.ClientAuthenticated()) {
 		return contact, errors.New("the server did not ask for our certificate")
 	}
-	_, _, err = ci.c.meet(ctx, session, auth, auth.signer.Public())
+	_, _, err = ci.c.meet(ctx, session, auth, auth.public())
 	return contact, err
 }
 

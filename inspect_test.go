@@ -37,7 +37,7 @@ func TestInspect(t *testing.T) {
 	if _, err := c.Enrolled(t.Context()); !errors.Is(err, estenroll.ErrNotEnrolled) {
 		t.Errorf("before the first boot: %v", err)
 	}
-	if contact, err := c.Contact(t.Context()); err != nil || contact.As != "IDevID" || !contact.Connected {
+	if contact, err := c.Contact(t.Context()); err != nil || contact.As != "the IDevID certificate" || !contact.Connected {
 		t.Errorf("before the first boot: %+v, %v", contact, err)
 	}
 	if err := i.Close(); err != nil {
@@ -59,7 +59,7 @@ func TestInspect(t *testing.T) {
 	if e, err := c.Enrolled(t.Context()); err != nil || e.Chained != nil || e.Pointed != nil || e.Existing {
 		t.Errorf("enrolled: %+v, %v", e, err)
 	}
-	if contact, err := c.Contact(t.Context()); err != nil || contact.As != "current" {
+	if contact, err := c.Contact(t.Context()); err != nil || contact.As != "the current certificate" {
 		t.Errorf("enrolled: %+v, %v", contact, err)
 	}
 	if waits := c.Pending(); waits == nil || !waits.NotBefore.Equal(pending.NotBefore) {

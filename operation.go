@@ -219,7 +219,7 @@ func (c *Credential) usable(ctx context.Context) (*Result, error) {
 	}
 	p, err := c.openCredential(ctx, kept)
 	if errors.Is(err, engine.ErrNotFound) {
-		c.warn("the enrolled credential is not in the token any more (%v): enrolling again with the IDevID", err)
+		c.warn("the enrolled credential is not in the token any more (%v): enrolling again with %s", err, c.bootstrap())
 		return nil, nil
 	}
 	if err != nil {
@@ -234,7 +234,7 @@ func (c *Credential) usable(ctx context.Context) (*Result, error) {
 	}
 	if leaf := p.chain[0]; now.After(leaf.NotAfter) {
 		// A clock that has jumped forward is seen by a person alone.
-		c.warn("the enrolled certificate expired at %s, and it is %s now: enrolling again with the IDevID", stamp(leaf.NotAfter), stamp(now))
+		c.warn("the enrolled certificate expired at %s, and it is %s now: enrolling again with %s", stamp(leaf.NotAfter), stamp(now), c.bootstrap())
 		return nil, nil
 	}
 	return &Result{Certificate: p.chain[0], CertificateAddress: kept.Certificates[0].Address, Key: kept.Key.Address}, nil

@@ -64,10 +64,15 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 	cause := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrRefused, why)}
 	if err != nil {
 		unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; then %w", ErrUnproven, why, err)}
-		if !errors.Is(err, engine.ErrNotFound) || op.Kind == KindEnroll || c.cfg.NoFallback {
+		if !errors.Is(err, engine.ErrNotFound) || op.Kind == KindEnroll || c.cfg.NoFallback || c.withoutIDevID() {
 			return unproven
 		}
 		return c.fallBack(ctx, cause, unproven) // the token has lost the old one: nobody accepts it
+	}
+	if old.leaf() == nil {
+		// There is no other pair to be accepted: until it expires, or the operator
+		// cancels, this one may be.
+		return &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrUnproven, why)}
 	}
 	verdictOnOld, whyOld := c.show(ctx, old)
 	if ctx.Err() != nil {
@@ -78,7 +83,7 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 		return c.discard(ctx, cause)
 	}
 	unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; the %s certificate is %s too: %w", ErrUnproven, why, old.name, verdictOnOld, whyOld)}
-	if verdictOnOld == undecided || op.Kind == KindEnroll || c.cfg.NoFallback {
+	if verdictOnOld == undecided || op.Kind == KindEnroll || c.cfg.NoFallback || c.withoutIDevID() {
 		return unproven
 	}
 	return c.fallBack(ctx, cause, unproven)

@@ -227,11 +227,13 @@ func (c *Credential) lastAttempt(now time.Time) time.Time {
 }
 
 // identity is what the jitter of the device is made of: the factory certificate,
-// which no renewal changes and no other device has. Where that cannot be read, the
+// which no renewal changes and no other device has. Where there is none that can be read, the
 // issuer and the Subject of the current one: a renewal does not depend on it.
 func (c *Credential) identity(ctx context.Context, leaf *x509.Certificate) []byte {
-	if idevid, err := c.certificate(ctx, c.cfg.IDevID.Certificate); err == nil {
-		return idevid.Raw
+	if !c.withoutIDevID() {
+		if idevid, err := c.certificate(ctx, c.cfg.IDevID.Certificate); err == nil {
+			return idevid.Raw
+		}
 	}
 	return slices.Concat(leaf.RawIssuer, leaf.RawSubject)
 }

@@ -115,7 +115,7 @@ func (c *Credential) askAnew(auth *pair) (err error) {
 	c.warn("the %s was begun with %s: %s is asked, with the same CSR", op.Kind, op.Server, c.cfg.ServerURI)
 	op.Server = c.cfg.ServerURI
 	op.forgetAnswer()
-	op.Deadline, err = c.deadline(op.Kind, auth.chain[0])
+	op.Deadline, err = c.deadline(op.Kind, auth.leaf())
 	return err
 }
 
@@ -136,7 +136,7 @@ func (c *Credential) stillPending(ctx context.Context, auth *pair) (err error) {
 		// The clock was known to be behind then and was set since: between the two
 		// lie decades that nobody waited.
 		op.StartedAt = now
-		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+		if op.Deadline, err = c.deadline(op.Kind, auth.leaf()); err != nil {
 			return err
 		}
 	}
@@ -198,7 +198,7 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Sessi
 	if !asked {
 		// Another question: what the server said of the old one does not hold for it.
 		op.forgetAnswer()
-		if op.Deadline, err = c.deadline(op.Kind, auth.chain[0]); err != nil {
+		if op.Deadline, err = c.deadline(op.Kind, auth.leaf()); err != nil {
 			return err
 		}
 	}
@@ -233,7 +233,11 @@ func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Tem
 		template.RawSubject, template.SANs, template.RawSAN = old.RawSubject, nil, old.RawSAN
 		wanted = wanted.WithoutNames()
 	}
-	template, outcome, err := wanted.Apply(template, auth.chain[0].RawSubject)
+	var own []byte
+	if leaf := auth.leaf(); leaf != nil {
+		own = leaf.RawSubject
+	}
+	template, outcome, err := wanted.Apply(template, own)
 	if err != nil {
 		return template, err
 	}
@@ -247,7 +251,7 @@ func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Tem
 		c.sayOnce(StepRequest, "the server wants what this device does not have or know, and the CSR is without: %s", shown(what))
 	}
 	if len(template.RawSubject) == 0 {
-		template.RawSubject = auth.chain[0].RawSubject
+		template.RawSubject = own
 	}
 	return template, nil
 }
@@ -566,6 +570,7 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	if op.ExplicitTA, err = c.saveExplicitTA(got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
+	c.explicitTA, c.explicitName = got.anchors, op.ExplicitTA
 	if got.asked {
 		c.journal.CACertsAt = c.cfg.Now()
 	}

@@ -192,7 +192,10 @@ func (c *Credential) resetSecurity(ctx context.Context) error {
 		}
 		next.Set(id, instance)
 	}
-	if configured {
+	switch {
+	case configured && c.withoutIDevID():
+		next.Delete(c.cfg.Security.Instance)
+	case configured:
 		if _, err := c.openIDevID(ctx); err != nil {
 			return err
 		}

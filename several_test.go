@@ -93,6 +93,7 @@ func TestCredentialsRefused(t *testing.T) {
 		"none":          {nil, "0 credentials"},
 		"no name":       {[]string{""}, "want a name"},
 		"a path":        {[]string{"../device"}, "want a name"},
+		"too long":      {[]string{strings.Repeat("m", 65)}, "want a name"},
 		"one name":      {[]string{"mqtt", "mqtt"}, "one name"},
 		"but for case":  {[]string{"mqtt", "MQTT"}, "one name"},
 		"one instance":  {[]string{"mqtt", "lwm2m"}, "both have security instance 0"},

@@ -50,6 +50,9 @@ var (
 	ErrUnlinked = errors.New("the connection that the request is linked to is gone")
 	// ErrCredentialRefused says that the server refused our certificate.
 	ErrCredentialRefused = errors.New("the server refuses our certificate")
+	// ErrCertificateWanted says that the server asks for a certificate, and there is none
+	// to show.
+	ErrCertificateWanted = errors.New("the server wants a certificate, and there is none")
 	// ErrPasswordWanted says that the server asks for a user and a password
 	// (RFC 7030 §3.2.3), and there is none to give.
 	ErrPasswordWanted = errors.New("the server asks for a user and a password")

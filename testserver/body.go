@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/plgd-dev/go-coap/v3/message/codes"
+
 	"estenroll/est"
 	"estenroll/internal/coap"
 )
@@ -56,7 +58,7 @@ func (s *Server) shape(kind string, resp *coap.Response, certs []*x509.Certifica
 	case "pkix-trailing":
 		resp.Body, resp.ContentFormat = append(slices.Clone(leaf), trailing...), new(uint16(est.ContentFormatPKIXCert))
 	case "wrong-format":
-		resp.ContentFormat = new(uint16(50)) // application/json (RFC 7252 §12.3)
+		resp.ContentFormat = new(uint16(formatJSON))
 	case "no-format":
 		resp.ContentFormat = nil
 	case "swapped-format":
@@ -68,6 +70,9 @@ func (s *Server) shape(kind string, resp *coap.Response, certs []*x509.Certifica
 }
 
 var trailing = []byte{asn1.TagNull, 0}
+
+// formatJSON is application/json (RFC 7252 §12.3), which is no format of EST.
+const formatJSON = 50
 
 // changeCertificate takes the signature off a certificate, or puts a NULL after
 // it, with lengths that fit.
@@ -99,6 +104,79 @@ func (s *Server) crts() []*x509.Certificate {
 		return []*x509.Certificate{s.ca.Load().leaf}
 	}
 	return s.ca.Load().caCerts()
+}
+
+// The faults of an answer of att and csrattrs.
+var attributesFaults = map[string]string{
+	"malformed":    "a text, and no DER",
+	"truncated":    "the first half of the list",
+	"trailing":     "the list and bytes after its end",
+	"nothing":      "no byte",
+	"wrong-format": "content-format 50",
+}
+
+// attributes is the answer of att and csrattrs.
+func (s *Server) attributes() *coap.Response {
+	resp := &coap.Response{Code: codes.Content, ContentFormat: new(uint16(est.ContentFormatCSRAttrs)), Body: s.cfg.CSRAttributes}
+	switch s.Faults().CSRAttrs {
+	case "malformed":
+		resp.Body = []byte("whatever you like")
+	case "truncated":
+		resp.Body = resp.Body[:len(resp.Body)/2]
+	case "trailing":
+		resp.Body = append(slices.Clone(resp.Body), trailing...)
+	case "nothing":
+		resp.Body = nil
+	case "wrong-format":
+		resp.ContentFormat = new(uint16(formatJSON))
+	}
+	return resp
+}
+
+// noMultipart is a fault of an answer with a key that a door has to know.
+const noMultipart = "no-multipart"
+
+// The faults of an answer with a key.
+var serverKeyFaults = map[string]string{
+	"reversed":       "the certificate before the key, which a client has to take (RFC 9148 §4.8)",
+	"no-key":         "the certificate alone, in a multipart",
+	"no-certificate": "the key alone, in a multipart",
+	noMultipart:      "the certificate alone, as that of sen",
+	"two-keys":       "the key twice",
+	"key-truncated":  "the first half of the key",
+	"key-trailing":   "the key and bytes after its end",
+	"key-format":     "the key as content-format 50",
+}
+
+// serverKey is the answer of skg, skc and serverkeygen (RFC 9148 §4.8, RFC 7030 §4.4.2):
+// "[284, key, 281, PKCS#7]", or the certificate as it is in the place of the latter.
+func (s *Server) serverKey(operation est.Operation, made issued) ([]est.Part, error) {
+	key := est.Part{ContentFormat: est.ContentFormatPKCS8, Body: made.pkcs8}
+	certificate := est.Part{ContentFormat: est.ContentFormatPKIXCert, Body: made.cert.Raw}
+	if operation == est.ServerKeyGen {
+		body, err := est.MarshalCertsOnly(s.answered(made.cert))
+		if err != nil {
+			return nil, err
+		}
+		certificate = est.Part{ContentFormat: est.ContentFormatPKCS7CertsOnly, Body: body}
+	}
+	switch s.Faults().ServerKey {
+	case "reversed":
+		return []est.Part{certificate, key}, nil
+	case "no-key", noMultipart:
+		return []est.Part{certificate}, nil
+	case "no-certificate":
+		return []est.Part{key}, nil
+	case "two-keys":
+		return []est.Part{key, key, certificate}, nil
+	case "key-truncated":
+		key.Body = key.Body[:len(key.Body)/2]
+	case "key-trailing":
+		key.Body = append(slices.Clone(key.Body), trailing...)
+	case "key-format":
+		key.ContentFormat = formatJSON
+	}
+	return []est.Part{key, certificate}, nil
 }
 
 // The faults of the certificate that the server shows.

@@ -20,9 +20,19 @@ func (s *Server) listen(key crypto.Signer) (door, error) {
 	if s.cfg.Raw {
 		return s.listenRaw(key)
 	}
+	chain, err := s.presentedChain(key.Public())
+	if err != nil {
+		return nil, err
+	}
 	cfg := coap.Config{
-		Certificate:     s.rawChain(),
-		Chain:           s.rawChain,
+		Certificate: chain,
+		Chain: func() [][]byte {
+			chain, err := s.presentedChain(key.Public())
+			if err != nil {
+				return nil // and the handshake fails
+			}
+			return chain
+		},
 		Key:             key,
 		Verify:          s.verifyClient,
 		BlockSize:       s.cfg.BlockSize,
@@ -34,14 +44,6 @@ func (s *Server) listen(key crypto.Signer) (door, error) {
 		MaxConnections: 4096,
 	}
 	return coap.Listen(s.cfg.Listen, cfg)
-}
-
-// rawChain is what the server shows of itself: what it is by now.
-func (s *Server) rawChain() (chain [][]byte) {
-	for _, cert := range s.ServerChain() {
-		chain = append(chain, cert.Raw)
-	}
-	return chain
 }
 
 func (s *Server) serveCoAP(ctx context.Context, req *coap.Request) *coap.Response {
@@ -85,7 +87,10 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 	}
 	switch operation {
 	case est.CSRAttrs:
-		return s.attributes(req)
+		if req.Accept != nil && *req.Accept != uint16(est.ContentFormatCSRAttrs) {
+			return diagnostic(codes.NotAcceptable, "offered is 285")
+		}
+		return s.attributes()
 	case est.CACerts:
 		return s.answer(codes.Content, req, s.crts())
 	}
@@ -93,7 +98,7 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		return diagnostic(codes.UnsupportedMediaType, "the content-format is not 286")
 	}
 	if generates(operation) {
-		return s.serverKey(ctx, req, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
+		return s.keyed(ctx, req, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
 	}
 	// Before anything is issued: an answer that cannot be given must not cost a
 	// certificate.
@@ -114,17 +119,8 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 	return resp
 }
 
-// attributes is the answer of att.
-func (s *Server) attributes(req *coap.Request) *coap.Response {
-	if req.Accept != nil && *req.Accept != uint16(est.ContentFormatCSRAttrs) {
-		return diagnostic(codes.NotAcceptable, "offered is 285")
-	}
-	return &coap.Response{Code: codes.Content, ContentFormat: new(uint16(est.ContentFormatCSRAttrs)), Body: s.cfg.CSRAttributes}
-}
-
-// serverKey is the answer of skg and skc (RFC 9148 §4.8): "[284, key, 281, PKCS#7]",
-// or the certificate as it is in the place of the latter.
-func (s *Server) serverKey(ctx context.Context, req *coap.Request, asked enrollment) *coap.Response {
+// keyed is the answer of skg and skc.
+func (s *Server) keyed(ctx context.Context, req *coap.Request, asked enrollment) *coap.Response {
 	if req.Accept != nil && *req.Accept != uint16(est.ContentFormatMultipartCore) {
 		return diagnostic(codes.NotAcceptable, "offered is 62")
 	}
@@ -132,14 +128,14 @@ func (s *Server) serverKey(ctx context.Context, req *coap.Request, asked enrollm
 	if err != nil {
 		return refused(err)
 	}
-	second := est.Part{ContentFormat: est.ContentFormatPKIXCert, Body: made.cert.Raw}
-	if asked.operation == est.ServerKeyGen {
-		second.ContentFormat = est.ContentFormatPKCS7CertsOnly
-		if second.Body, err = est.MarshalCertsOnly(s.answered(made.cert)); err != nil {
-			return diagnostic(codes.InternalServerError, err.Error())
-		}
+	parts, err := s.serverKey(asked.operation, made)
+	if err != nil {
+		return diagnostic(codes.InternalServerError, err.Error())
 	}
-	body, err := est.MarshalMultipartCore([]est.Part{{ContentFormat: est.ContentFormatPKCS8, Body: made.pkcs8}, second})
+	if s.Faults().ServerKey == noMultipart {
+		return &coap.Response{Code: codes.Changed, ContentFormat: new(uint16(parts[0].ContentFormat)), Body: parts[0].Body}
+	}
+	body, err := est.MarshalMultipartCore(parts)
 	if err != nil {
 		return diagnostic(codes.InternalServerError, err.Error())
 	}

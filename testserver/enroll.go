@@ -178,7 +178,9 @@ func (s *Server) checkLink(request *x509.CertificateRequest, binding []byte) err
 	switch {
 	case password == "" && s.cfg.RequirePoP:
 		return errors.New("the request has no challengePassword that links it to this session")
-	case password != "" && (len(binding) == 0 || password != base64.StdEncoding.EncodeToString(binding)):
+	case password != "" && len(binding) == 0:
+		return errors.New("the request has a challengePassword, and this door does not know what links one to its session")
+	case password != "" && password != base64.StdEncoding.EncodeToString(binding):
 		return errors.New("the challengePassword is not that of this session")
 	}
 	return nil

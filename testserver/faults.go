@@ -32,7 +32,8 @@ type Faults struct {
 	// leaves the option out, which means 60 s (RFC 7252 §5.10.5).
 	DeferMaxAge *time.Duration
 
-	// WrongKey issues for a key that nobody asked for, of the kind that was. "wrong-key"
+	// WrongKey issues for a key that nobody asked for, of the kind that was; with skg,
+	// for another than the one that is sent. "wrong-key"
 	WrongKey bool
 	// NotYetValid issues certificates that begin an hour from now. "not-yet-valid"
 	NotYetValid bool
@@ -54,10 +55,16 @@ type Faults struct {
 
 	// Answer is the code of every answer to a CSR, 4.00 to 5.31. "answer=4.00"
 	Answer string
-	// Body is a wrong body of the answer to a CSR. "body=two-leaves"
+	// Body is a wrong body of the answer of sen and sren. "body=two-leaves"
 	Body string
 	// CRTS is a wrong answer of crts. "crts=foreign"
 	CRTS string
+	// CSRAttrs is a wrong answer of att and csrattrs, with Config.CSRAttributes.
+	// "csrattrs=truncated"
+	CSRAttrs string
+	// ServerKey is a wrong answer of skg, skc and serverkeygen, with
+	// Config.ServerKeyGen. "server-key=two-keys"
+	ServerKey string
 	// Message makes the messages that answer a CSR wrong, with Config.Raw.
 	// "message=block-endless"
 	Message string
@@ -66,8 +73,7 @@ type Faults struct {
 	// RetryAfter is the Retry-After of HTTPS's deferrals, as it stands.
 	// "retry-after=Fri, 31 Dec 9999 23:59:59 GMT"
 	RetryAfter string
-	// ServerCertificate is a wrong certificate of the server's, with Config.Raw or
-	// over HTTPS.
+	// ServerCertificate is a wrong certificate of the server's.
 	// "server-certificate=expired"
 	ServerCertificate string
 	// LongDetail makes the text of every error answer long, with control
@@ -103,11 +109,13 @@ type choice struct {
 
 // choices are the faults with a table of their values.
 var choices = []choice{
-	{"body", "the answer to a CSR is", bodyFaults, func(f *Faults) *string { return &f.Body }},
+	{"body", "the answer of sen and sren is", bodyFaults, func(f *Faults) *string { return &f.Body }},
 	{"crts", "the answer of crts is", crtsFaults, func(f *Faults) *string { return &f.CRTS }},
-	{"message", "the messages that answer a CSR (--raw)", messageFaults, func(f *Faults) *string { return &f.Message }},
+	{"csrattrs", "the answer of att and csrattrs is (--csr-attributes)", attributesFaults, func(f *Faults) *string { return &f.CSRAttrs }},
+	{"server-key", "the answer of skg, skc and serverkeygen is (--server-keygen)", serverKeyFaults, func(f *Faults) *string { return &f.ServerKey }},
+	{"message", "over CoAP the messages that answer a CSR (--raw)", messageFaults, func(f *Faults) *string { return &f.Message }},
 	{"http", "the answer to a CSR over HTTPS is", httpFaults, func(f *Faults) *string { return &f.HTTP }},
-	{"server-certificate", "the server's certificate is (--raw, or over HTTPS)", serverCertificateFaults, func(f *Faults) *string { return &f.ServerCertificate }},
+	{"server-certificate", "the server's certificate is", serverCertificateFaults, func(f *Faults) *string { return &f.ServerCertificate }},
 }
 
 // FaultsHelp is a line for each fault, for a program's help text.
@@ -124,11 +132,13 @@ func choicesHelp() string {
 	return text.String()
 }
 
-const plainFaultsHelp = `  delay=DURATION                 an enrolment takes this long: a separate response
-  defer=N[,max-age=DURATION]     the first N answers to a CSR are 5.03 (come back later);
-                                 without max-age there is no Max-Age, which means 60 s
-  retry-after=TEXT               over HTTPS they are 202, with this Retry-After
-  wrong-key                      issue for a key that nobody asked for, of the same kind
+const plainFaultsHelp = `  delay=DURATION                 an enrolment takes this long: over CoAP a separate response
+  defer=N[,max-age=DURATION]     the first N answers to a CSR are 5.03 (come back later) with
+                                 this Max-Age, over HTTPS 202 with this Retry-After; without
+                                 max-age there is neither, which over CoAP means 60 s
+  retry-after=TEXT               the Retry-After over HTTPS is this, a date or what is neither
+  wrong-key                      issue for a key that nobody asked for, of the same kind: the
+                                 key of skg is then not that of its certificate
   not-yet-valid                  issue certificates that begin an hour from now
   expired                        issue certificates that ended an hour ago
   foreign-chain                  issue under a CA of the same name and another key
@@ -138,7 +148,7 @@ const plainFaultsHelp = `  delay=DURATION                 an enrolment takes thi
   ignore-usage                   issue for digitalSignature and clientAuth, whatever was asked
   answer=CODE                    answer every CSR with this error, 4.00 to 5.31
   long-detail                    error answers have 3,000 bytes of text, not all of it printable
-  no-discovery                   /.well-known/core is not found
+  no-discovery                   over CoAP /.well-known/core is not found
   links=TEXT                     /.well-known/core answers this, whatever the filter
   refuse-all                     refuse every client certificate
   refuse-client=issued           refuse client certificates issued here (not the IDevIDs)

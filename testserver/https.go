@@ -13,8 +13,11 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"mime"
+	"mime/multipart"
 	"net"
 	"net/http"
+	"net/textproto"
 	"slices"
 	"strconv"
 	"strings"
@@ -209,11 +212,10 @@ func (ca httpsCA) CSRAttrs(_ context.Context, label string, r *http.Request) (gl
 	if err := ca.checkLabel(label); err != nil {
 		return globalsign.CSRAttrs{}, err
 	}
-	wanted := ca.server.cfg.CSRAttributes
-	if wanted == nil {
+	if ca.server.cfg.CSRAttributes == nil {
 		return globalsign.CSRAttrs{}, &httpError{http.StatusNotFound, "there is no csrattrs"} // RFC 7030 §4.5.2
 	}
-	answerOf(r).shaped = &coap.Response{ContentFormat: new(uint16(est.ContentFormatCSRAttrs)), Body: wanted}
+	answerOf(r).shaped = ca.server.attributes()
 	return globalsign.CSRAttrs{}, nil
 }
 
@@ -231,6 +233,9 @@ func (ca httpsCA) ServerKeyGen(ctx context.Context, request *x509.CertificateReq
 		return nil, nil, &httpError{http.StatusNotFound, "there is no serverkeygen"}
 	}
 	made, err := ca.issueOnce(ctx, est.ServerKeyGen, peerOf(r), request, label, r)
+	if err == nil && ca.server.Faults().ServerKey != "" {
+		err = answerOf(r).keyed(ca.server.serverKey(est.ServerKeyGen, made))
+	}
 	return made.cert, made.pkcs8, err
 }
 
@@ -293,6 +298,7 @@ type httpsAnswer struct {
 	body       bytes.Buffer
 	faults     Faults
 	shaped     *coap.Response // what to answer instead; nil for nothing else
+	parts      []est.Part     // what to answer instead, as multipart/mixed
 	retryAfter string
 }
 
@@ -327,18 +333,36 @@ func (a *httpsAnswer) refused(r *refusal) *httpError {
 	return &httpError{status, r.detail}
 }
 
+// keyed has the answer with a key be this one.
+func (a *httpsAnswer) keyed(parts []est.Part, err error) error {
+	if a.faults.ServerKey == noMultipart && err == nil {
+		a.shaped = &coap.Response{ContentFormat: new(uint16(parts[0].ContentFormat)), Body: parts[0].Body}
+		return nil
+	}
+	a.parts = parts
+	return err
+}
+
 // send writes the answer, or what the faults make of it.
 func (a *httpsAnswer) send(w http.ResponseWriter, r *http.Request) {
 	if a.shaped != nil {
 		a.header.Del("Content-Type")
 		if format := a.shaped.ContentFormat; format != nil {
-			a.header.Set("Content-Type", cmp.Or(est.ContentFormat(*format).MediaType(), "application/json"))
+			a.header.Set("Content-Type", mediaType(est.ContentFormat(*format)))
 		}
 		a.body.Reset()
 		a.body.WriteString(base64.StdEncoding.EncodeToString(a.shaped.Body))
 	}
+	if a.parts != nil {
+		a.body.Reset()
+		a.header.Set("Content-Type", writeMixed(&a.body, a.parts))
+	}
 	if a.retryAfter != "" {
 		a.header.Set("Retry-After", a.retryAfter)
+	}
+	// globalsign/est v1.0.6 begins the text of an error with the status, which is said already.
+	if text, found := bytes.CutPrefix(a.body.Bytes(), fmt.Appendf(nil, "%d ", a.status)); found {
+		a.body = *bytes.NewBuffer(text)
 	}
 	if a.status/100 > 3 && a.faults.LongDetail {
 		a.body.Reset()
@@ -359,6 +383,22 @@ func (a *httpsAnswer) send(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(a.body.Bytes()) // a client that is gone needs none
 }
 
+func mediaType(format est.ContentFormat) string {
+	return cmp.Or(format.MediaType(), "application/json") // formatJSON
+}
+
+// writeMixed writes multipart/mixed (RFC 7030 §4.4.2), and returns its Content-Type.
+func writeMixed(to *bytes.Buffer, parts []est.Part) string {
+	mixed := multipart.NewWriter(to)
+	for _, part := range parts {
+		// Neither fails: the buffer takes everything.
+		body, _ := mixed.CreatePart(textproto.MIMEHeader{"Content-Type": {mediaType(part.ContentFormat)}, "Content-Transfer-Encoding": {"base64"}})
+		_, _ = io.WriteString(body, base64.StdEncoding.EncodeToString(part.Body))
+	}
+	_ = mixed.Close()
+	return "multipart/mixed; boundary=" + mixed.Boundary()
+}
+
 // The faults of HTTP itself, of the answer to a CSR.
 var httpFaults = map[string]string{
 	"bare":               "without a Content-Type and a Content-Transfer-Encoding, in one line",
@@ -366,6 +406,8 @@ var httpFaults = map[string]string{
 	"close":              "the end of the connection, after it",
 	"cut":                "its first half, then the end of the connection",
 	"wrong-type":         "a Content-Type of text/html",
+	"wrong-boundary":     "a Content-Type with a boundary that a multipart does not have",
+	"odd-boundary":       "a multipart with a boundary as odd as may be, between a preamble and an epilogue (RFC 2046 §5.1.1)",
 	"not-base64":         "a body that is not base64",
 	"slow-body":          "a byte of its body each second",
 	"endless-body":       "a body without an end",
@@ -374,6 +416,9 @@ var httpFaults = map[string]string{
 	"redirect-loop":      "a redirection to itself",
 	"redirect-elsewhere": "a redirection to another server",
 }
+
+// oddBoundary has each kind of character that a boundary may have.
+const oddBoundary = "=_Bound'ary (1)+,-./:=?"
 
 func (a *httpsAnswer) sendWrong(kind string, w http.ResponseWriter, r *http.Request) {
 	header, status, body := w.Header(), a.status, a.body.Bytes()
@@ -391,6 +436,14 @@ func (a *httpsAnswer) sendWrong(kind string, w http.ResponseWriter, r *http.Requ
 		return
 	case "wrong-type":
 		header.Set("Content-Type", "text/html")
+	case "wrong-boundary":
+		header.Set("Content-Type", "multipart/mixed; boundary=elsewhere")
+	case "odd-boundary":
+		if _, parameters, err := mime.ParseMediaType(header.Get("Content-Type")); err == nil && parameters["boundary"] != "" {
+			header.Set("Content-Type", `multipart/mixed; boundary="`+oddBoundary+`"`)
+			body = bytes.ReplaceAll(body, []byte("--"+parameters["boundary"]), []byte("--"+oddBoundary))
+			body = slices.Concat([]byte("A preamble.\r\n"), body, []byte("\r\nAn epilogue."))
+		}
 	case "not-base64":
 		body = []byte("<html>Enrolled.</html>")
 	case "slow-body", "endless-body":

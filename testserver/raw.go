@@ -24,8 +24,7 @@ import (
 )
 
 // rawDoor is the CoAPs front door of Config.Raw: a few lines of CoAP on pion's
-// DTLS that can be told to get a message, a block or the certificate of the
-// server wrong. internal/coap, whose server has no such switches, is what it
+// DTLS that can be told to get a message or a block wrong. internal/coap, whose server has no such switches, is what it
 // helps to judge. It answers a request in the ACK, however long that takes, one
 // at a time on each connection; clients of NSTART 1 do not notice.
 type rawDoor struct {

@@ -99,32 +99,22 @@ func TestWrongMessages(t *testing.T) {
 
 func TestWrongServerCertificates(t *testing.T) {
 	t.Parallel()
-	server := start(t, testserver.Config{Raw: true})
-	device := idevid(t, server, "dev")
-	for kind, want := range map[string]error{
-		"other-name": est.ErrNotTrusted, "expired": est.ErrNotValidNow, "not-yet-valid": est.ErrNotValidNow, "foreign": est.ErrNotTrusted,
-		"client": est.ErrNotTrusted, "truncated": est.ErrHandshake, "trailing": est.ErrNotTrusted,
-	} {
-		setFaults(t, server, "server-certificate="+kind)
-		if _, err := rawDial(t, server, device); !errors.Is(err, want) {
-			t.Errorf("%s: got %v, want %v", kind, err, want)
+	for _, raw := range []bool{false, true} {
+		server := start(t, testserver.Config{Raw: raw})
+		device := idevid(t, server, "dev")
+		for kind, want := range map[string]error{
+			"other-name": est.ErrNotTrusted, "expired": est.ErrNotValidNow, "not-yet-valid": est.ErrNotValidNow, "foreign": est.ErrNotTrusted,
+			"client": est.ErrNotTrusted, "truncated": est.ErrHandshake, "trailing": est.ErrNotTrusted,
+		} {
+			setFaults(t, server, "server-certificate="+kind)
+			if _, err := rawDial(t, server, device); !errors.Is(err, want) {
+				t.Errorf("raw %t, %s: got %v, want %v", raw, kind, err, want)
+			}
 		}
-	}
-	setFaults(t, server)
-	if _, err := rawDial(t, server, device); err != nil {
-		t.Errorf("without the fault: %v", err)
-	}
-}
-
-// What only a raw server can do is refused by another, at start and later.
-func TestRawFaultsNeedRaw(t *testing.T) {
-	t.Parallel()
-	if server, err := testserver.New(testserver.Config{Faults: testserver.Faults{Message: "reset"}}); err == nil {
-		t.Fatalf("started: %v", server.Close())
-	}
-	server := start(t, testserver.Config{})
-	if err := server.SetFaults(testserver.Faults{ServerCertificate: "expired"}); err == nil || !strings.Contains(err.Error(), "neither a raw one nor an HTTPS one") {
-		t.Errorf("got %v", err)
+		setFaults(t, server)
+		if _, err := rawDial(t, server, device); err != nil {
+			t.Errorf("raw %t, without the fault: %v", raw, err)
+		}
 	}
 }
 

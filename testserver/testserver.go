@@ -110,8 +110,9 @@ type Config struct {
 	Faults Faults
 
 	// Raw answers CoAP by a few lines of its own instead of internal/coap, so that
-	// the faults of messages, of blocks and of the server's certificate can be.
-	// BlockSize, ProcessingDelay, AckTimeout and Logger are not for it.
+	// the faults of messages and of blocks can be. BlockSize, ProcessingDelay,
+	// AckTimeout and Logger are not for it, nor is RequirePoP: over CoAP it refuses
+	// every CSR with a challengePassword, for it does not know its sessions' binding.
 	Raw bool
 
 	// BlockSize is the largest block of an answer, 16 to 1024 bytes. Default: 1024.
@@ -273,6 +274,9 @@ func (c *Config) complete() error {
 			return err
 		}
 	}
+	if c.Raw && c.RequirePoP {
+		return errors.New("raw and required proof of possession: a raw server does not know what links a CSR to its session")
+	}
 	if c.CSRAttributes != nil {
 		if _, err := csr.ParseAttributes(c.CSRAttributes); err != nil {
 			return err
@@ -342,12 +346,14 @@ func (s *Server) SetFaults(f Faults) error {
 		return err
 	}
 	switch {
-	case !s.cfg.Raw && f.Message != "":
+	case f.Message != "" && !s.cfg.Raw:
 		return errors.New("fault message: the server is not a raw one")
-	case !s.cfg.Raw && s.cfg.ListenHTTPS == "" && f.ServerCertificate != "":
-		return errors.New("fault server-certificate: the server is neither a raw one nor an HTTPS one")
-	case s.cfg.ListenHTTPS == "" && (f.HTTP != "" || f.RetryAfter != ""):
+	case (f.HTTP != "" || f.RetryAfter != "") && s.cfg.ListenHTTPS == "":
 		return errors.New("faults http and retry-after: the server has no HTTPS door")
+	case f.CSRAttrs != "" && s.cfg.CSRAttributes == nil:
+		return errors.New("fault csrattrs: the server has no CSR attributes")
+	case f.ServerKey != "" && !s.cfg.ServerKeyGen:
+		return errors.New("fault server-key: the server makes no keys")
 	}
 	f.RefuseClients = slices.Clone(f.RefuseClients)
 	s.mu.Lock()

@@ -31,6 +31,7 @@ func TestNewRefuses(t *testing.T) {
 		{"lifetime below a second", testserver.Config{Lifetime: time.Millisecond}, "whole seconds"},
 		{"lifetime that would be cut", testserver.Config{Lifetime: 1500 * time.Millisecond}, "whole seconds"},
 		{"negative backdate", testserver.Config{Backdate: -time.Second}, "whole seconds"},
+		{"a link that a raw server does not know", testserver.Config{Raw: true, RequirePoP: true}, "does not know what links a CSR"},
 		{"faults that contradict", testserver.Config{Faults: testserver.Faults{Expired: true, NotYetValid: true}}, "cannot be both"},
 		{"too many other CAs", testserver.Config{OtherCAs: 33}, "not from 0 to 32"},
 		{"a label that is an operation", testserver.Config{Labels: []string{"sen"}}, "that is no operation"},

@@ -95,13 +95,7 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 			return cfg, err
 		}
 	}
-	if cfg.IDevID.Key, err = objectAddress("idevid-key", s.idevidKey); err != nil {
-		return cfg, err
-	}
-	if cfg.IDevID.Certificate, err = objectAddress("idevid-certificate", s.idevidCert); err != nil {
-		return cfg, err
-	}
-	if cfg.IDevID.Chain, err = readCertificates("idevid-chain", s.idevidChain); err != nil {
+	if cfg.IDevID, err = s.idevid(); err != nil {
 		return cfg, err
 	}
 	anchors, err := readCertificates("trust-anchors", s.trustAnchors)
@@ -140,6 +134,24 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 	}
 	cfg.RefuseOtherNames = s.subjectMismatch.word == "refuse"
 	return cfg, s.transport(&cfg)
+}
+
+// idevid is the factory credential, or none: then there must be what takes its place.
+func (s *settings) idevid() (at estenroll.IDevID, err error) {
+	if s.noIDevID {
+		if !strings.HasPrefix(s.server, est.SchemeHTTPS+":") || s.httpUser == "" || s.subject == "" {
+			return at, errors.New("no-idevid: it wants a server of https://, http-user and subject")
+		}
+		return at, nil
+	}
+	if at.Key, err = objectAddress("idevid-key", s.idevidKey); err != nil {
+		return at, err
+	}
+	if at.Certificate, err = objectAddress("idevid-certificate", s.idevidCert); err != nil {
+		return at, err
+	}
+	at.Chain, err = readCertificates("idevid-chain", s.idevidChain)
+	return at, err
 }
 
 // pops are the words of pop.

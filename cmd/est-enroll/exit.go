@@ -209,6 +209,7 @@ var judgements = []struct {
 	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it, or TLS 1.2 or 1.3: compare its suites, its key and its certificate with that"}},
 	{est.ErrCredentialNotYetValid, judgement{exitTryLater, "the server's clock is not the device's: wait, or set it"}},
 	{est.ErrKeyUnsuitable, judgement{exitRefused, "use a key of another key-type; that of an IDevID only the factory changes: ask the people of the server to accept it"}},
+	{est.ErrCertificateWanted, judgement{exitRefused, "this server takes no password alone: leave out no-idevid, and give the device a factory credential"}},
 	{est.ErrPasswordWanted, judgement{exitRefused, "ask the people of the server for a user and a password: --http-user names the one, --http-password-file the file with the other"}},
 	{est.ErrPasswordRefused, judgement{exitRefused, "check http-user and what is in http-password-file; each run tries them once"}},
 	{est.ErrCredentialRefused, judgement{exitRefused, "the server does not accept the certificate of this device: ask the people of the server"}},

@@ -103,8 +103,12 @@ func command(s *settings, out *output, began func()) *cobra.Command {
 		},
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			began()
-			if !cmd.HasParent() || cmd.Hidden {
-				return nil // help, or a shell that asks: whatever the configuration is
+			switch {
+			case cmd.Hidden: // a shell asks, whatever the configuration is
+				completeFlags(cmd.Root().Commands())
+				return nil
+			case !cmd.HasParent(): // help
+				return nil
 			}
 			s.command, out.quiet, out.verbose = cmd.CommandPath(), s.quiet, s.verbose
 			for _, name := range unknownVariables(cmd.Flags(), os.Environ()) {
@@ -119,9 +123,12 @@ func command(s *settings, out *output, began func()) *cobra.Command {
 	root.AddCommand(enrollCommand(s, out), renewCommand(s, out), statusCommand(s, out), doctorCommand(s, out, began), cancelCommand(s, out), resetCommand(s, out), configCommand())
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
+	help := root.HelpFunc()
+	root.SetHelpFunc(func(cmd *cobra.Command, args []string) {
+		cmd.InheritedFlags().SortFlags = false // as the root shows them
+		help(cmd, args)
+	})
 	for _, c := range root.Commands() {
-		c.InheritedFlags().SortFlags = false // as the root shows them
-		completeFlags(c, c.Flags())
 		switch c.Name() {
 		case "completion", "config", "help":
 			// They read no configuration: the one that is there may be what they are

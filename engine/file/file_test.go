@@ -131,6 +131,7 @@ func TestParseAddress(t *testing.T) {
 	for _, text := range []string{
 		"", "file:", "file", "file:relative", "file:/a/../b", "file:/a/", "file:/a\n", "pkcs11:object=a", "file:object=", "file:object=a;object=b", "file:object=a/b",
 		"file:object=a~0b", "file:object=../a", "file:object=.a", "file:id=0", "file:id=0A", "file:id=xx", "file:type=data", "file:label=a", "file:object=a;", "file:id=" + strings.Repeat("00", 33),
+		"file:object=" + strings.Repeat("a", 101),
 	} {
 		if at, err := file.ParseAddress(text); err == nil || !strings.HasPrefix(err.Error(), "file address: ") {
 			t.Errorf("%q: got %v, %v", text, at, err)

@@ -24,7 +24,7 @@ import (
 func (e *Engine) NewKeyAddress(label string) (engine.Address, error) {
 	var at Address
 	err := e.read(context.Background(), "name a key", nil, func() error {
-		if !labelPattern.MatchString(label) {
+		if !isLabel(label) {
 			return errors.New("label: want up to 100 letters, digits, dots, dashes, underscores and spaces")
 		}
 		id := make([]byte, 16)

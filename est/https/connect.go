@@ -100,6 +100,9 @@ func (s *Session) tlsConfig(l *link) *tls.Config {
 		// would be left out silently.
 		GetClientCertificate: func(asked *tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			l.asked = asked
+			if s.own == nil {
+				return new(tls.Certificate), nil // RFC 8446 §4.4.2: an empty list
+			}
 			if !l.acceptsKey(s.cfg.Key.Public()) {
 				return nil, fmt.Errorf("%w: it takes no signature that this key makes", est.ErrKeyUnsuitable)
 			}
@@ -170,7 +173,11 @@ func (s *Session) classify(ctx context.Context, l *link, err error) error {
 	case errors.Is(err, est.ErrServerCertificate), errors.Is(err, est.ErrKeyUnsuitable), errors.Is(err, est.ErrUnreachable):
 		return err
 	case alerted:
-		return fmt.Errorf("the server's alert %d: %w", alert, est.AlertMeaning(alert, l.signed.Load(), s.own, s.cfg.Now()))
+		meaning := est.AlertMeaning(alert, l.signed.Load(), s.own, s.cfg.Now())
+		if s.own == nil && l.asked != nil && errors.Is(meaning, est.ErrHandshake) {
+			meaning = est.ErrCertificateWanted
+		}
+		return fmt.Errorf("the server's alert %d: %w", alert, meaning)
 	case ctx.Err() != nil:
 		return est.Unreachable(fmt.Errorf("no answer in time: %w", ctx.Err()))
 	case isNetwork(err):

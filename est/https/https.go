@@ -19,14 +19,15 @@ import (
 	"estenroll/est"
 )
 
-// Config is what a session needs. URI, Trust, Certificate and Key are required.
+// Config is what a session needs. URI and Trust are required.
 type Config struct {
 	URI est.URI
 	// Label is appended to URI's path. Default: none.
 	Label est.Label
 
 	// Certificate (DER, leaf first) and Key authenticate us in the handshake, if the
-	// server asks for a certificate (RFC 7030 §3.3.2).
+	// server asks for a certificate (RFC 7030 §3.3.2). Default: with a Password none, which
+	// is then all that authenticates us (RFC 7030 §3.2.3); without one they are required.
 	Certificate [][]byte
 	Key         crypto.Signer
 	// Trust judges the server, at the time of Now. Default of Now: time.Now.
@@ -60,7 +61,7 @@ type Config struct {
 // answer gets another one, on which it must show the same certificate.
 type Session struct {
 	cfg  Config
-	own  *x509.Certificate // our leaf
+	own  *x509.Certificate // our leaf, nil for none
 	root est.URI           // with the label
 
 	mu            sync.Mutex // over an exchange as a whole, and what follows
@@ -86,7 +87,7 @@ var errClosed = errors.New("the session is closed")
 // answer whether it accepts our certificate: RoundTrip reports that then.
 // est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
 // est.ErrNotValidNow; est.ErrHandshake; est.ErrCredentialRefused,
-// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable; est.ErrKeyMismatch for a Key
+// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable, est.ErrCertificateWanted; est.ErrKeyMismatch for a Key
 // that is not the Certificate's; and what the Key says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
 	s := &Session{cfg: cfg, root: cfg.URI.WithLabel(cfg.Label)}
@@ -105,8 +106,10 @@ func (s *Session) complete() (err error) {
 	if s.cfg.Trust == nil && !s.cfg.Provisional {
 		return fmt.Errorf("no trust anchors: %w", est.ErrNotTrusted)
 	}
-	if s.own, err = est.OwnCertificate(s.cfg.Certificate, s.cfg.Key); err != nil {
-		return err
+	if len(s.cfg.Certificate) > 0 || s.cfg.Key != nil || s.cfg.Password == nil {
+		if s.own, err = est.OwnCertificate(s.cfg.Certificate, s.cfg.Key); err != nil {
+			return err
+		}
 	}
 	if s.cfg.Now == nil {
 		s.cfg.Now = time.Now

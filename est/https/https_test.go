@@ -194,6 +194,43 @@ func TestNotAsked(t *testing.T) {
 	}
 }
 
+// A client without a certificate has a password, which is for a server that lets it
+// speak; one that wants a certificate says so in the handshake, or after it.
+func TestWithoutCertificate(t *testing.T) {
+	t.Parallel()
+	bare := func(c *https.Config) {
+		c.Certificate, c.Key = nil, nil
+		c.User, c.Password = "dev-17", func() ([]byte, error) { return []byte("open sesame"), nil }
+	}
+	for name, change := range map[string]func(*tls.Config){"TLS 1.2": tls12, "TLS 1.3": func(*tls.Config) {}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, mode := range []tls.ClientAuthType{tls.NoClientCert, tls.RequestClientCert} {
+				w := newWorld(t, func(c *tls.Config) { change(c); c.ClientAuth = mode }, func(rw http.ResponseWriter, r *http.Request) {
+					if user, password, _ := r.BasicAuth(); user != "dev-17" || password != "open sesame" || len(r.TLS.PeerCertificates) > 0 {
+						rw.WriteHeader(http.StatusUnauthorized)
+					}
+				})
+				session := w.dial(t, bare)
+				if _, err := ask(t, session, est.SimpleEnroll, []byte("csr")); err != nil || session.ClientAuthenticated() || w.requests.Load() != 2 {
+					t.Errorf("%s: %v after %d requests, authenticated %t", mode, err, w.requests.Load(), session.ClientAuthenticated())
+				}
+			}
+			w := newWorld(t, change, func(http.ResponseWriter, *http.Request) {})
+			cfg := w.config()
+			bare(&cfg)
+			session, err := https.Dial(t.Context(), cfg)
+			if err == nil {
+				defer session.Close()
+				_, err = ask(t, session, est.SimpleEnroll, []byte("csr"))
+			}
+			if !errors.Is(err, est.ErrCertificateWanted) || w.requests.Load() != 0 {
+				t.Errorf("a server that wants a certificate: %v after %d requests", err, w.requests.Load())
+			}
+		})
+	}
+}
+
 // brokenSigner is a key that the HSM cannot use.
 type brokenSigner struct{ crypto.Signer }
 

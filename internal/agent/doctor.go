@@ -272,10 +272,13 @@ func (d *doctor) pair(ctx context.Context, check *Check, c *estenroll.Credential
 		return
 	}
 	idevid, noWayBack := c.IDevID(ctx)
-	if noWayBack == nil {
+	if noWayBack == nil && idevid != nil {
 		noWayBack = d.valid(idevid, estenroll.ErrIDevID)
 	}
-	fallback := d.fallback(c.Name())
+	fallback, bootstrap := d.fallback(c.Name()), "the IDevID"
+	if noWayBack == nil && idevid == nil {
+		bootstrap = "the password"
+	}
 	enrolled, err := c.Enrolled(ctx)
 	never := !status.Enrolled && len(status.Previous) == 0
 	d.never[c.Name()] = never
@@ -285,20 +288,23 @@ func (d *doctor) pair(ctx context.Context, check *Check, c *estenroll.Credential
 	case never && status.Pending != nil:
 		check.Text = "the first boot has begun"
 	case never:
-		check.Text = fmt.Sprintf("the IDevID, valid until %s, is there for the first boot", stamp(idevid.NotAfter))
+		check.Text = "the password is for the first boot, there is no IDevID"
+		if idevid != nil {
+			check.Text = fmt.Sprintf("the IDevID, valid until %s, is there for the first boot", stamp(idevid.NotAfter))
+		}
 		check.add(Finding{Result: Warning, Text: "no certificate was enrolled yet", Advice: "est-enroll enroll", Err: err})
 	case missing && fallback && noWayBack == nil:
-		check.warn("est-enroll enroll does it now", "%s: a renewal that is due enrols again with the IDevID", oneLine(err))
+		check.warn("est-enroll enroll does it now", "%s: a renewal that is due enrols again with %s", oneLine(err), bootstrap)
 	case err != nil:
 		check.fail("", err)
 	default:
 		d.ends[c.Name()] = enrolled.Chain[0].NotAfter
-		d.enrolled(check, status, enrolled, fallback, noWayBack)
+		d.enrolled(check, status, enrolled, bootstrap, fallback, noWayBack)
 	}
 }
 
 // enrolled is what there is to say of a pair that is whole.
-func (d *doctor) enrolled(check *Check, status *estenroll.Status, e *estenroll.Enrolled, fallback bool, noWayBack error) {
+func (d *doctor) enrolled(check *Check, status *estenroll.Status, e *estenroll.Enrolled, bootstrap string, fallback bool, noWayBack error) {
 	leaf := e.Chain[0]
 	check.Text = fmt.Sprintf("%s, valid until %s", engine.AlgorithmOf(leaf.PublicKey), stamp(leaf.NotAfter))
 	if r := status.Renewal; r != nil {
@@ -330,7 +336,7 @@ func (d *doctor) enrolled(check *Check, status *estenroll.Status, e *estenroll.E
 		if r := status.Renewal; r != nil && r.State == estenroll.RenewalWaits {
 			next = fmt.Sprintf("a run from %s on", stamp(r.NextAttempt))
 		}
-		check.warn("est-enroll enroll does it now", "it has expired: %s enrols again with the IDevID", next)
+		check.warn("est-enroll enroll does it now", "it has expired: %s enrols again with %s", next, bootstrap)
 	case fallback && noWayBack != nil:
 		check.warn("check idevid-key and idevid-certificate: with them a certificate that has expired is replaced", "there is no way back: %s", oneLine(noWayBack))
 	case d.clock.Verification.Before(leaf.NotBefore):
@@ -429,7 +435,7 @@ func (d *doctor) server(ctx context.Context, check *Check, c *estenroll.Credenti
 	contact, err := c.Contact(ctx)
 	switch {
 	case err == nil:
-		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers the %s certificate, and its CA certificates vouch for it", cfg.ServerURI, contact.As)
+		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers %s, and its CA certificates vouch for it", cfg.ServerURI, contact.As)
 	case errors.Is(err, estenroll.ErrIDevID):
 		check.Result, check.Text = Skipped, fmt.Sprintf("for the %s, which comes first", CheckPair)
 	case overHTTPS && contact.Connected && errors.Is(err, est.ErrUnreachable):

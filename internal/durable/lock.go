@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -209,7 +210,7 @@ func (l *Lock) writeHolder(held fs.FileInfo, mode os.FileMode, command string) {
 	}
 	since := time.Now().UTC().Format(time.RFC3339)
 	_ = file.Truncate(0)
-	_, _ = fmt.Fprintf(file, "%d %s %s %s\n", os.Getpid(), startTime(os.Getpid()), since, printable(command))
+	_, _ = fmt.Fprintf(file, "%d %s %s %s\n", os.Getpid(), ownStartTime(), since, printable(command))
 	l.file = file // kept open: where flock is emulated, closing it would unlock
 }
 
@@ -268,6 +269,9 @@ func parseHolder(content string) (holder Holder, start string, ok bool) {
 	}
 	return Holder{PID: int(pid), Command: fields[3], Since: since.UTC()}, fields[1], true
 }
+
+// ownStartTime is startTime of this process, which takes locks more than once.
+var ownStartTime = sync.OnceValue(func() string { return startTime(os.Getpid()) })
 
 // startTime returns when a process started, in clock ticks since the boot
 // (proc_pid_stat(5), field 22), or "0" where it cannot be known.
