@@ -12,7 +12,7 @@ PREFIX ?= /usr/local
 BUILDVCS := $(shell git status >/dev/null 2>&1 && echo true || echo false)
 export BIN SHARE PREFIX DESTDIR BUILDVCS
 
-.PHONY: demo test build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile fleet years bench figures fuzz
+.PHONY: demo test conformance build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile fleet years bench figures fuzz
 
 demo:
 	@packaging/deps gcc libc6-dev openssl softhsm2 opensc
@@ -20,7 +20,11 @@ demo:
 	@examples/demo
 
 test: deps lint
-	$(GO) test -race -timeout 15m ./...
+	$(GO) run ./internal/conformance -race -timeout 15m ./...
+
+# CONFORMANCE.md, of the markers that the tests reach; make test holds it to them.
+conformance: deps
+	$(GO) run ./internal/conformance -write -race -timeout 15m ./...
 
 build:
 	@packaging/deps gcc libc6-dev

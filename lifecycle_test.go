@@ -75,11 +75,17 @@ func TestEnrolledAlready(t *testing.T) {
 
 // A renewal keeps the key and exactly the previous pair; the next one retires it.
 func TestRenew(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §3.3.2 (1)")
 	d := newSite(t, testserver.Config{}).device(t, "renewed")
-	key := d.mustEnroll().Key
+	enrolled := d.mustEnroll()
+	key, certificate := enrolled.Key, enrolled.Certificate
 	for round, credentials := range []int{2, 2, 2} {
 		previous := d.journal().Pairs[0]
 		result := d.mustRenew()
+		if issued := d.site.server.Issuances(); issued[len(issued)-1].Client != est.FingerprintOf(certificate).String() {
+			t.Errorf("round %d: asked as %s, not with the certificate that is renewed", round, issued[len(issued)-1].ClientSubject)
+		}
+		certificate = result.Certificate
 		if !result.Changed || result.Kind != "renew" || result.Key != key {
 			t.Errorf("round %d: result %+v", round, result)
 		}
@@ -277,6 +283,8 @@ func TestRequestKept(t *testing.T) {
 // The CA certificates of a server judge the session that they came through: if
 // they do not vouch for the server, it gets no CSR (RFC 9148 §3).
 func TestCACertsDoNotVouch(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §9.1 (2)")
+	t.Attr("shows", "RFC 9148 §9.1 (3)")
 	site := newSite(t, testserver.Config{})
 	d := site.device(t, "voucher")
 	d.answer = func(operation est.Operation) []*x509.Certificate {

@@ -39,6 +39,9 @@ func (d *device) wantPending(err error) *estenroll.PendingError {
 // A pending answer is kept with its key and its CSR; the server is not asked
 // before the time that it said, and then with the same bytes (RFC 9148 §4.7).
 func TestPending(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.7 (1)")
+	t.Attr("shows", "RFC 9148 §4.7 (2)")
+	t.Attr("shows", "RFC 7030 §4.2.3 (1)")
 	c := new(clock)
 	site := newSite(t, testserver.Config{Now: c.now})
 	d := site.device(t, "pending")

@@ -78,6 +78,9 @@ func (d *device) followsServer() {
 // A device that renews in each phase of a rollover trusts the new root as soon as
 // the old one vouches for it, and the old one until nothing needs it.
 func TestRollover(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.1.3 (2)")
+	t.Attr("shows", "RFC 7030 §4.1.3 (4)")
+	t.Attr("shows", "RFC 9148 §9.1 (1)")
 	site := newSite(t, testserver.Config{})
 	d := site.device(t, "rolled")
 	d.mustEnroll()
@@ -245,6 +248,7 @@ func TestSleptThroughRollover(t *testing.T) {
 	})
 
 	t.Run("only the certificate", func(t *testing.T) {
+		t.Attr("shows", "RFC 7030 §3.3.1 (3)")
 		c := new(clock)
 		site := newSite(t, testserver.Config{Lifetime: time.Hour, Now: c.now})
 		d := site.device(t, "lapsed")
@@ -343,6 +347,7 @@ func TestFirstContact(t *testing.T) {
 // answer to the request that is pending with the server, and nothing that is kept
 // changes.
 func TestProvisionalSession(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.1.1 (3)")
 	site := newSite(t, testserver.Config{})
 	d := site.device(t, "beset")
 	d.mustEnroll()

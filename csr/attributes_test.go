@@ -283,6 +283,7 @@ func valued(t *testing.T, kind string, values ...[]byte) csr.Attribute {
 // Where there is a template of the request, the attributes beside it are for other
 // clients (RFC 9908 §4).
 func TestTemplateCountsAlone(t *testing.T) {
+	t.Attr("shows", "RFC 9908 §4 (1)")
 	got := want(t, csr.WantedKey{Family: "RSA", Size: "4096"}, csr.WantChallengePassword(), csr.RequestTemplate{Key: csr.WantedKey{Family: "EC", Size: "P-384"}})
 	if got.Key.String() != "EC P-384" || got.ChallengePassword {
 		t.Errorf("got %+v", got)
@@ -292,6 +293,7 @@ func TestTemplateCountsAlone(t *testing.T) {
 // What is unknown is ignored, whatever it looks like, and what is known and left to us
 // without our having it; in a template of a request too.
 func TestUnknownIgnored(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.5.2 (1)")
 	unknown := list(t, "2.25.340282366920938463463374607431768211455", "1.3.6.1.1.1.1.22", valued(t, "2.999.1", []byte{4, 1, 0}),
 		csr.Attribute{Type: oid(t, "2.999.2"), Values: [][]byte{}}, "1.2.840.113549.1.9.20", csr.Attribute{Type: oid(t, "2.5.4.3"), Values: [][]byte{}})
 	for name, attributes := range map[string]csr.Attributes{"attributes": unknown, "template": list(t, csr.RequestTemplate{Attributes: unknown})} {

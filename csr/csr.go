@@ -51,6 +51,9 @@ type Template struct {
 	// ChallengePassword links the request to the session that it is sent in (RFC 7030
 	// §3.5). Default: none.
 	ChallengePassword string
+	// Protection has a server encrypt the key that it makes for this request (§4.4.1).
+	// Default: it is sent in the clear.
+	Protection *KeyProtection
 }
 
 // ForReenrollment returns the template with the Subject and SAN of a
@@ -272,7 +275,11 @@ func (t Template) requestInfo(public crypto.PublicKey) ([]byte, error) {
 			return nil, fmt.Errorf("csr: %w", err)
 		}
 	}
-	for _, attribute := range t.Attributes {
+	own, err := t.ownAttributes()
+	if err != nil {
+		return nil, err
+	}
+	for _, attribute := range own {
 		if attribute.is(oidExtensionRequest) || attribute.is(oidChallengePassword) || len(attribute.Values) == 0 {
 			return nil, fmt.Errorf("csr: attribute %s: without a value, or one that has a place of its own", attribute.Type)
 		}
@@ -295,6 +302,18 @@ func (t Template) requestInfo(public crypto.PublicKey) ([]byte, error) {
 	version := []byte{asn1.TagInteger, 1, 0}
 	set := wrapAs(asn1.ClassContextSpecific, 0, true, slices.Concat(attributes...))
 	return wrap(asn1.TagSequence, slices.Concat(version, t.subject(), key, set)), nil
+}
+
+// ownAttributes are those beside extensionRequest and challengePassword.
+func (t Template) ownAttributes() (Attributes, error) {
+	if t.Protection == nil {
+		return t.Attributes, nil
+	}
+	protection, err := t.Protection.attributes()
+	if err != nil {
+		return nil, fmt.Errorf("csr: protection of the key: %w", err)
+	}
+	return slices.Concat(t.Attributes, protection), nil
 }
 
 func appendAttribute(attributes [][]byte, attribute Attribute) ([][]byte, error) {

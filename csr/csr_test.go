@@ -173,6 +173,7 @@ func TestHardwareModuleName(t *testing.T) {
 type opaque struct{ crypto.Signer }
 
 func TestBuild(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §3.1 (1)")
 	raw, err := csr.ParseSubject("CN=dev")
 	if err != nil {
 		t.Fatal(err)
@@ -195,6 +196,7 @@ func TestBuild(t *testing.T) {
 // Each kind of key signs with the hash that is as strong, and RSA with the
 // padding that is asked for; OpenSSL verifies all of them.
 func TestBuildSignature(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.2.1 (2)")
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		t.Fatal(err)
@@ -264,6 +266,7 @@ func TestBuildRefused(t *testing.T) {
 // Re-enrolment copies the bytes, odd as they are: another string type, a
 // critical SAN.
 func TestForReenrollment(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.2.2 (1)")
 	key := newKey(t)
 	rawSubject, err := hex.DecodeString("300e310c300a06035504031303646576")
 	if err != nil {

@@ -244,7 +244,7 @@ func (w *Wanted) readOther(one Attribute) error {
 	ofSubject := slices.IndexFunc(attributes, func(known attribute) bool { return one.is(known.oid) })
 	usual := slices.IndexFunc(usualExtensions, one.is)
 	switch {
-	case len(one.Values) > 0 && (ofSubject >= 0 || slices.ContainsFunc(requestAttributes, one.is)):
+	case len(one.Values) > 0 && (ofSubject >= 0 || slices.ContainsFunc(knownAttributes, one.is)):
 		return w.wantAttribute(one)
 	case one.Values == nil && ofSubject >= 0:
 		w.SubjectTypes = append(w.SubjectTypes, attributes[ofSubject].oid)
@@ -256,10 +256,10 @@ func (w *Wanted) readOther(one Attribute) error {
 	return nil
 }
 
-// requestAttributes are those that a request can have beside extensionRequest,
+// knownAttributes are those that a request can have beside extensionRequest,
 // challengePassword and those of a Subject, and that we know: "the client MUST ignore"
 // others (RFC 7030 §4.5.2). With its value one is the server's to choose.
-var requestAttributes = []asn1.ObjectIdentifier{
+var knownAttributes = []asn1.ObjectIdentifier{
 	{1, 2, 840, 113549, 1, 9, 2},      // unstructuredName, RFC 2985 §5.2.2
 	{1, 2, 840, 113549, 1, 9, 8},      // unstructuredAddress, RFC 2985 §5.2.3
 	{1, 2, 840, 113549, 1, 9, 20},     // friendlyName, RFC 2985 §5.5.1

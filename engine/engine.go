@@ -127,6 +127,41 @@ type KeyImporter interface {
 	ImportKey(ctx context.Context, at Address, pkcs8 []byte) (crypto.PublicKey, error)
 }
 
+// Decrypter is implemented by engines that hold keys for decryption, which open what a
+// server has encrypted for this device (RFC 7030 §4.4.1).
+type Decrypter interface {
+	// DecryptionKey opens the key at an address, whoever made it: an RSA key that is for
+	// decryption and does not sign, for what decrypts a message of anybody's must not
+	// make a signature of the device's too; or an AES key that unwraps. That it can is
+	// found out by a test. ErrNotFound, *AmbiguousError, and ErrUnsupported for any other
+	// key, or where the token cannot.
+	DecryptionKey(ctx context.Context, at Address) (*DecryptionKey, error)
+}
+
+// DecryptionKey is of one of two kinds: RSA or KEK. It stays valid until Close and is
+// safe for concurrent use.
+type DecryptionKey struct {
+	// ID identifies the key in its token: the name that a server knows it by.
+	ID []byte
+	// RSA decrypts PKCS #1 v1.5 or OAEP, or both, as crypto/rsa does with
+	// *rsa.PKCS1v15DecryptOptions and *rsa.OAEPOptions: with a SessionKeyLen a wrong
+	// padding is no error, else rsa.ErrDecryption.
+	RSA            crypto.Decrypter
+	PKCS1v15, OAEP bool
+	// KEK is an AES key.
+	KEK KEK
+}
+
+// KEK is an AES key that wraps others, and never leaves its token.
+type KEK interface {
+	// Size of the key in bytes.
+	Size() int
+	// DecryptContent unwraps an AES key (RFC 3394) into the token, for this alone, and
+	// decrypts whole blocks with it there, in CBC mode, whose padding it leaves.
+	// rsa.ErrDecryption, as of a crypto.Decrypter, if the wrapped key is not of this KEK.
+	DecryptContent(wrappedKey, iv, ciphertext []byte) ([]byte, error)
+}
+
 // KeyInspector is implemented by engines that can report what the token says
 // of a private key.
 type KeyInspector interface {

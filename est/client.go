@@ -11,6 +11,9 @@ import (
 // judged: that is for TrustAnchors.
 type Client struct {
 	Session Session
+	// DecryptionKey is what ServerKeyGen wants its keys to be encrypted for, which the
+	// CSR says too (RFC 7030 §4.4.1). Default: they are not encrypted.
+	DecryptionKey *DecryptionKey
 }
 
 // CACerts returns the CA certificates of the server (RFC 7030 §4.1): the
@@ -57,7 +60,7 @@ func (c *Client) CSRAttrs(ctx context.Context) ([]byte, error) {
 
 // ServerKeyGen sends a CSR (DER) whose key is of the kind that is wanted, and returns
 // the key that the server has made and the certificates for it (RFC 7030 §4.4, RFC
-// 9148 §4.8): the caller clears it. ErrKeyEnveloped.
+// 9148 §4.8): the caller clears it. ErrKeyEnveloped, ErrKeyNotEnveloped, ErrKeyNotOpened.
 func (c *Client) ServerKeyGen(ctx context.Context, csr []byte) (*ServerKey, error) {
 	resp, err := c.Session.RoundTrip(ctx, &Request{Operation: ServerKeyGen, Body: csr})
 	if err != nil {
@@ -74,7 +77,7 @@ func (c *Client) ServerKeyGen(ctx context.Context, csr []byte) (*ServerKey, erro
 	}
 	var key *ServerKey
 	if err == nil {
-		key, err = ParseServerKey(parts)
+		key, err = ParseServerKey(parts, c.DecryptionKey)
 	}
 	if err != nil {
 		return nil, &ResponseError{Operation: ServerKeyGen, Err: err}

@@ -215,6 +215,7 @@ func TestVerifyIssued(t *testing.T) {
 // Whatever cacerts holds, in whatever order: the chain is that of the certificate,
 // up to what is trusted and without it.
 func TestChain(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.1.3 (3)")
 	root, second, abroad := newCA(t, nil, "root"), newCA(t, nil, "second root"), newCA(t, nil, "root elsewhere")
 	unused, subordinate := newCA(t, second, "unused"), newCA(t, abroad, "subordinate")
 	issuing := newCA(t, root, "issuing")
@@ -262,6 +263,10 @@ func TestChain(t *testing.T) {
 }
 
 func TestVerifyServer(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §3.3.1 (2)")
+	t.Attr("shows", "RFC 7030 §3.3.1 (4)")
+	t.Attr("shows", "RFC 7030 §3.6.1 (1)")
+	t.Attr("shows", "RFC 7030 §3.6.2 (1)")
 	root := newCA(t, nil, "root")
 	key := newKey(t)
 	serve := func(c *x509.Certificate) {
@@ -347,6 +352,7 @@ func TestValidityError(t *testing.T) {
 // NewWithNew (RFC 7030 §4.1.3): certificates of both CAs verify, and so they do
 // for who trusts only the old one and is given the others.
 func TestRollover(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.1.3 (2)")
 	old, renewed := newCA(t, nil, "root old"), newCA(t, nil, "root new")
 	oldWithNew := issue(t, renewed, "root old", old.key, asCA)
 	newWithOld := issue(t, old, "root new", renewed.key, asCA)
@@ -442,6 +448,7 @@ func (f *fake) RoundTrip(_ context.Context, req *est.Request) (*est.Response, er
 // Both formats are understood, whichever was asked for; what is neither is a
 // ResponseError of the operation.
 func TestClientFormats(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §3.1 (2)")
 	root := newCA(t, nil, "root")
 	p7, err := est.MarshalCertsOnly([]*x509.Certificate{root.cert})
 	if err != nil {

@@ -170,6 +170,7 @@ func FuzzParseLinks(f *testing.F) {
 }
 
 func TestParseLabel(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §3.2.2 (1)")
 	for _, in := range []string{"a", "tls-ca", "v1.2~x", "CRTS", "a:b@c;d=e,f", strings.Repeat("a", 255)} {
 		if label, err := est.ParseLabel(in); err != nil || string(label) != in {
 			t.Errorf("%q: got %q, %v", in, label, err)

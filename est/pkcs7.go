@@ -111,6 +111,58 @@ func checkCertsOnly(data []byte) error {
 	return err
 }
 
+// verifySignedData verifies a SignedData with its content and one signer, whose
+// certificate is in it, and returns the content and the certificates, the signer's
+// first. The content is a part of the data.
+func verifySignedData(der []byte) (content []byte, chain []*x509.Certificate, err error) {
+	var message contentInfo
+	message.ContentType = pkcs7.OIDSignedData
+	if rest, err := asn1.Unmarshal(der, &message.SignedData); err != nil || len(rest) > 0 {
+		return nil, nil, errors.New("not a SignedData")
+	}
+	encapsulated := &message.SignedData.EncapContentInfo
+	var octets asn1.RawValue
+	if _, err := asn1.Unmarshal(encapsulated.Content.Bytes, &octets); err != nil || octets.Tag != asn1.TagOctetString {
+		return nil, nil, errors.New("signed content: it is not there")
+	}
+	kind, content := encapsulated.ContentType, octets.Bytes
+	// The library sees no secret, of which it would make copies.
+	encapsulated.Content = asn1.RawValue{}
+	detached, err := asn1.Marshal(message)
+	if err != nil {
+		return nil, nil, err
+	}
+	signed, err := pkcs7.Parse(detached)
+	if err != nil {
+		return nil, nil, fmt.Errorf("signed content: %w", err)
+	}
+	signed.Content = content
+	signer := signed.GetOnlySigner()
+	switch {
+	case signer == nil:
+		return nil, nil, errors.New("signed content: not one signer whose certificate is there by issuer and serial number")
+	case len(signed.Certificates) > maxCertificates:
+		return nil, nil, fmt.Errorf("signed content: %d certificates, more than %d", len(signed.Certificates), maxCertificates)
+	}
+	// "The message digest" covers the content alone, so its type is signed too, where it
+	// is not data (RFC 5652 §5.3). Measured: pkcs7 v0.10.0 does not compare it.
+	var signedKind asn1.ObjectIdentifier
+	err = signed.UnmarshalSignedAttribute(pkcs7.OIDAttributeContentType, &signedKind)
+	if !kind.Equal(pkcs7.OIDData) && (err != nil || !kind.Equal(signedKind)) {
+		return nil, nil, errors.New("signed content: its type is not signed")
+	}
+	if err := signed.Verify(); err != nil {
+		return nil, nil, fmt.Errorf("signed content: %w", err)
+	}
+	chain = []*x509.Certificate{signer}
+	for _, cert := range signed.Certificates {
+		if !cert.Equal(signer) {
+			chain = append(chain, cert)
+		}
+	}
+	return content, chain, nil
+}
+
 // checkDepth checks that data is one value with definite lengths, nested no
 // deeper than depth, and that nothing follows it.
 func checkDepth(data []byte, depth int) error {

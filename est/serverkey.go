@@ -10,8 +10,15 @@ import (
 	"math/big"
 )
 
-// ErrKeyEnveloped says that a server has encrypted the key that it made.
-var ErrKeyEnveloped = errors.New("the key is encrypted (CMS EnvelopedData)")
+// What a server may make of a wish for an encrypted key.
+var (
+	// ErrKeyEnveloped says that a server has encrypted the key that it made, and that
+	// there is no decryption key.
+	ErrKeyEnveloped = errors.New("the key is encrypted (CMS EnvelopedData)")
+	// ErrKeyNotEnveloped says that a server has sent the key in the clear although it was
+	// told the decryption key.
+	ErrKeyNotEnveloped = errors.New("the key is not encrypted for the decryption key")
+)
 
 // ServerKey is a key that a server has made, and the certificate for it (RFC 7030
 // §4.4, RFC 9148 §4.8). Whoever gets one clears it.
@@ -20,6 +27,11 @@ type ServerKey struct {
 	PKCS8 []byte
 	// Certificates of the answer, the issued one among them, not yet judged.
 	Certificates []*x509.Certificate
+	// Enveloped says that the key was encrypted.
+	Enveloped bool
+	// Signer is who has signed an enveloped key, with the certificates beside its own,
+	// not yet judged; nil if nobody has.
+	Signer []*x509.Certificate
 }
 
 // Clear overwrites the private key.
@@ -27,26 +39,28 @@ func (k *ServerKey) Clear() { clear(k.PKCS8) }
 
 // ParseServerKey parses the parts of an answer of serverkeygen: one key and one
 // certificate, in any order (RFC 9148 §4.8); parts that are neither are ignored. The
-// bodies of the parts are the ServerKey's then, or cleared where there is none.
-// ErrKeyEnveloped.
-func ParseServerKey(parts []Part) (key *ServerKey, err error) {
-	defer func() {
+// bodies of the parts are the ServerKey's then, or cleared where there is none. With a
+// decryption key the key must be encrypted for it, without one it must not: OpenKey's
+// errors, ErrKeyNotEnveloped, ErrKeyEnveloped.
+func ParseServerKey(parts []Part, with *DecryptionKey) (key *ServerKey, err error) {
+	key = new(ServerKey)
+	defer func(made *ServerKey) {
 		if err != nil {
+			made.Clear()
 			for _, part := range parts {
 				clear(part.Body)
 			}
 		}
-	}()
-	key = new(ServerKey)
+	}(key)
 	for _, part := range parts {
 		switch part.ContentFormat {
-		case ContentFormatPKCS7ServerKey:
-			return nil, ErrKeyEnveloped
-		case ContentFormatPKCS8:
+		case ContentFormatPKCS7ServerKey, ContentFormatPKCS8:
 			if key.PKCS8 != nil {
 				return nil, errors.New("two keys")
 			}
-			key.PKCS8 = part.Body
+			if err := key.take(part, with); err != nil {
+				return nil, err
+			}
 		case ContentFormatPKCS7CertsOnly, ContentFormatPKIXCert:
 			if key.Certificates != nil {
 				return nil, errors.New("two answers of certificates")
@@ -63,6 +77,24 @@ func ParseServerKey(parts []Part) (key *ServerKey, err error) {
 		return nil, ErrNoCertificate
 	}
 	return key, nil
+}
+
+func (k *ServerKey) take(part Part, with *DecryptionKey) error {
+	switch enveloped := part.ContentFormat == ContentFormatPKCS7ServerKey; {
+	case enveloped && with == nil:
+		return ErrKeyEnveloped
+	case !enveloped && with != nil:
+		return ErrKeyNotEnveloped
+	case !enveloped:
+		k.PKCS8 = part.Body
+		return nil
+	}
+	opened, err := OpenKey(part.Body, *with)
+	if err != nil {
+		return err
+	}
+	k.PKCS8, k.Enveloped, k.Signer = opened.PKCS8, true, opened.Signer
+	return nil
 }
 
 // Public returns the public key of the private one, EC or RSA, of which it keeps

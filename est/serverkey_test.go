@@ -25,6 +25,7 @@ import (
 // The answer of RFC 9148, appendix A.3, is its key and its certificate, in this
 // order, and comes out byte for byte of them; the certificate is for the key.
 func TestServerKeyVector(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.8 (1)")
 	data, key, cert := vector(t, "skg-response-62.cbor"), vector(t, "skg-key-284.der"), vector(t, "skg-cert-281.der")
 	parts, err := est.ParseMultipartCore(data)
 	if err != nil {
@@ -38,7 +39,7 @@ func TestServerKeyVector(t *testing.T) {
 		t.Errorf("got %x, %v", again, err)
 	}
 	for _, order := range [][]est.Part{parts, {parts[1], parts[0]}, {{ContentFormat: 0}, parts[0], parts[1]}} {
-		got, err := est.ParseServerKey(clone(order))
+		got, err := est.ParseServerKey(clone(order), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -78,11 +79,11 @@ func TestParseServerKeyRefused(t *testing.T) {
 		"no certificate":       {[]est.Part{key}, est.ErrNoCertificate, ""},
 		"two keys":             {[]est.Part{key, cert, key}, nil, "two keys"},
 		"two certificates":     {[]est.Part{cert, cert, key}, nil, "two answers"},
-		"an encrypted key":     {[]est.Part{key, enveloped, cert}, est.ErrKeyEnveloped, ""},
+		"an encrypted key":     {[]est.Part{enveloped, cert}, est.ErrKeyEnveloped, ""},
 		"garbage certificates": {[]est.Part{key, {ContentFormat: est.ContentFormatPKIXCert, Body: []byte{1}}}, nil, "certificate:"},
 	} {
 		parts := clone(c.parts)
-		_, err := est.ParseServerKey(parts)
+		_, err := est.ParseServerKey(parts, nil)
 		if err == nil || c.is != nil && !errors.Is(err, c.is) || !strings.Contains(err.Error(), c.text) {
 			t.Errorf("%s: got %v", name, err)
 		}
@@ -187,6 +188,7 @@ func mixed(boundary string, parts ...string) []byte {
 // Any boundary, any order, any line breaks, with and without headers that say what
 // is known (RFC 7030 §4.4.2, RFC 8951 §3.1).
 func TestParseMultipartMixed(t *testing.T) {
+	t.Attr("shows", "RFC 8951 §3 (2)")
 	key, cert := vector(t, "skg-key-284.der"), vector(t, "skg-cert-281.der")
 	text := base64.StdEncoding.EncodeToString
 	lines := func(der []byte) string {
@@ -310,7 +312,7 @@ func FuzzParseBody(f *testing.F) {
 
 // readKey does all that is done with the parts of an answer.
 func readKey(parts []est.Part) {
-	if key, err := est.ParseServerKey(parts); err == nil {
+	if key, err := est.ParseServerKey(parts, nil); err == nil {
 		_, _ = key.Public()
 		key.Clear()
 	}

@@ -173,6 +173,28 @@ func (t *TrustAnchors) VerifyIssued(answer []*x509.Certificate, publicKey crypto
 	return verified[:len(verified)-1], nil
 }
 
+// VerifySigner judges who signed an enveloped key (signer first), at a time: it is an
+// anchor or leads to one. RFC 7030 §4.4.2: "The SignedData is signed by the party that
+// generated the private key, which may or may not be the EST server or the EST CA."
+// ErrNotTrusted, ErrNotValidNow.
+func (t *TrustAnchors) VerifySigner(chain []*x509.Certificate, now time.Time) error {
+	if len(chain) == 0 {
+		return fmt.Errorf("signer of the key: none: %w", ErrNotTrusted)
+	}
+	signer := chain[0]
+	var err error
+	switch {
+	case !slices.ContainsFunc(t.anchors, signer.Equal):
+		_, err = t.verify(chain, now)
+	case now.Before(signer.NotBefore) || now.After(signer.NotAfter):
+		err = &ValidityError{Certificate: signer, Time: now}
+	}
+	if err != nil {
+		return fmt.Errorf("signer of the key %q: %w", signer.Subject, err)
+	}
+	return nil
+}
+
 func issuedLeaf(answer []*x509.Certificate, publicKey crypto.PublicKey) (*x509.Certificate, error) {
 	wanted, ok := publicKey.(interface{ Equal(crypto.PublicKey) bool })
 	if !ok {

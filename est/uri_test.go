@@ -8,6 +8,7 @@ import (
 )
 
 func TestParseURI(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §3.3 (2)")
 	for _, c := range []struct{ in, want, address string }{
 		{"coaps://est.example", "coaps://est.example:5684/.well-known/est", "est.example:5684"},
 		{"coaps://est.example/", "coaps://est.example:5684/.well-known/est", "est.example:5684"},

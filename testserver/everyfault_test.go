@@ -368,7 +368,7 @@ func (v *visit) parts(parts []est.Part, err error) string {
 		rest, _ := asn1.Unmarshal(part.Body, &der) // what is no DER is shown below
 		text += fmt.Sprintf("[%d, with %d bytes after its end] ", part.ContentFormat, len(rest))
 	}
-	made, err := est.ParseServerKey(parts)
+	made, err := est.ParseServerKey(parts, nil)
 	if err != nil {
 		return text + err.Error()
 	}

@@ -259,7 +259,18 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"stop":          plain(s.stopProgram),
 		"reload":        plain(s.reloadProgram),
 		"eventually":    plain(eventuallyExec),
+		"shows":         plain(s.shows),
 	}
+}
+
+// shows ID says that the script shows a requirement of testdata/conformance.txt.
+func (s *session) shows(_ *testscript.TestScript, args []string) error {
+	if len(args) != 1 {
+		return errors.New("usage: shows ID")
+	}
+	attribute := s.env.T().(interface{ Attr(key, value string) }).Attr
+	attribute("shows", args[0]) // a literal in the script
+	return nil
 }
 
 // exitcode N command… runs a command that must end with exit code N.

@@ -81,6 +81,12 @@ type Token struct {
 	NoImport bool
 	// NoUnwrap says that it takes in none that is wrapped.
 	NoUnwrap bool
+	// NoDecryption says that an RSA key for decryption is of no use in the token, NoKEK
+	// that a secret key is not: one that suddenly is fails the suite.
+	NoDecryption, NoKEK bool
+	// ImplicitRejection says that the token makes something up of a wrong padding
+	// instead of reporting it. One that suddenly reports it fails the suite.
+	ImplicitRejection bool
 	// Unique says that the token refuses a certificate that it holds already: one
 	// that suddenly takes it fails the suite.
 	Unique bool
@@ -89,7 +95,11 @@ type Token struct {
 	// GenerateForeign makes a pair of a kind that no engine has: Ed25519, RSA 1024.
 	GenerateForeign  func(label, id string) error
 	WriteCertificate func(der []byte, label, id string) error
-	Delete           func(class engine.Class, id string) error
+	// GenerateDecryption makes an RSA pair for decryption, which may sign too.
+	GenerateDecryption func(label, id string, signs bool) error
+	// WriteSecret stores an AES key that unwraps; nil where the tool has no way.
+	WriteSecret func(secret []byte, label, id string) error
+	Delete      func(class engine.Class, id string) error
 }
 
 // Harness is what the suite needs of a driver.
@@ -103,7 +113,7 @@ type Harness struct {
 // Run runs the suite. The tests are not parallel: a module is one for a process.
 func Run(t *testing.T, h Harness) {
 	before := runtime.NumGoroutine()
-	rules := slices.Concat(keyRules, importRules, certificateRules, pinRules, deviceRules)
+	rules := slices.Concat(keyRules, importRules, decryptRules, certificateRules, pinRules, deviceRules)
 	for name := range h.Without {
 		if !slices.ContainsFunc(rules, func(r rule) bool { return r.name == name }) && !slices.ContainsFunc(algorithmRules, func(r algorithmRule) bool { return r.name == name }) {
 			t.Errorf("no rule is named %q", name)

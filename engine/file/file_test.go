@@ -35,6 +35,9 @@ var none = map[string][]string{
 		"more than one match is an error, never a guess", "the removal of a leaf is no guess among different ones",
 		"a chain certificate of another program is shared by value and left alone",
 	},
+	"of a file nobody knows what its key is for, and no secret key is in one": {
+		"a key for signing decrypts nothing", "a secret key unwraps into the token, where it stays",
+	},
 	"it parses other keys, and refuses them": {"a key of a kind that the driver does not have disturbs nothing"},
 	"there is no PIN": {
 		"a PIN that failed is never tried again", "a PIN refused in an earlier run is not tried until its source changes",
@@ -89,6 +92,10 @@ func newToken(t *testing.T) enginetest.Token {
 				return nil, errors.New(string(out))
 			}
 			return exec.Command("openssl", "pkey", "-in", path, "-pubout", "-outform", "DER").Output()
+		},
+		GenerateDecryption: func(label, id string, _ bool) error {
+			_, err := exec.Command("openssl", "genrsa", "-out", filepath.Join(dir, label+"~"+id+".key"), "2048").Output()
+			return err
 		},
 		WriteCertificate: func(der []byte, label, id string) error {
 			return write(label+"~"+id+".crt", &pem.Block{Type: "CERTIFICATE", Bytes: der})
@@ -205,6 +212,9 @@ func TestFiles(t *testing.T) {
 	public, err := e.GenerateKey(t.Context(), made, engine.KeySpec{})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if _, err := e.DecryptionKey(t.Context(), made); !errors.Is(err, engine.ErrUnsupported) {
+		t.Errorf("an EC key for decryption: got %v", err)
 	}
 	attributes, err := e.KeyAttributes(t.Context(), made)
 	if err != nil || *attributes.Sensitive || !*attributes.Extractable {

@@ -161,6 +161,53 @@ func (e *Engine) Signer(ctx context.Context, at engine.Address) (crypto.Signer, 
 	return opened, nil
 }
 
+// DecryptionKey implements engine.Decrypter: of a file nobody knows what its key is for,
+// and a secret key it never is.
+func (e *Engine) DecryptionKey(ctx context.Context, at engine.Address) (*engine.DecryptionKey, error) {
+	var opened *engine.DecryptionKey
+	err := e.read(ctx, "open decryption key", at, func() error {
+		a, err := objectOf(at, engine.ClassPrivateKey)
+		if err != nil {
+			return err
+		}
+		o, err := e.one(a, true)
+		if err == nil {
+			err = o.err
+		}
+		if err != nil {
+			return err
+		}
+		key, isRSA := o.key.(*rsa.PrivateKey)
+		if !isRSA {
+			return fmt.Errorf("%w: an EC key, which decrypts nothing: want an RSA key", engine.ErrUnsupported)
+		}
+		id, err := hex.DecodeString(o.id)
+		opened = &engine.DecryptionKey{ID: id, RSA: &decrypter{e, a, key}, PKCS1v15: true, OAEP: true}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return opened, nil
+}
+
+// decrypter is an RSA key in memory, until the engine is closed.
+type decrypter struct {
+	engine *Engine
+	at     Address
+	key    *rsa.PrivateKey
+}
+
+func (d *decrypter) Public() crypto.PublicKey { return d.key.Public() }
+
+func (d *decrypter) Decrypt(random io.Reader, ciphertext []byte, opts crypto.DecrypterOpts) (plain []byte, err error) {
+	err = d.engine.read(context.Background(), "decrypt", d.at, func() error {
+		plain, err = d.key.Decrypt(random, ciphertext, opts)
+		return err
+	})
+	return plain, err
+}
+
 // signer is a key in memory, until the engine is closed.
 type signer struct {
 	engine *Engine

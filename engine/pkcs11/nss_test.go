@@ -31,6 +31,8 @@ func TestNSS(t *testing.T) {
 		token.Unique = true
 		// Measured: its CKM_AES_KEY_WRAP_PAD is not RFC 5649's (CKR_WRAPPED_KEY_INVALID).
 		token.NoUnwrap = true
+		// As the draft of RSA guidance has it (draft-irtf-cfrg-rsa-guidance-05 §7).
+		token.ImplicitRejection = true
 		token.GenerateForeign = func(label, id string) error {
 			_, err := f.Generate("rsa:1024", label, id)
 			return err

@@ -26,13 +26,12 @@ func (e *Engine) Signer(ctx context.Context, at engine.Address) (crypto.Signer, 
 	if err != nil {
 		return nil, fail(op, at, e.uri.ModulePath, err)
 	}
-	k := &signer{engine: e, uri: u}
+	k := &signer{held: held{engine: e, uri: u}}
 	err = e.read(ctx, op, u, func(s *session) error {
-		private, err := s.one(u)
+		private, err := k.find(s)
 		if err != nil {
 			return err
 		}
-		k.handle, k.connection = private.handle, s.connection
 		k.public, err = s.publicHalf(private)
 		return err
 	})
@@ -42,15 +41,41 @@ func (e *Engine) Signer(ctx context.Context, at engine.Address) (crypto.Signer, 
 	return k, nil
 }
 
-// signer is a private key in the token.
-type signer struct {
+// held is an object in the token that is used again and again.
+type held struct {
 	engine *Engine
 	uri    URI
-	public crypto.PublicKey
 
 	// Guarded by the module's gate.
 	handle     pkcs11.ObjectHandle
 	connection int // of the token, when the handle was found
+}
+
+func (h *held) find(s *session) (match, error) {
+	object, err := s.one(h.uri)
+	if err == nil {
+		h.handle, h.connection = object.handle, s.connection
+	}
+	return object, err
+}
+
+// use does something with the object that changes nothing. What it is for has no
+// context, and the calls could not be interrupted.
+func (h *held) use(op string, do func(*session) error) error {
+	return h.engine.read(context.Background(), op, h.uri, func(s *session) error {
+		if h.connection != s.connection { // handles end with their session
+			if _, err := h.find(s); err != nil {
+				return err
+			}
+		}
+		return do(s)
+	})
+}
+
+// signer is a private key in the token.
+type signer struct {
+	held
+	public crypto.PublicKey
 }
 
 var _ crypto.Signer = (*signer)(nil)
@@ -68,15 +93,7 @@ func (k *signer) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) (signa
 	if err != nil {
 		return nil, fail(op, k.uri, k.engine.uri.ModulePath, err)
 	}
-	// crypto.Signer has no context, and the call could not be interrupted.
-	err = k.engine.read(context.Background(), op, k.uri, func(s *session) error {
-		if k.connection != s.connection { // handles end with their session
-			private, err := s.one(k.uri)
-			if err != nil {
-				return err
-			}
-			k.handle, k.connection = private.handle, s.connection
-		}
+	err = k.use(op, func(s *session) error {
 		signature, err = s.sign(k.handle, how)
 		return err
 	})

@@ -215,6 +215,7 @@ func (f *faulty) token() enginetest.Token {
 		LoseAfter:  func(t *testing.T, function string) { t.Helper(); f.set(t, "lose", function) },
 		Algorithms: engine.Algorithms(),
 		GenerateEC: f.GenerateEC, WriteCertificate: f.WriteCertificate,
+		GenerateDecryption: f.GenerateDecryption, WriteSecret: f.WriteSecret,
 		GenerateForeign: func(label, id string) error {
 			_, err := f.Tool("--keypairgen", "--key-type", "EC:edwards25519", "--usage-sign", "--label", label, "--id", id)
 			return err
@@ -249,6 +250,8 @@ func TestRemoteSoftHSM(t *testing.T) {
 		token := newRemoteFaulty(t).token()
 		// Measured: p11-kit 0.24 passes no CKM_AES_KEY_WRAP_PAD on (CKR_MECHANISM_INVALID).
 		token.NoUnwrap = true
+		// Nor CKM_AES_KEY_WRAP.
+		token.NoKEK = true
 		return token
 	}})
 }

@@ -36,6 +36,18 @@ func TestTPM(t *testing.T) {
 		// signs with RSA by decrypting, which a key for signing only may not; swtpm 0.7
 		// has no RSA key of more than 3072 bits.
 		token.Unsupported = []engine.Algorithm{engine.ECP521, engine.RSA2048, engine.RSA3072, engine.RSA4096}
+		// Measured: of an RSA key that decrypts it says that it signs too, or, where it is
+		// told not to (p11tool), it makes none.
+		token.NoDecryption = true
+		token.GenerateDecryption = func(label, id string, signs bool) error {
+			if signs {
+				return made.GenerateDecryption(label, id, true)
+			}
+			_, err := f.Tool("--keypairgen", "--key-type", "rsa:2048", "--usage-decrypt", "--label", label, "--id", id)
+			return err
+		}
+		// Measured: it takes in no secret key (CKR_ATTRIBUTE_VALUE_INVALID).
+		token.WriteSecret = nil
 		// tpm2-pkcs11 reads its store in C_Initialize.
 		token.Stale = true
 		token.GenerateForeign = func(label, id string) error {

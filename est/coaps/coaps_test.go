@@ -133,6 +133,8 @@ func number(n uint16) *uint16  { return &n }
 func seconds(n uint32) *uint32 { return &n }
 
 func TestRoundTrip(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.1 (1)")
+	t.Attr("shows", "RFC 9148 §4.3 (1)")
 	requests := make(chan *coap.Request, 1)
 	body := bytes.Repeat([]byte("x"), 3000)
 	w := newWorld(t, nil, func(_ context.Context, req *coap.Request) *coap.Response {
@@ -248,6 +250,7 @@ func TestAnswers(t *testing.T) {
 // The server that is not the right one is refused with its own error, and what
 // the server thinks of our certificate is told apart from silence.
 func TestDialRefused(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §3 (3)")
 	answer := func(context.Context, *coap.Request) *coap.Response { return &coap.Response{Code: codes.Content} }
 	open := newWorld(t, nil, answer)
 	closed := newWorld(t, func([]*x509.Certificate) error { return errors.New("revoked") }, answer)
@@ -282,6 +285,7 @@ func TestDialRefused(t *testing.T) {
 }
 
 func TestDialWithoutCredential(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4 (1)")
 	w := newWorld(t, nil, func(context.Context, *coap.Request) *coap.Response { return &coap.Response{Code: codes.Content} })
 	for name, change := range map[string]func(*coaps.Config){
 		"no key":         func(c *coaps.Config) { c.Key = nil },

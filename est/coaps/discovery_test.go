@@ -60,6 +60,7 @@ func links(text string) coap.Response {
 // A provisional session asks for cacerts, below the path that every server supports,
 // and for nothing else: not for its resources either. It authenticates nobody.
 func TestProvisional(t *testing.T) {
+	t.Attr("shows", "RFC 7030 §4.1.1 (3)")
 	h := &host{discovery: links(`</elsewhere/crts>;rt="ace.est.crts"`)}
 	w := newWorld(t, nil, h.handle)
 	w.uri.Root = est.DefaultRoot
@@ -93,6 +94,7 @@ func TestProvisional(t *testing.T) {
 // Discovery finds the paths, whatever they are, on this server and no other; what
 // it does not find is below /.well-known/est, with a warning (RFC 9148 §4.1).
 func TestDiscovery(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.1 (2)")
 	h := new(host)
 	w := newWorld(t, nil, h.handle)
 	const wellKnown = "/.well-known/est/"

@@ -32,6 +32,7 @@ const emptyACK = 13 + 8 + 4 + 8
 // blocks of the request and of both answers, and whether those come in the ACK
 // or apart from it (RFC 9148 §4.6, §4.7).
 func TestPendingInBlocks(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.7 (2)")
 	body, text := make([]byte, 900), strings.Repeat("an operator must approve this device. ", 20)
 	rand.Read(body)
 	for _, size := range []int{16, 64} {

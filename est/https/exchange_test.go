@@ -97,6 +97,9 @@ func TestPassword(t *testing.T) {
 // request; another server gets no connection, so neither certificate nor password.
 func TestRedirection(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.2.1 (1)")
+	t.Attr("shows", "RFC 7030 §3.6.2 (1)")
+	t.Attr("shows", "RFC 7030 §3.3 (2)")
 	elsewhere := newWorld(t, nil, func(http.ResponseWriter, *http.Request) {})
 	for name, c := range map[string]struct {
 		status   int
@@ -165,6 +168,8 @@ func TestRedirection(t *testing.T) {
 // What a server may leave out or have its own way with.
 func TestTolerance(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 8951 §3 (2)")
+	t.Attr("shows", "RFC 8951 §3.1 (1)")
 	der := bytes.Repeat([]byte{0x30, 0x03, 1, 2, 3}, 40)
 	text := base64.StdEncoding.EncodeToString(der)
 	for name, c := range map[string]struct {
@@ -192,6 +197,7 @@ func TestTolerance(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t, nil, func(rw http.ResponseWriter, _ *http.Request) {
+				rw.Header().Set("Content-Transfer-Encoding", "quoted-printable") // which it is not
 				rw.Header()["Content-Type"] = nil
 				if c.contentType != "" {
 					rw.Header().Set("Content-Type", c.contentType)
@@ -310,6 +316,7 @@ func isStatus(class int) func(error) bool {
 
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §4.2.3 (1)")
 	const sent = "Tue, 24 Nov 2026 12:00:00 GMT"
 	for _, c := range []struct {
 		text, date string

@@ -14,6 +14,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -57,6 +58,8 @@ func TestOneConnection(t *testing.T) {
 // A request is strict: the server may be of any make.
 func TestRequest(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 8951 §3 (1)")
+	t.Attr("shows", "RFC 7030 §4.2.1 (1)")
 	csr := bytes.Repeat([]byte{0x30, 0x82, 0xff}, 60)
 	got := make(chan *http.Request, 1)
 	body := make(chan []byte, 1)
@@ -102,6 +105,14 @@ func TestRequest(t *testing.T) {
 // the session's trust anchors and clock alone.
 func TestServerRefused(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.3 (1)")
+	t.Attr("shows", "RFC 7030 §3.3.1 (1)")
+	t.Attr("shows", "RFC 7030 §3.6 (1)")
+	t.Attr("shows", "RFC 7030 §4.1.2 (2)")
+	t.Attr("shows", "RFC 7030 §4.2 (1)")
+	t.Attr("shows", "RFC 7030 §4.2 (2)")
+	t.Attr("shows", "RFC 7030 §4.4 (1)")
+	t.Attr("shows", "RFC 7030 §3.1 (4)")
 	other := newParty(t, nil, "ca", func(c *x509.Certificate) { c.IsCA, c.KeyUsage = true, x509.KeyUsageCertSign })
 	for name, c := range map[string]struct {
 		shown func(t *testing.T, w *world) *party
@@ -300,6 +311,8 @@ func closedPort(t *testing.T) uint16 {
 // What is no TLS server: one that says nothing, hangs up, or speaks another protocol.
 func TestNotTLS(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.3 (3)")
+	t.Attr("shows", "RFC 7030 §3.2.3 (1)")
 	for name, c := range map[string]struct {
 		speak func(net.Conn)
 		want  error
@@ -366,6 +379,33 @@ func TestNoResumption(t *testing.T) {
 				t.Errorf("%d signatures, %d values", n, len(values))
 			}
 		})
+	}
+}
+
+// No cipher suite is offered that does without secrecy or authentication, or with DES or
+// what was for export.
+func TestCipherSuites(t *testing.T) {
+	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.2.3 (2)")
+	t.Attr("shows", "RFC 7030 §4.4 (2)")
+	t.Attr("shows", "RFC 7030 §6 (1)")
+	offered := make(chan []uint16, 1)
+	w := newWorld(t, func(c *tls.Config) {
+		c.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			offered <- hello.CipherSuites
+			return nil, nil
+		}
+	}, func(http.ResponseWriter, *http.Request) {})
+	w.dial(t, nil)
+	suites := <-offered
+	if len(suites) == 0 {
+		t.Error("none is offered")
+	}
+	for _, suite := range suites {
+		name := tls.CipherSuiteName(suite)
+		if !strings.Contains(name, "_AES_") && !strings.Contains(name, "_CHACHA20_") || strings.Contains(name, "_anon_") {
+			t.Errorf("%s is offered", name)
+		}
 	}
 }
 
@@ -532,6 +572,9 @@ func TestAcceptsKey(t *testing.T) {
 // request leaves on it, and it proves nothing.
 func TestProvisional(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.2.3 (4)")
+	t.Attr("shows", "RFC 7030 §4.1.1 (2)")
+	t.Attr("shows", "RFC 7030 §4.1.1 (3)")
 	answer := http.StatusOK
 	w := newWorld(t, nil, func(rw http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Authorization") != "" {

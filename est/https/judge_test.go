@@ -34,6 +34,11 @@ import (
 // cmd/est-enroll shows.)
 func TestEstserver(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §3.1 (1)")
+	t.Attr("shows", "RFC 7030 §3.1 (2)")
+	t.Attr("shows", "RFC 7030 §3.1 (3)")
+	t.Attr("shows", "RFC 7030 §4.1.2 (1)")
+	t.Attr("shows", "RFC 7030 §4.2.2 (1)")
 	dir := t.TempDir()
 	now := func(c *x509.Certificate) {
 		c.NotBefore, c.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)

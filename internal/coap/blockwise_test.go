@@ -118,6 +118,8 @@ func optionBytes(t *testing.T, m *message.Message) string {
 // bytes are those of testdata/rfc9148/README.md.
 func TestVectorGet(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 9148 §4.4 (1)")
+	t.Attr("shows", "RFC 9148 §4.6 (1)")
 	body := vector(t, "crts-response-281.der")
 	req := &coap.Request{Method: codes.GET, Host: "example.com", Port: 9085, Path: "/est/crts", Accept: new(uint16(281))}
 	const requestOptions = "3b 65 78 61 6d 70 6c 65 2e 63 6f 6d" + // Uri-Host (3) "example.com"
@@ -160,6 +162,7 @@ func TestVectorGet(t *testing.T) {
 // RFC 9148 appendix B.2: sen in blocks of 256 bytes both ways.
 func TestVectorPost(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 9148 §4.6 (2)")
 	csr, issued := vector(t, "sen-request-286.der"), vector(t, "sen-response-281.der")
 	synctest.Test(t, func(t *testing.T) {
 		var handled []*coap.Request

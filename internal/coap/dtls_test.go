@@ -84,6 +84,9 @@ func clientHello(t *testing.T, name string) (*handshake.MessageClientHello, stri
 // name is sent, an empty one (for an IP literal) is not (RFC 6066 §3).
 func TestClientHello(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 9148 §3 (1)")
+	t.Attr("shows", "RFC 9148 §3 (2)")
+	t.Attr("shows", "RFC 9148 §9.1 (4)")
 	for _, name := range []string{"ca.example", ""} {
 		hello, sent := clientHello(t, name)
 		suites := []uint16{
@@ -163,6 +166,7 @@ func foreignServer(t *testing.T, p *pki, options ...dtls.ServerOption) string {
 // CAs the server asks with.
 func TestClientAuthenticated(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 9148 §3 (4)")
 	p, other := newPKI(t), newPKI(t)
 	others := x509.NewCertPool()
 	others.AddCert(other.ca)

@@ -85,6 +85,28 @@ func (t *Token) Generate(kind, label, id string, args ...string) ([]byte, error)
 	return t.publicKey(label, id)
 }
 
+// GenerateDecryption has the token generate an RSA pair for decryption, which may sign
+// too, with GnuTLS's p11tool. Measured: pkcs11-tool of OpenSC 0.23 says nothing of
+// CKA_SIGN, whose default is true in SoftHSM.
+func (t *Token) GenerateDecryption(label, id string, signs bool) error {
+	args := []string{"--provider", t.ModulePath, "--batch", "--login", "--generate-privkey=rsa", "--bits", "2048", "--label", label, "--id", id, "--mark-decrypt"}
+	if signs {
+		args = append(args, "--mark-sign")
+	}
+	_, err := t.Run("p11tool", append(args, "pkcs11:token="+escape(t.Label))...)
+	return err
+}
+
+// WriteSecret stores an AES key that wraps and unwraps, and is not shown again.
+func (t *Token) WriteSecret(secret []byte, label, id string) error {
+	file, err := t.temporary(secret)
+	if err != nil {
+		return err
+	}
+	_, err = t.Tool("--write-object", file, "--type", "secrkey", "--key-type", fmt.Sprintf("AES:%d", len(secret)), "--usage-wrap", "--sensitive", "--label", label, "--id", id)
+	return errors.Join(err, os.Remove(file))
+}
+
 // WriteCertificate stores a certificate (DER).
 func (t *Token) WriteCertificate(der []byte, label, id string) error {
 	file, err := t.temporary(der)
@@ -147,12 +169,13 @@ func (t *Token) temporary(content []byte) (string, error) {
 	return file.Name(), errors.Join(err, file.Close())
 }
 
-// Run runs a program that is to find the token, with the PIN in the variable PIN
+// Run runs a program that is to find the token, with the PIN in the variables PIN and
+// GNUTLS_PIN
 // and the officer's in SO_PIN, and returns what it writes to standard output.
 func (t *Token) Run(name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
 	cmd.Env = append(os.Environ(), t.Env()...)
-	cmd.Env = append(cmd.Env, "PIN="+t.PIN, "SO_PIN="+t.SOPIN)
+	cmd.Env = append(cmd.Env, "PIN="+t.PIN, "GNUTLS_PIN="+t.PIN, "SO_PIN="+t.SOPIN)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
