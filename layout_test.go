@@ -45,11 +45,12 @@ var rooms = map[string][]string{
 	"estenroll/internal/conformance":       {},
 	"estenroll/internal/durable/filecrash": {"estenroll/engine/enginetest/p11crash"},
 	"estenroll/testserver/globalsigntest":  {},
+	"estenroll/packaging/guide":            {},
 	"estenroll/packaging/man":              {"github.com/spf13/cobra", "github.com/spf13/pflag"},
 }
 
 // testTools are the packages that no shipped package may import.
-var testTools = []string{"estenroll/engine/enginetest", "estenroll/internal/coap/coaptest", "estenroll/internal/conformance", "estenroll/internal/durable/filecrash", "estenroll/packaging/man", "estenroll/testserver"}
+var testTools = []string{"estenroll/engine/enginetest", "estenroll/internal/coap/coaptest", "estenroll/internal/conformance", "estenroll/internal/durable/filecrash", "estenroll/packaging/guide", "estenroll/packaging/man", "estenroll/testserver"}
 
 // The imports hold in every set of build tags, and every set compiles.
 func TestLayout(t *testing.T) {

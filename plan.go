@@ -24,6 +24,8 @@ type Plan struct {
 	Step Step `json:"step,omitempty"`
 	// NewKey is the type of the key that is generated for it, empty where none is.
 	NewKey engine.Algorithm `json:"new_key,omitempty"`
+	// ServerMade says that the server makes it.
+	ServerMade bool `json:"server_made,omitempty"`
 	// Wants is what the server wants of the request (CSR attributes), as DryRun has
 	// learned it, a few words each; nil where it is not known.
 	Wants []string `json:"wants,omitzero"`
@@ -110,7 +112,7 @@ func (c *Credential) plan(ctx context.Context, begins func(*Renewal) Kind) (*Pla
 		return nil, &StepError{Step: StepPrepare, Err: err}
 	}
 	if p.Kind == KindRekey || p.Kind == KindEnroll && c.cfg.Key == nil {
-		p.NewKey = c.keyType()
+		p.NewKey, p.ServerMade = c.keyType(), c.cfg.ServerKeyGen
 	}
 	if _, err := c.authenticates(ctx, p); err != nil {
 		return nil, &StepError{Step: StepPrepare, Err: err}
@@ -123,7 +125,7 @@ func (c *Credential) plan(ctx context.Context, begins func(*Renewal) Kind) (*Pla
 func (c *Credential) planToGoOn(op *operation, acts bool, now time.Time, renewal *Renewal) *Plan {
 	p := &Plan{Acts: acts, At: now, Kind: op.Kind, Step: op.Step}
 	if op.Step == StepGenerate {
-		p.NewKey = op.keyType()
+		p.NewKey, p.ServerMade = op.keyType(), op.ServerMade
 	}
 	switch pending := c.pending(op); {
 	case op.Step == StepRequest && pending != nil:
@@ -151,9 +153,10 @@ func (c *Credential) assumeRestored(ctx context.Context) (func(), error) {
 // DryRun does for a plan what the run would do before it asks for a certificate, and
 // changes nothing: it opens the pair that authenticates the request, has the server
 // answer crts and judges it by them, asks what it wants of the request, which it adds to
-// the plan, and has the token sign the CSR where its key is there already. The errors
-// are those of the run: a *PendingError too, where the server has not decided and the
-// time to ask again has not come.
+// the plan, and has the token sign the CSR where its key is there already, or say whether
+// it takes in the one that the server makes. The errors are those of the run: a
+// *PendingError too, where the server has not decided and the time to ask again has not
+// come.
 func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 	restore, err := c.assumeRestored(ctx)
 	if err != nil {
@@ -170,6 +173,11 @@ func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 	auth, err := c.authenticates(ctx, p)
 	if err != nil {
 		return &StepError{Step: StepPrepare, Err: err}
+	}
+	if p.ServerMade { // of the type that is configured: the server may want another one
+		if err := c.checkImport(ctx, p.NewKey); err != nil {
+			return &StepError{Step: StepGenerate, Err: err}
+		}
 	}
 	err = c.timed(StepRequest, func() (string, error) {
 		at, err := c.rehearsedKey(ctx, p, op, auth)
@@ -221,7 +229,7 @@ func (c *Credential) authenticates(ctx context.Context, p *Plan) (*pair, error) 
 // generated, or there is no request to send.
 func (c *Credential) rehearsedKey(ctx context.Context, p *Plan, op *operation, auth *pair) (engine.Address, error) {
 	switch {
-	case p.NewKey != "", op != nil && op.Step != StepRequest:
+	case p.NewKey != "", op != nil && (op.Step != StepRequest || op.asksForKey()):
 		return nil, nil
 	case op != nil:
 		return op.Key.Address, nil
@@ -282,10 +290,13 @@ func (c *Credential) rehearseAttributes(ctx context.Context, p *Plan, op *operat
 	}
 	p.Wants = append([]string{}, wanted.Describe()...)
 	if key != nil {
-		err = c.checkWantedKey(p.Kind, op != nil && op.NewKey, wanted, key)
+		err = c.checkWantedKey(p.Kind, op != nil && op.NewKey, wanted, engine.AlgorithmOf(key))
 	}
 	if p.NewKey != "" || errors.Is(err, errAnotherKey) {
 		p.NewKey, err = c.keyTypeFor(wanted)
+	}
+	if err == nil && p.ServerMade {
+		err = c.checkImport(ctx, p.NewKey)
 	}
 	return wanted, err
 }

@@ -1,6 +1,7 @@
 package estenroll
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"encoding/base64"
@@ -43,7 +44,7 @@ func (c *Credential) askAttributes(ctx context.Context, client *est.Client, key 
 		return err
 	}
 	op.Attributes = der
-	if err := c.checkWantedKey(op.Kind, op.NewKey, wanted, key); err != nil || len(op.CSR) == 0 {
+	if err := c.checkWantedKey(op.Kind, op.NewKey, wanted, cmp.Or(engine.AlgorithmOf(key), op.keyType())); err != nil || len(op.CSR) == 0 {
 		return err // they are saved with the key that takes its place, or with the CSR
 	}
 	return c.save() // before what it wants is sent
@@ -84,8 +85,7 @@ func (c *Credential) asksAttributes(op *operation) bool {
 
 // checkWantedKey compares the key of an operation with the one that is wanted. A key
 // that was made for the operation gives way; a renewal is for the key that it is for.
-func (c *Credential) checkWantedKey(kind Kind, newKey bool, wanted csr.Wanted, key crypto.PublicKey) error {
-	has := engine.AlgorithmOf(key)
+func (c *Credential) checkWantedKey(kind Kind, newKey bool, wanted csr.Wanted, has engine.Algorithm) error {
 	switch {
 	case wanted.Key.Allows(string(has)):
 		return nil
@@ -117,7 +117,11 @@ func (c *Credential) replaceKey(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.say(StepRequest, "the server wants a key of type %s: the one of type %s is removed", kind, op.keyType())
+	if op.asksForKey() {
+		c.say(StepRequest, "the server wants to make a key of type %s, not %s", kind, op.keyType())
+	} else {
+		c.say(StepRequest, "the server wants a key of type %s: the one of type %s is removed", kind, op.keyType())
+	}
 	op.Key, op.KeyType, op.CSR = reference{Address: at}, kind, nil
 	return c.advance(StepGenerate)
 }

@@ -15,7 +15,8 @@
 //	// enrol at server.URI(), trusting server.Root()
 //	issued := server.Issuances()
 //
-// The program est-testserver is this package with flags.
+// The program est-testserver is this package with flags. README.md in its directory is
+// the guide to both, for those who test their own client.
 package testserver
 
 import (
@@ -109,8 +110,8 @@ type Config struct {
 	// Faults to begin with.
 	Faults Faults
 
-	// Raw answers CoAP by a few lines of its own instead of internal/coap, so that
-	// the faults of messages and of blocks can be. BlockSize, ProcessingDelay,
+	// Raw answers CoAP by a few lines of its own instead of by the CoAP server of
+	// this module, so that the faults of messages and of blocks can be. BlockSize, ProcessingDelay,
 	// AckTimeout and Logger are not for it, nor is RequirePoP: over CoAP it refuses
 	// every CSR with a challengePassword, for it does not know its sessions' binding.
 	Raw bool
@@ -118,7 +119,7 @@ type Config struct {
 	// BlockSize is the largest block of an answer, 16 to 1024 bytes. Default: 1024.
 	BlockSize int
 	// ProcessingDelay is how long a request waits for its piggybacked answer
-	// before an empty ACK announces a separate one. Default: internal/coap's.
+	// before an empty ACK announces a separate one. Default: half of AckTimeout.
 	ProcessingDelay time.Duration
 	// AckTimeout is the first retransmission timeout (RFC 7252 §4.8). Default: 2 s.
 	AckTimeout time.Duration
@@ -220,9 +221,11 @@ func start(cfg Config) (_ *Server, err error) {
 	if s.control, err = listenControl(cfg.Control); err != nil {
 		return nil, err
 	}
-	if s.coap, err = s.listen(s.key); err != nil {
-		return nil, err
+	coaps, err := s.listen(s.key)
+	if err != nil {
+		return nil, err // and s.coap stays nil, which the door is not
 	}
+	s.coap = coaps
 	if s.https, err = s.listenHTTPS(); err != nil {
 		return nil, err
 	}
@@ -273,6 +276,9 @@ func (c *Config) complete() error {
 		if err := checkLabel(label); err != nil {
 			return err
 		}
+	}
+	if c.ListenHTTPS == "" && (c.TLS12 || c.HTTPUser != "") {
+		return errors.New("TLS 1.2 alone and HTTP Basic: the server has no HTTPS door")
 	}
 	if c.Raw && c.RequirePoP {
 		return errors.New("raw and required proof of possession: a raw server does not know what links a CSR to its session")

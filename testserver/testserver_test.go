@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -31,6 +32,7 @@ func TestNewRefuses(t *testing.T) {
 		{"lifetime below a second", testserver.Config{Lifetime: time.Millisecond}, "whole seconds"},
 		{"lifetime that would be cut", testserver.Config{Lifetime: 1500 * time.Millisecond}, "whole seconds"},
 		{"negative backdate", testserver.Config{Backdate: -time.Second}, "whole seconds"},
+		{"a password without a door for it", testserver.Config{HTTPUser: "dev"}, "no HTTPS door"},
 		{"a link that a raw server does not know", testserver.Config{Raw: true, RequirePoP: true}, "does not know what links a CSR"},
 		{"faults that contradict", testserver.Config{Faults: testserver.Faults{Expired: true, NotYetValid: true}}, "cannot be both"},
 		{"too many other CAs", testserver.Config{OtherCAs: 33}, "not from 0 to 32"},
@@ -49,6 +51,27 @@ func TestNewRefuses(t *testing.T) {
 				t.Errorf("got %v, want %q", err, test.want)
 			}
 		})
+	}
+}
+
+// A port that somebody else has is an error that names it, at each door.
+func TestBusyPort(t *testing.T) {
+	t.Parallel()
+	other := startHTTPS(t, testserver.Config{})
+	coaps, https := other.Addr().String(), strings.TrimPrefix(other.HTTPSURI(), "https://")
+	for _, test := range []struct {
+		address string
+		cfg     testserver.Config
+	}{
+		{coaps, testserver.Config{Listen: coaps}},
+		{coaps, testserver.Config{Listen: coaps, Raw: true}},
+		{https, testserver.Config{ListenHTTPS: https}},
+	} {
+		if server, err := testserver.New(test.cfg); err == nil {
+			t.Errorf("%+v: listens: %v", test.cfg, server.Close())
+		} else if !errors.Is(err, syscall.EADDRINUSE) || !strings.Contains(err.Error(), test.address) {
+			t.Errorf("%+v: got %v", test.cfg, err)
+		}
 	}
 }
 

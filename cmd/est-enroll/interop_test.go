@@ -7,29 +7,17 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"estenroll/packaging/guide"
 )
 
 const interopDocument = "../../INTEROP.md"
-
-// namedBlocks are the blocks of a document whose fence gives them a name after
-// their language.
-func namedBlocks(document string) (map[string]string, error) {
-	blocks := map[string]string{}
-	for _, match := range regexp.MustCompile("(?ms)^```\\S+ (\\S+)\n(.*?)^```$").FindAllStringSubmatch(document, -1) {
-		if _, twice := blocks[match[1]]; twice {
-			return nil, fmt.Errorf("two blocks are named %s", match[1])
-		}
-		blocks[match[1]] = match[2]
-	}
-	return blocks, nil
-}
 
 // writeBlock NAME FILE OLD=NEW… writes a block of INTEROP.md, with names of the
 // document replaced by those of the script. Each of them must be there.
@@ -37,18 +25,15 @@ func writeBlock(ts *testscript.TestScript, args []string) error {
 	if len(args) < 2 {
 		return errors.New("usage: block NAME FILE [OLD=NEW...]")
 	}
-	document, err := os.ReadFile(filepath.Join(sourceDir, interopDocument))
+	blocks, err := guide.Blocks(filepath.Join(sourceDir, interopDocument))
 	if err != nil {
 		return err
 	}
-	blocks, err := namedBlocks(string(document))
-	if err != nil {
-		return err
-	}
-	text, found := blocks[args[0]]
+	block, found := blocks[args[0]]
 	if !found {
 		return fmt.Errorf("no block %s in INTEROP.md", args[0])
 	}
+	text := block.Text
 	for _, pair := range args[2:] {
 		before, after, _ := strings.Cut(pair, "=")
 		if !strings.Contains(text, before) {
@@ -187,9 +172,9 @@ func eventually(do func() error) (err error) {
 // The story of INTEROP.md runs each of its blocks.
 func TestInteropBlocks(t *testing.T) {
 	t.Parallel()
-	blocks, err := namedBlocks(read(t, interopDocument))
-	if err != nil || len(blocks) == 0 {
-		t.Fatalf("%d blocks: %v", len(blocks), err)
+	blocks, err := guide.Blocks(interopDocument)
+	if err != nil {
+		t.Fatal(err)
 	}
 	script := read(t, "testdata/script/interop.txt")
 	for name := range blocks {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -31,6 +32,13 @@ func TestScripts(t *testing.T) {
 		RequireUniqueNames:  true,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"serve": serve,
+			"guide": guideStart,
+			"block": guideBlock,
+		},
+		Setup: func(env *testscript.Env) error {
+			env.Setenv("TEMPLATES", filepath.Join(sourceDir, "../../testdata/rfc9908"))
+			env.Values[portsOf{}] = map[string]string{}
+			return nil
 		},
 	})
 }

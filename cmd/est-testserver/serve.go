@@ -142,6 +142,7 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.IntVar(&cfg.BlockSize, "block-size", 1024, "largest block of an answer, `BYTES` 16 to 1024")
 	flags.DurationVar(&cfg.AckTimeout, "ack-timeout", 2*time.Second, "`DURATION` before the first retransmission of a separate response")
 	flags.BoolVarP(&verbose, "verbose", "v", false, "log the transport to standard error")
+	cmd.MarkFlagsRequiredTogether("http-user", "http-password-file")
 	return cmd
 }
 
