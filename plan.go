@@ -255,10 +255,11 @@ func (c *Credential) rehearse(ctx context.Context, p *Plan, op *operation, auth 
 		}
 		key = signer.Public()
 	}
-	if _, _, err = c.meet(ctx, session, auth, key); err != nil || op != nil && op.Step != StepRequest && op.Step != StepGenerate {
+	anchors, _, err := c.meet(ctx, session, auth, key)
+	if err != nil || op != nil && op.Step != StepRequest && op.Step != StepGenerate {
 		return err
 	}
-	wanted, err := c.rehearseAttributes(ctx, p, op, session, key)
+	wanted, err := c.rehearseAttributes(ctx, p, op, session, anchors, key)
 	if err != nil {
 		return err
 	}
@@ -280,10 +281,10 @@ func (c *Credential) rehearse(ctx context.Context, p *Plan, op *operation, auth 
 
 // rehearseAttributes adds to the plan what the server wants, or has said that it
 // wants, and the key that is generated because of that.
-func (c *Credential) rehearseAttributes(ctx context.Context, p *Plan, op *operation, session est.Session, key crypto.PublicKey) (csr.Wanted, error) {
+func (c *Credential) rehearseAttributes(ctx context.Context, p *Plan, op *operation, session est.Session, anchors *est.TrustAnchors, key crypto.PublicKey) (csr.Wanted, error) {
 	wanted, err := c.wanted(op)
 	if err == nil && c.asksAttributes(op) {
-		_, wanted, err = c.wishes(ctx, &est.Client{Session: session})
+		_, wanted, err = c.wishes(ctx, session, anchors)
 	}
 	if err != nil || c.cfg.IgnoreAttributes {
 		return wanted, err

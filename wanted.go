@@ -34,12 +34,12 @@ var noAttributes = []byte{0x30, 0}
 
 // askAttributes asks once for each operation what the server wants of the CSR
 // (RFC 7030 §4.5), so that a repetition sends the same.
-func (c *Credential) askAttributes(ctx context.Context, client *est.Client, key crypto.PublicKey) error {
+func (c *Credential) askAttributes(ctx context.Context, session est.Session, anchors *est.TrustAnchors, key crypto.PublicKey) error {
 	op := c.journal.Operation
 	if !c.asksAttributes(op) {
 		return nil
 	}
-	der, wanted, err := c.wishes(ctx, client)
+	der, wanted, err := c.wishes(ctx, session, anchors)
 	if err != nil {
 		return err
 	}
@@ -51,7 +51,12 @@ func (c *Credential) askAttributes(ctx context.Context, client *est.Client, key 
 }
 
 // wishes asks what the server wants, and whether it is something that can be had.
-func (c *Credential) wishes(ctx context.Context, client *est.Client) (der []byte, wanted csr.Wanted, err error) {
+func (c *Credential) wishes(ctx context.Context, session est.Session, anchors *est.TrustAnchors) (der []byte, wanted csr.Wanted, err error) {
+	carrier, err := carrying(ctx, session, est.CSRAttrs, anchors)
+	if err != nil {
+		return nil, wanted, err
+	}
+	client := est.Client{Session: carrier}
 	der, err = client.CSRAttrs(ctx)
 	var status *est.StatusError
 	switch {
