@@ -486,6 +486,14 @@ func (c *Credential) connect(ctx context.Context, as *pair, trust *est.TrustAnch
 // of the IDevID, for which it stands. What was enrolled shows itself.
 func (c *Credential) byPSK(as *pair) bool { return c.cfg.PSK && c.isIDevID(as.certificate) }
 
+// showing is what a session as a pair shows to the server.
+func (c *Credential) showing(as *pair) string {
+	if c.byPSK(as) {
+		return "the pre-shared key"
+	}
+	return as.String()
+}
+
 // closeSession ends a session. A failure does not undo what was received: an
 // answer must not be taken for a failed request because of it.
 func (c *Credential) closeSession(session est.Session) {
