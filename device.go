@@ -81,6 +81,9 @@ type Connection struct {
 	Key         crypto.Signer
 	// Trust judges the server: the Implicit TA at first, the Explicit TA after.
 	Trust *est.TrustAnchors
+	// PSK asks for a session by the pre-shared key that Dial has, in the place of all of
+	// these: see coaps.Config.
+	PSK bool
 	// Provisional asks for a session whatever certificate the server shows, on which
 	// nothing but cacerts is sent: see coaps.Config. Trust is nobody's business then.
 	Provisional bool
@@ -151,11 +154,20 @@ type CredentialConfig struct {
 	// An address needs a label, and gets the certificate's fingerprint as its identifier
 	// where it has none. What the token cannot store is a warning. Default: none is stored.
 	AnchorAddress func(anchor *x509.Certificate) engine.Address
+	// PSK has the sessions in which the IDevID would authenticate the device, those of its
+	// enrolment, be by a pre-shared key that Dial has, for a bootstrap server that knows it
+	// by that (RFC 7030 §3.3.3). The whole answer of cacerts is the Explicit TA then, by
+	// which the new certificate and, where it is proven, the server's are judged.
+	PSK bool
 	// Dial opens a session with the EST server.
 	Dial func(ctx context.Context, with Connection) (est.Session, error)
 	// KeySpec is what key to generate, for the first certificate and at a rekey.
 	// Default: EC P-256.
 	KeySpec engine.KeySpec
+	// ServerKeyGen has the EST server make each new key (RFC 7030 §4.4), and imports
+	// it into the HSM, with a warning: for an HSM that makes poor ones, or a CA that
+	// keeps a copy. Default: the HSM makes it, and nobody ever has it elsewhere.
+	ServerKeyGen bool
 	// Key is one that the HSM holds, the IDevID's perhaps: it is used as it is
 	// instead of a generated one, and never destroyed. Default: none.
 	Key engine.Address
@@ -304,6 +316,9 @@ func (c *Config) checkCredentials() error {
 		}
 		if one.Policy.RekeyEvery > 0 && one.Key != nil {
 			return fmt.Errorf("credential %q: a rekey every %d renewals of %s: %w: %w", one.Name, one.Policy.RekeyEvery, one.Key, ErrKeyNamed, ErrConfig)
+		}
+		if one.ServerKeyGen && one.Key != nil {
+			return fmt.Errorf("credential %q: a key that the server makes, in place of %s: %w: %w", one.Name, one.Key, ErrKeyNamed, ErrConfig)
 		}
 		for _, other := range c.Credentials[:i] {
 			switch {

@@ -257,6 +257,8 @@ type Enrolled struct {
 	Attributes *engine.KeyAttributes
 	// Existing says that the key was not made by this program.
 	Existing bool
+	// ServerMade says that the server made it, outside of the HSM.
+	ServerMade bool
 	// Chained says why the chain does not lead to the trust anchors of the credential,
 	// whatever the age of its leaf.
 	Chained error
@@ -284,7 +286,7 @@ func (ci *CredentialInspection) Enrolled(ctx context.Context) (*Enrolled, error)
 	if err != nil {
 		return nil, err
 	}
-	e := &Enrolled{Chain: p.chain, Existing: kept.ExistingKey}
+	e := &Enrolled{Chain: p.chain, Existing: kept.ExistingKey, ServerMade: kept.ServerMade}
 	if inspector, ok := c.engine.(engine.KeyInspector); ok {
 		attributes, err := inspector.KeyAttributes(ctx, p.key)
 		if err != nil && !errors.Is(err, engine.ErrUnsupported) {
@@ -315,7 +317,7 @@ type Contact struct {
 	// As is what it showed: "the current certificate", or the IDevID's, or none.
 	As string
 	// Connected says that the handshake was completed, and Server is what the server
-	// showed in it.
+	// showed in it, nil where both ends have shown a pre-shared key.
 	Connected bool
 	Server    *x509.Certificate
 }
@@ -335,7 +337,10 @@ func (ci *CredentialInspection) Contact(ctx context.Context) (*Contact, error) {
 		return contact, err
 	}
 	defer ci.c.closeSession(session)
-	contact.Connected, contact.Server = true, session.PeerChain()[0]
+	contact.Connected = true
+	if chain := session.PeerChain(); len(chain) > 0 {
+		contact.Server = chain[0]
+	}
 	if asked, ok := session.(est.ClientAuthenticator); auth.leaf() != nil && (!ok || !asked.ClientAuthenticated()) {
 		return contact, errors.New("the server did not ask for our certificate")
 	}

@@ -1,6 +1,7 @@
 package estenroll
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"encoding/base64"
@@ -33,11 +34,16 @@ var noAttributes = []byte{0x30, 0}
 
 // askAttributes asks once for each operation what the server wants of the CSR
 // (RFC 7030 §4.5), so that a repetition sends the same.
-func (c *Credential) askAttributes(ctx context.Context, client *est.Client, key crypto.PublicKey) error {
+func (c *Credential) askAttributes(ctx context.Context, session est.Session, anchors *est.TrustAnchors, key crypto.PublicKey) error {
 	op := c.journal.Operation
 	if !c.asksAttributes(op) {
 		return nil
 	}
+	carrier, err := carrying(ctx, session, est.CSRAttrs, anchors)
+	if err != nil {
+		return err
+	}
+	client := est.Client{Session: carrier}
 	der, err := client.CSRAttrs(ctx)
 	var status *est.StatusError
 	switch {
@@ -77,7 +83,8 @@ func (c *Credential) asksAttributes(op *operation) bool {
 // checkWantedKey compares the key of the operation with the one that is wanted. A key
 // that was made for the operation gives way; a renewal is for the key that it is for.
 func (c *Credential) checkWantedKey(wanted csr.Wanted, key crypto.PublicKey) error {
-	op, has := c.journal.Operation, engine.AlgorithmOf(key)
+	op := c.journal.Operation
+	has := cmp.Or(engine.AlgorithmOf(key), op.keyType())
 	switch {
 	case wanted.Key.Allows(string(has)):
 		return nil
@@ -109,7 +116,11 @@ func (c *Credential) replaceKey(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.say(StepRequest, "the server wants a key of type %s: the one of type %s is removed", kind, op.keyType())
+	if op.asksForKey() {
+		c.say(StepRequest, "the server wants to make a key of type %s, not %s", kind, op.keyType())
+	} else {
+		c.say(StepRequest, "the server wants a key of type %s: the one of type %s is removed", kind, op.keyType())
+	}
 	op.Key, op.KeyType, op.CSR = reference{Address: at}, kind, nil
 	return c.advance(StepGenerate)
 }

@@ -260,7 +260,7 @@ func (ca httpsCA) issueOnce(ctx context.Context, operation est.Operation, client
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		return issued{}, err
 	}
-	made, err := ca.server.issueOnce(ctx, enrollment{operation, r.URL.Path, client, request.Raw, binding})
+	made, err := ca.server.issueOnce(ctx, enrollment{operation, r.URL.Path, client, request.Raw, binding, ""})
 	var refused *refusal
 	if errors.As(err, &refused) {
 		err = answerOf(r).refused(refused)
@@ -364,7 +364,7 @@ func (a *httpsAnswer) send(w http.ResponseWriter, r *http.Request) {
 	if text, found := bytes.CutPrefix(a.body.Bytes(), fmt.Appendf(nil, "%d ", a.status)); found {
 		a.body = *bytes.NewBuffer(text)
 	}
-	if a.status/100 > 3 && a.faults.LongDetail {
+	if (a.status/100 > 3 || a.status == http.StatusAccepted) && a.faults.LongDetail {
 		a.body.Reset()
 		a.body.Write(longDetail)
 	}

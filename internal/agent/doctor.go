@@ -310,7 +310,8 @@ func (d *doctor) enrolled(check *Check, status *estenroll.Status, e *estenroll.E
 	if r := status.Renewal; r != nil {
 		check.Text += ", to be renewed from " + stamp(r.Due)
 	}
-	advice := "est-enroll renew --force --rekey has the token generate another key"
+	const generates = "est-enroll renew --force --rekey has the token generate another key"
+	advice := generates
 	if e.Existing {
 		advice = "without key the device generates its own: leave it out, then est-enroll reset and enroll"
 	}
@@ -318,6 +319,9 @@ func (d *doctor) enrolled(check *Check, status *estenroll.Status, e *estenroll.E
 		check.warn(advice, "the key is less protected than a generated one: %s", loose)
 	} else {
 		check.Text += ", its key private, sensitive and not extractable"
+	}
+	if e.ServerMade {
+		check.warn("leave server-keygen out, then "+generates, "the server has made the key, outside of the HSM: whoever had it there can use it")
 	}
 	if e.Chained != nil {
 		check.warn("the next renewal stores what the server gives then; if that is not enough, ask the people of the CA for the whole chain", "the chain leads to no trust anchor: %s", oneLine(e.Chained))
@@ -434,6 +438,8 @@ func (d *doctor) server(ctx context.Context, check *Check, c *estenroll.Credenti
 	}
 	contact, err := c.Contact(ctx)
 	switch {
+	case err == nil && contact.Server == nil:
+		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers the pre-shared key", cfg.ServerURI)
 	case err == nil:
 		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers %s, and its CA certificates vouch for it", cfg.ServerURI, contact.As)
 	case errors.Is(err, estenroll.ErrIDevID):
@@ -446,6 +452,8 @@ func (d *doctor) server(ctx context.Context, check *Check, c *estenroll.Credenti
 		check.fail("the handshake passes, and a larger answer does not: try a smaller block-size, and look at what lies between", fmt.Errorf("EST root: %w", err))
 	case contact.Connected:
 		check.fail("", fmt.Errorf("EST root: %w", err))
+	case errors.Is(err, est.ErrPSKUnanswered):
+		check.fail("", fmt.Errorf("handshake: %w", err))
 	case errors.Is(err, est.ErrFellSilent):
 		check.fail("small datagrams pass, so large ones do not (a firewall that loses fragments, an MTU), or the server does not like the certificate and says nothing: its log knows", fmt.Errorf("handshake: %w", err))
 	case errors.Is(err, est.ErrUnreachable):
