@@ -38,6 +38,7 @@ type aFault struct {
 var choicesAt = map[string]aFault{
 	"body": {coaps: true, https: true}, "crts": {coaps: true, https: true}, "csrattrs": {coaps: true, https: true}, "server-key": {coaps: true, https: true},
 	"server-certificate": {coaps: true, https: true}, "message": {coaps: true}, "http": {https: true},
+	"at": {beside: "http=bare", https: true}, // and below for messages
 }
 
 // plainFaults are all others; HEX is the serial number of a certificate issued here.
@@ -47,6 +48,7 @@ var plainFaults = []aFault{
 	{"subject=CN=other", "", true, true}, {"drop-san", "", true, true}, {"ignore-usage", "", true, true},
 	{"answer=4.12", "", true, true}, {"long-detail", "answer=4.12", true, true},
 	{"no-discovery", "", true, false}, {"links=</x>;rt=\"ace.est.crts\"", "", true, false},
+	{"at=crts", "message=critical-option", true, false}, {"at=att", "message=critical-option", true, false},
 	{"refuse-all", "", true, true}, {"refuse-client=issued", "", true, true}, {"refuse-client=HEX", "", true, true}, {"refuse-code=4.03", "refuse-all", true, true},
 }
 
@@ -85,7 +87,7 @@ func everyFault(t *testing.T) (all []aFault) {
 	}
 	for _, fault := range all {
 		for name := range missing {
-			if !reflect.ValueOf(parse(t, fault.text)).FieldByName(name).IsZero() {
+			if !reflect.ValueOf(parse(t, fault.beside, fault.text)).FieldByName(name).IsZero() {
 				delete(missing, name)
 			}
 		}
@@ -145,7 +147,7 @@ func TestEveryFault(t *testing.T) {
 			}
 			honest := map[string]map[string]string{}
 			for _, fault := range all {
-				message := strings.HasPrefix(fault.text, "message=")
+				message := strings.HasPrefix(fault.text, "message=") || strings.HasPrefix(fault.beside, "message=")
 				if message && !door.raw || door.raw && !message && door.at(fault) {
 					continue // the raw door has the CA of the other, and the faults that the other has not
 				}
@@ -174,7 +176,10 @@ func TestFaultsRefused(t *testing.T) {
 	server := start(t, testserver.Config{})
 	for _, fault := range everyFault(t) {
 		name, _, _ := strings.Cut(fault.text, "=")
-		err := server.SetFaults(parse(t, fault.text))
+		err := server.SetFaults(parse(t, fault.beside, fault.text))
+		if beside, _, _ := strings.Cut(fault.beside, "="); name == "at" {
+			name = beside
+		}
 		if refused := slices.Contains([]string{"message", "http", "retry-after", "csrattrs", "server-key"}, name); refused != (err != nil) || refused && !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: %v", fault.text, err)
 		}
