@@ -12,7 +12,7 @@ PREFIX ?= /usr/local
 BUILDVCS := $(shell git status >/dev/null 2>&1 && echo true || echo false)
 export BIN SHARE PREFIX DESTDIR BUILDVCS
 
-.PHONY: demo test conformance build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile fleet years bench figures fuzz
+.PHONY: demo test conformance build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile https fleet years bench figures fuzz
 
 demo:
 	@packaging/deps gcc libc6-dev openssl softhsm2 opensc
@@ -76,6 +76,10 @@ crash: deps
 hostile: deps
 	$(GO) test -C cmd/est-enroll -timeout 30m -count 1 -run '^TestHostile$$' -args -hostile.all $(HOSTILE)
 
+# Each story of the command that was written over CoAPs, over HTTPS.
+https: deps
+	$(GO) test -C cmd/est-enroll -timeout 15m -count 1 -run '^TestScriptsOverHTTPS$$' . -args -https.all
+
 # 100,000 devices that renew by the policy, through outages of a day and of a week;
 # the plot is the README's.
 fleet:
@@ -86,8 +90,9 @@ fleet:
 years: deps
 	$(GO) test -timeout 30m -count 1 -run '^TestYears' -v . -args -years.n 3 -years.seed 0 $(YEARS)
 
-# What an enrolment costs beside what it cannot do without: each figure beside its
-# target. "make figures" also writes them to testdata/figures.json and README.md.
+# What an enrolment costs beside what it cannot do without, and beside estclient and
+# estserver of globalsign/est: each figure beside its target. "make figures" also writes
+# them to testdata/figures.json and README.md.
 bench: deps
 	$(GO) test -timeout 15m -count 1 -run '^TestBench$$' -v ./cmd/est-enroll -args -bench.n 61 -bench.objects 10000 $(BENCH)
 

@@ -385,6 +385,7 @@ func (v *visit) parts(parts []est.Part, err error) string {
 	if err != nil {
 		v.t.Fatal(err)
 	}
+	text += fmt.Sprintf("a key of %d bytes, ", len(der)) // by its type
 	if bytes.Equal(der, made.Certificates[0].RawSubjectPublicKeyInfo) {
 		text += "the key is the certificate's: "
 	}

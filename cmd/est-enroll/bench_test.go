@@ -3,11 +3,14 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -28,7 +31,9 @@ import (
 	"estenroll/engine/enginetest/p11crash"
 	"estenroll/est"
 	"estenroll/est/coaps"
+	"estenroll/est/https"
 	"estenroll/internal/coap/coaptest"
+	"estenroll/testserver/globalsigntest"
 )
 
 var (
@@ -44,6 +49,7 @@ func TestBench(t *testing.T) {
 	b := newBench(t)
 	f := &figures{Machine: thisMachine(t, b.matrix.token.ModulePath), Repetitions: *benchCount}
 	b.count(t, f)
+	b.countHTTPS(t, f)
 	b.time(t, f)
 	b.find(t, f)
 	b.serve(t, f)
@@ -61,14 +67,19 @@ func TestBench(t *testing.T) {
 // bench is the crash matrix's programs, server and token, from a copy of which
 // each enrolment begins.
 type bench struct {
-	matrix  *matrix
-	copies  int
-	factory string // file of the CA that is sent after the IDevID
+	matrix       *matrix
+	coaps, https string // the server's doors
+	copies       int
+	factory      string // file of the CA that is sent after the IDevID
+	idevid       string // file of the IDevID and that CA
+	estclient    string // the program of globalsign/est
 }
 
 func newBench(t *testing.T) *bench {
-	m := newMatrix(t)
-	return &bench{matrix: m, factory: filepath.Join(m.server.work, "ca", "factory-ca.pem")}
+	m := newMatrix(t, "--listen-https", "127.0.0.1:0")
+	b := &bench{matrix: m, coaps: m.server.coaps, https: m.server.uri, factory: filepath.Join(m.server.work, "ca", "factory-ca.pem")}
+	b.prepareEstclient(t)
+	return b
 }
 
 // device copies the factory's. What it or an earlier run has written is put on the
@@ -116,7 +127,7 @@ func (b *bench) count(t *testing.T, f *figures) {
 	t.Helper()
 	const sessions = 2 // the request's and the proof's
 	traffic, closed := map[string]count{}, make(chan struct{}, sessions)
-	proxy := coaptest.NewProxy(t, strings.TrimPrefix(b.matrix.server.uri, "coaps://"), coaptest.Faults{Hook: trafficHook(traffic, closed)})
+	proxy := coaptest.NewProxy(t, strings.TrimPrefix(b.coaps, "coaps://"), coaptest.Faults{Hook: trafficHook(traffic, closed)})
 	d := b.device(t)
 	log := filepath.Join(d.dir, "calls")
 	b.program(t, d, io.Discard, b.matrix.module.Env(b.matrix.token.ModulePath, log, p11crash.Point{}),
@@ -141,7 +152,7 @@ func (b *bench) count(t *testing.T, f *figures) {
 		out := filepath.Join(d.dir, "memory")
 		// Not our own wait for the program: what the kernel says of a child includes
 		// what its parent held when it was forked.
-		b.program(t, d, io.Discard, nil, append([]string{"time", "-f", "%M", "-o", out, b.binary()}, b.arguments(d, b.matrix.token.ModulePath, b.matrix.server.uri)...)...)
+		b.program(t, d, io.Discard, nil, append([]string{"time", "-f", "%M", "-o", out, b.binary()}, b.arguments(d, b.matrix.token.ModulePath, b.coaps)...)...)
 		kib, err := strconv.Atoi(strings.TrimSpace(read(t, out)))
 		if err != nil {
 			t.Fatal(err)
@@ -204,8 +215,9 @@ func trafficHook(traffic map[string]count, closed chan<- struct{}) func(coaptest
 }
 
 // time times the whole in this process and as the program, each beside its parts:
-// in this process, and in one of their own that is as cold as the program. They go
-// in turns: a machine that changes its pace meanwhile changes it for all.
+// in this process, and in one of their own that is as cold as the program; and the
+// program over HTTPS beside estclient. They go in turns: a machine that changes its
+// pace meanwhile changes it for all.
 func (b *bench) time(t *testing.T, f *figures) {
 	t.Helper()
 	kinds := []struct {
@@ -214,7 +226,8 @@ func (b *bench) time(t *testing.T, f *figures) {
 		all    [][]lap
 	}{
 		{timing: &f.Parts, run: b.timeParts}, {timing: &f.InProcess, run: b.timeInProcess},
-		{timing: &f.ColdParts, run: b.timeColdParts}, {timing: &f.Program, run: b.timeProgram},
+		{timing: &f.ColdParts, run: b.timeColdParts}, {timing: &f.Program, run: func(t *testing.T) []lap { return b.timeProgram(t, b.coaps) }},
+		{timing: &f.HTTPS, run: func(t *testing.T) []lap { return b.timeProgram(t, b.https) }}, {timing: &f.Estclient, run: b.timeEstclient},
 	}
 	for range *benchCount {
 		// In an order that changes: each leaves the machine in a state for the next.
@@ -230,7 +243,7 @@ func (b *bench) time(t *testing.T, f *figures) {
 func (b *bench) bareEnrolment(d *crashDevice) *bareEnrolment {
 	token := b.matrix.token
 	return &bareEnrolment{
-		Module: token.ModulePath, Label: token.Label, PINFile: token.PINFile, Server: b.matrix.server.uri,
+		Module: token.ModulePath, Label: token.Label, PINFile: token.PINFile, Server: b.coaps,
 		Anchors: b.anchorsFile(), Factory: b.factory, Dir: filepath.Join(d.dir, "state"), Subject: d.subject,
 	}
 }
@@ -311,17 +324,17 @@ func (b *bench) timeInProcess(t *testing.T) []lap {
 	d := b.device(t)
 	t.Setenv("SOFTHSM2_CONF", filepath.Join(d.dir, "softhsm2.conf"))
 	w := &stopwatch{last: time.Now()}
-	if code := run(t.Context(), b.arguments(d, b.matrix.token.ModulePath, b.matrix.server.uri), io.Discard, w); code != exitDone {
+	if code := run(t.Context(), b.arguments(d, b.matrix.token.ModulePath, b.coaps), io.Discard, w); code != exitDone {
 		t.Fatalf("exit code %d", code)
 	}
 	w.lap("end")
 	return w.laps
 }
 
-func (b *bench) timeProgram(t *testing.T) []lap {
+func (b *bench) timeProgram(t *testing.T, server string) []lap {
 	t.Helper()
 	d := b.device(t)
-	command := append([]string{b.binary()}, b.arguments(d, b.matrix.token.ModulePath, b.matrix.server.uri)...)
+	command := append([]string{b.binary()}, b.arguments(d, b.matrix.token.ModulePath, server)...)
 	w := &stopwatch{last: time.Now()}
 	b.program(t, d, w, nil, command...)
 	w.lap("end")
@@ -382,11 +395,35 @@ func (b *bench) findAmong(t *testing.T, objects int) find {
 	return find{Objects: objects, Milliseconds: median(ours), ModuleMilliseconds: median(modules)}
 }
 
-// serve measures the test server: whole sessions with fresh handshakes, of
-// clients with keys in memory that run on the same machine.
+// serve measures the test server, and estserver of globalsign/est under the same
+// load: whole sessions with fresh handshakes, of clients with keys in memory that
+// run on the same machine. Neither puts a record on the disk.
 func (b *bench) serve(t *testing.T, f *figures) {
 	t.Helper()
-	const workers = 8
+	ours := &session{token: b.matrix.server.token, bin: b.matrix.bin, work: t.TempDir()}
+	ours.config = filepath.Join(ours.work, "unused.yaml")
+	if err := ours.startServer([]string{"--listen-https", "127.0.0.1:0", "--record", ""}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := ours.stopServer(); err != nil {
+			t.Error(err)
+		}
+	}()
+	anchors, factory := filepath.Join(ours.work, "ca", "ca.pem"), filepath.Join(ours.work, "ca", "factory-ca.pem")
+	program, err := estserver()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := globalsigntest.Start(program, t.TempDir(), factory)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := other.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -395,45 +432,78 @@ func (b *bench) serve(t *testing.T, f *figures) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	idevid, err := b.matrix.server.signIDevID(public)
+	idevid, err := ours.signIDevID(public)
 	if err != nil {
 		t.Fatal(err)
 	}
-	uri, err := est.ParseURI(b.matrix.server.uri)
-	if err != nil {
-		t.Fatal(err)
+	chain := [][]byte{idevid, b.certificates(t, factory)[0].Raw}
+	doors := []struct {
+		perSecond *float64
+		dial      func(context.Context) (est.Session, error)
+		rates     []float64
+	}{
+		{perSecond: &f.ServerPerSecond, dial: b.dialer(t, ours.coaps, anchors, key, chain)},
+		{perSecond: &f.HTTPSServerPerSecond, dial: b.dialer(t, ours.uri, anchors, key, chain)},
+		{perSecond: &f.EstserverPerSecond, dial: b.dialer(t, other.URI, other.RootFile, key, chain)},
 	}
-	trust, err := est.NewTrustAnchors(b.certificates(t, b.anchorsFile()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	cfg := coaps.Config{URI: uri, Key: key, Certificate: [][]byte{idevid, b.certificates(t, b.factory)[0].Raw}, Trust: trust}
-	var rates []float64
 	for range min(*benchCount, 5) {
-		enrolments := make(chan int)
-		var clients sync.WaitGroup
-		began := time.Now()
-		for range workers {
-			clients.Go(func() {
-				for range enrolments {
-					if err := enrolInMemory(t, cfg); err != nil {
-						t.Error(err)
-					}
-				}
-			})
+		for _, i := range mathrand.Perm(len(doors)) {
+			doors[i].rates = append(doors[i].rates, load(t, doors[i].dial))
 		}
-		total := workers * min(*benchCount, 25)
-		for i := range total {
-			enrolments <- i
-		}
-		close(enrolments)
-		clients.Wait()
-		rates = append(rates, float64(total)/time.Since(began).Seconds())
 	}
-	f.ServerPerSecond = median(rates)
+	for _, door := range doors {
+		*door.perSecond = median(door.rates)
+	}
 }
 
-func enrolInMemory(t *testing.T, cfg coaps.Config) error {
+// dialer opens sessions with a server, over what its URI says.
+func (b *bench) dialer(t *testing.T, uri, anchors string, key crypto.Signer, chain [][]byte) func(context.Context) (est.Session, error) {
+	t.Helper()
+	server, err := est.ParseURI(uri)
+	if err != nil {
+		t.Fatal(err)
+	}
+	trust, err := est.NewTrustAnchors(b.certificates(t, anchors))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if server.Scheme == est.SchemeHTTPS {
+		return func(ctx context.Context) (est.Session, error) {
+			return https.Dial(ctx, https.Config{URI: server, Key: key, Certificate: chain, Trust: trust})
+		}
+	}
+	return func(ctx context.Context) (est.Session, error) {
+		return coaps.Dial(ctx, coaps.Config{URI: server, Key: key, Certificate: chain, Trust: trust})
+	}
+}
+
+// load has a few clients enrol as fast as they can, and returns how many are done in
+// a second.
+func load(t *testing.T, dial func(context.Context) (est.Session, error)) float64 {
+	t.Helper()
+	const workers = 8
+	enrolments := make(chan int)
+	var clients sync.WaitGroup
+	began := time.Now()
+	for range workers {
+		clients.Go(func() {
+			for range enrolments {
+				if err := enrolInMemory(t.Context(), dial); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	total := workers * min(*benchCount, 25)
+	for i := range total {
+		enrolments <- i
+	}
+	close(enrolments)
+	clients.Wait()
+	return float64(total) / time.Since(began).Seconds()
+}
+
+func enrolInMemory(ctx context.Context, dial func(context.Context) (est.Session, error)) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -446,18 +516,16 @@ func enrolInMemory(t *testing.T, cfg coaps.Config) error {
 	if err != nil {
 		return err
 	}
-	session, err := coaps.Dial(t.Context(), cfg)
+	session, err := dial(ctx)
 	if err != nil {
 		return err
 	}
 	client := est.Client{Session: session}
-	if _, err := client.CACerts(t.Context()); err != nil {
-		return err
+	if _, err := client.CACerts(ctx); err != nil {
+		return errors.Join(err, session.Close())
 	}
-	if _, err := client.SimpleEnroll(t.Context(), request); err != nil {
-		return err
-	}
-	return session.Close()
+	_, err = client.SimpleEnroll(ctx, request)
+	return errors.Join(err, session.Close())
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

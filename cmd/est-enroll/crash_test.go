@@ -321,13 +321,14 @@ type matrix struct {
 	resets     struct{ untouched, begun, finished int } // where the kills of a reset fell
 }
 
-func newMatrix(t *testing.T) *matrix {
+// newMatrix starts the server with further arguments.
+func newMatrix(t *testing.T, args ...string) *matrix {
 	t.Helper()
 	m := &matrix{bin: builtPrograms(t), module: p11crash.Build(t), token: softhsm.New(t, softhsm.WithPIN(markerPIN))}
 	m.server = &session{token: &m.token.Token, bin: m.bin, work: t.TempDir(), factory: true}
 	m.server.config = filepath.Join(m.server.work, "unused.yaml")
 	// Separate responses, and repetitions of what was lost, would be other datagrams.
-	if err := m.server.startServer([]string{"--ack-timeout", "60s"}); err != nil {
+	if err := m.server.startServer(append(args, "--ack-timeout", "60s")); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
