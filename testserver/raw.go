@@ -44,7 +44,7 @@ const (
 	rawDatagram         = 8192
 )
 
-func (s *Server) listenRaw(key crypto.Signer) (*rawDoor, error) {
+func (s *Server) listenRaw(key crypto.Signer) (door, error) {
 	address, err := net.ResolveUDPAddr("udp", s.cfg.Listen)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
@@ -234,7 +234,7 @@ func (c *rawConn) handle(m *message.Message, body []byte, block1 *uint32) []byte
 	}
 	c.answer, c.wrong = c.handler(c.door.ctx, req), ""
 	faults := c.door.server.Faults()
-	if operation, found := c.door.server.operationAt(req.Path); found && faults.garbles(operation) && c.answer.Code>>5 == 2 {
+	if operation, found := c.door.server.operationAt(req.Path, false); found && faults.garbles(operation) && c.answer.Code>>5 == 2 {
 		c.wrong = faults.Message
 	}
 	szx := uint32(6)
