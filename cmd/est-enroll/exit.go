@@ -95,7 +95,9 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitRefused, "this server makes no keys: leave server-keygen out, and the token generates them"}
 	case errors.As(err, &response) && response.Operation == est.CSRAttrs:
 		return judgement{exitRefused, "ask the people of the server about its CSR attributes; --csr-attributes off asks for what is configured"}
-	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
+	case errors.As(err, &status) && status.Temporary():
+		return judgement{exitTryLater, "the server has a problem of its own, which its log knows: the key and the request are kept for the next run"}
+	case errors.As(err, &status), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	case errors.Is(err, agent.ErrExport):
 		return judgement{exitTryLater, "the token and the state are right: make export-dir a directory that this user can write to, with room, and move away what else has the credential's name there; the next run puts the files right"}

@@ -47,7 +47,14 @@ const markerPIN = "marker-4f1d9c"
 // binary alone: the program does not know it.
 const transcriptVar = "TRANSCRIPT"
 
+// withoutSleep is for programs that are this test binary: the race detector has each
+// sleep for a second before it exits, which was most of the time of the scripts.
+const withoutSleep = "atexit_sleep_ms=0"
+
 func TestMain(m *testing.M) {
+	if err := os.Setenv("GORACE", withoutSleep); err != nil {
+		panic(err)
+	}
 	testscript.Main(cleaning{m}, map[string]func(){"est-enroll": recordedMain, "bare-enrolment": bareEnrolmentMain, "token-dump": dumpToken})
 }
 
@@ -201,6 +208,7 @@ func (s *session) setup(env *testscript.Env) error {
 		name, value, _ := strings.Cut(pair, "=")
 		env.Setenv(name, value)
 	}
+	env.Setenv("GORACE", withoutSleep)
 	env.Setenv("BIN", s.bin) // the programs as they ship
 	env.Setenv("MODULE", s.token.ModulePath)
 	env.Setenv("TOKEN", s.token.Label)
