@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"net/textproto"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -233,7 +234,8 @@ func (ca httpsCA) ServerKeyGen(ctx context.Context, request *x509.CertificateReq
 		return nil, nil, &httpError{http.StatusNotFound, "there is no serverkeygen"}
 	}
 	made, err := ca.issueOnce(ctx, est.ServerKeyGen, peerOf(r), request, label, r)
-	if err == nil && ca.server.Faults().ServerKey != "" {
+	// The handler has one certificate only.
+	if err == nil && (ca.server.Faults().ServerKey != "" || len(ca.server.answered(nil)) > 1) {
 		err = answerOf(r).keyed(ca.server.serverKey(est.ServerKeyGen, made))
 	}
 	return made.cert, made.pkcs8, err
@@ -374,7 +376,7 @@ func (a *httpsAnswer) send(w http.ResponseWriter, r *http.Request) {
 	if _, typed := a.header["Content-Type"]; !typed {
 		w.Header()["Content-Type"] = nil // or net/http would guess
 	}
-	if r.Method == http.MethodPost && a.faults.HTTP != "" {
+	if a.faults.HTTP != "" && a.faults.garbles(est.Operation(path.Base(r.URL.Path))) {
 		a.sendWrong(a.faults.HTTP, w, r)
 		return
 	}
@@ -411,10 +413,12 @@ var httpFaults = map[string]string{
 	"not-base64":         "a body that is not base64",
 	"slow-body":          "a byte of its body each second",
 	"endless-body":       "a body without an end",
+	"1-gib":              "a body of 1 GiB, as it says before",
 	"long-header":        "a header of 1 MiB",
 	"not-http":           "bytes that are not HTTP",
 	"redirect-loop":      "a redirection to itself",
 	"redirect-elsewhere": "a redirection to another server",
+	"redirect-http":      "a redirection to itself without TLS",
 }
 
 // oddBoundary has each kind of character that a boundary may have.
@@ -446,7 +450,10 @@ func (a *httpsAnswer) sendWrong(kind string, w http.ResponseWriter, r *http.Requ
 		}
 	case "not-base64":
 		body = []byte("<html>Enrolled.</html>")
-	case "slow-body", "endless-body":
+	case "slow-body", "endless-body", "1-gib":
+		if kind == "1-gib" {
+			header.Set("Content-Length", strconv.Itoa(1<<30))
+		}
 		w.WriteHeader(status)
 		trickle(kind == "slow-body", body, w, r)
 		return
@@ -457,6 +464,9 @@ func (a *httpsAnswer) sendWrong(kind string, w http.ResponseWriter, r *http.Requ
 		status = http.StatusTemporaryRedirect
 	case "redirect-elsewhere":
 		header.Set("Location", "https://elsewhere.example"+r.URL.Path)
+		status = http.StatusTemporaryRedirect
+	case "redirect-http":
+		header.Set("Location", "http://"+r.Host+r.URL.Path)
 		status = http.StatusTemporaryRedirect
 	}
 	w.WriteHeader(status)
