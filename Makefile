@@ -12,7 +12,7 @@ PREFIX ?= /usr/local
 BUILDVCS := $(shell git status >/dev/null 2>&1 && echo true || echo false)
 export BIN SHARE PREFIX DESTDIR BUILDVCS
 
-.PHONY: demo test conformance build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile fleet years bench figures fuzz
+.PHONY: demo test conformance build docs install uninstall boot build-arm64 build-armhf lint deps loss crash hostile https fleet years bench figures fuzz
 
 demo:
 	@packaging/deps gcc libc6-dev openssl softhsm2 opensc
@@ -75,6 +75,10 @@ crash: deps
 # each situation of the device; the token before and after, in the eyes of others.
 hostile: deps
 	$(GO) test -C cmd/est-enroll -timeout 30m -count 1 -run '^TestHostile$$' -args -hostile.all $(HOSTILE)
+
+# Each story of the command that was written over CoAPs, over HTTPS.
+https: deps
+	$(GO) test -C cmd/est-enroll -timeout 15m -count 1 -run '^TestScriptsOverHTTPS$$' . -args -https.all
 
 # 100,000 devices that renew by the policy, through outages of a day and of a week;
 # the plot is the README's.

@@ -156,6 +156,10 @@ type CredentialConfig struct {
 	// KeySpec is what key to generate, for the first certificate and at a rekey.
 	// Default: EC P-256.
 	KeySpec engine.KeySpec
+	// ServerKeyGen has the EST server make each new key (RFC 7030 §4.4), and imports
+	// it into the HSM, with a warning: for an HSM that makes poor ones, or a CA that
+	// keeps a copy. Default: the HSM makes it, and nobody ever has it elsewhere.
+	ServerKeyGen bool
 	// Key is one that the HSM holds, the IDevID's perhaps: it is used as it is
 	// instead of a generated one, and never destroyed. Default: none.
 	Key engine.Address
@@ -304,6 +308,9 @@ func (c *Config) checkCredentials() error {
 		}
 		if one.Policy.RekeyEvery > 0 && one.Key != nil {
 			return fmt.Errorf("credential %q: a rekey every %d renewals of %s: %w: %w", one.Name, one.Policy.RekeyEvery, one.Key, ErrKeyNamed, ErrConfig)
+		}
+		if one.ServerKeyGen && one.Key != nil {
+			return fmt.Errorf("credential %q: a key that the server makes, in place of %s: %w: %w", one.Name, one.Key, ErrKeyNamed, ErrConfig)
 		}
 		for _, other := range c.Credentials[:i] {
 			switch {

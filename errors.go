@@ -52,6 +52,11 @@ var (
 	ErrKeyWanted = errors.New("the server wants another kind of key")
 	// ErrNoPoP says that the CSR cannot be linked to the session.
 	ErrNoPoP = errors.New("no proof of possession is possible")
+	// ErrNoImport says that the token takes in no private key that a server has made.
+	ErrNoImport = errors.New("the token takes in no key of a server")
+	// ErrOtherKey says that the server has made another kind of key than was asked for,
+	// and RefuseOtherNames is set or nothing can be done with it.
+	ErrOtherKey = errors.New("the server has made another kind of key")
 	// ErrKeyNamed says that there is no new key to generate for a rekey: the
 	// configuration names an existing one.
 	ErrKeyNamed = errors.New("the configuration says which key it is")

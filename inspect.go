@@ -257,6 +257,8 @@ type Enrolled struct {
 	Attributes *engine.KeyAttributes
 	// Existing says that the key was not made by this program.
 	Existing bool
+	// ServerMade says that the server made it, outside of the HSM.
+	ServerMade bool
 	// Chained says why the chain does not lead to the trust anchors of the credential,
 	// whatever the age of its leaf.
 	Chained error
@@ -284,7 +286,7 @@ func (ci *CredentialInspection) Enrolled(ctx context.Context) (*Enrolled, error)
 	if err != nil {
 		return nil, err
 	}
-	e := &Enrolled{Chain: p.chain, Existing: kept.ExistingKey}
+	e := &Enrolled{Chain: p.chain, Existing: kept.ExistingKey, ServerMade: kept.ServerMade}
 	if inspector, ok := c.engine.(engine.KeyInspector); ok {
 		attributes, err := inspector.KeyAttributes(ctx, p.key)
 		if err != nil && !errors.Is(err, engine.ErrUnsupported) {

@@ -76,6 +76,7 @@ func TestInterop(t *testing.T) {
 
 	t.Run("deferred sen", func(t *testing.T) {
 		t.Attr("shows", "TD_ACE_est-coaps_04")
+		t.Attr("shows", "RFC 9148 §4.7 (2)")
 		t.Attr("shows", "RFC 9148 §4.6 (2)")
 		d := keys.at(t, testserver.Config{}, coaps.Config{BlockSize: 64})
 		d.deferred(d.client.SimpleEnroll, d.request(csr.Template{RawSubject: d.certificate.RawSubject}))
@@ -103,6 +104,7 @@ func TestInterop(t *testing.T) {
 
 	t.Run("skg", func(t *testing.T) {
 		t.Attr("shows", "TD_ACE_est-coaps_07")
+		t.Attr("shows", "RFC 9148 §4.1 (1)")
 		t.Attr("shows", "RFC 9148 §4.8 (1)")
 		d := keys.at(t, testserver.Config{ServerKeyGen: true}, coaps.Config{})
 		made, err := d.client.ServerKeyGen(t.Context(), d.request(csr.Template{RawSubject: d.certificate.RawSubject}))
@@ -128,6 +130,7 @@ func TestInterop(t *testing.T) {
 
 	t.Run("att", func(t *testing.T) {
 		t.Attr("shows", "TD_ACE_est-coaps_08")
+		t.Attr("shows", "RFC 9148 §4.1 (1)")
 		want, err := csr.Attributes{csr.WantChallengePassword()}.Marshal()
 		if err != nil {
 			t.Fatal(err)
@@ -326,6 +329,9 @@ func (d *interop) deferred(ask func(context.Context, []byte) ([]*x509.Certificat
 	}
 	issued, err := ask(d.t.Context(), request)
 	d.check(issued, err, d.keys.own.Public())
+	if sent := d.tap.requested(); !bytes.Equal(sent, bytes.Repeat(request, 2)) {
+		d.t.Errorf("%d bytes were sent, which are not the CSR of %d bytes twice", len(sent), len(request))
+	}
 }
 
 // wire compares the messages of the session with what they shall be.
@@ -477,6 +483,18 @@ func (tap *tap) last() []byte {
 	tap.mu.Lock()
 	defer tap.mu.Unlock()
 	return tap.messages[len(tap.messages)-1].Payload
+}
+
+// requested is what all requests carried.
+func (tap *tap) requested() (body []byte) {
+	tap.mu.Lock()
+	defer tap.mu.Unlock()
+	for _, m := range tap.messages {
+		if m.Code == codes.POST {
+			body = append(body, m.Payload...)
+		}
+	}
+	return body
 }
 
 // peer is the certificate that the device has shown.

@@ -36,9 +36,17 @@ var stories = []story{
 	// The server wants another key than the one that is there when it is asked, and a
 	// CSR that is linked to its session: the key is replaced, the CSR made in each.
 	{"wanted", nil, (*device).enroll, 1, 1, 2, testserver.Config{CSRAttributes: wanting(csr.WantChallengePassword(), wantedKey("EC", "P-384")), RequirePoP: true}},
+	// The server makes the key.
+	{"skg", nil, (*device).enrollWithServerKey, 1, 1, 1, testserver.Config{ServerKeyGen: true}},
 	// A renewal through a rollover that the device has slept through, with the trust
 	// anchors in the token. It is the last: the others' devices trust the first root.
 	{"rollover", []func(*device) (*estenroll.Result, error){(*device).newRoot, (*device).enroll, (*device).sleepThroughRollover}, (*device).renew, 2, 2, 2, testserver.Config{}},
+}
+
+func (d *device) enrollWithServerKey() (*estenroll.Result, error) {
+	d.t.Helper()
+	d.cfg.ServerKeyGen = true
+	return d.enroll()
 }
 
 // newRoot ends the rollover before, if any, and has the device trust the root that
@@ -73,7 +81,7 @@ var harms = []harm{
 }
 
 func isExchange(call string) bool {
-	return slices.Contains([]string{"Dial", string(est.CACerts), string(est.CSRAttrs), string(est.SimpleEnroll), string(est.SimpleReenroll)}, call)
+	return slices.Contains([]string{"Dial", string(est.CACerts), string(est.CSRAttrs), string(est.SimpleEnroll), string(est.SimpleReenroll), string(est.ServerKeyGen)}, call)
 }
 
 // points records the calls of the story, once uninterrupted.
@@ -136,13 +144,16 @@ func TestInterrupted(t *testing.T) {
 							t.Fatalf("at %q instead of %q: error %v", at, point, err)
 						}
 						// A device that was lost after it has generated the key comes back in the run.
-						recovers := h.name == "failed" && point == "after GenerateKey"
+						recovers := h.name == "failed" && (point == "after GenerateKey" || point == "after ImportKey")
 						if (err == nil) != recovers {
 							t.Fatalf("error %v", err)
 						}
 						want := s.issued
-						if recovers && s.before != nil {
+						switch {
+						case recovers && s.before != nil:
 							want++ // it is complete, and followed by another one
+						case point == "before ImportKey":
+							want++ // the key was nowhere but in the run's memory
 						}
 						// Once there is a Security object it points at a whole pair.
 						if status := d.status(); d.read("security.json") != "" && (status.Current == nil || status.Current.Problem != "") {
@@ -165,26 +176,29 @@ func TestInterrupted(t *testing.T) {
 func TestInterruptedAgainAndAgain(t *testing.T) {
 	const seed = 20261124
 	random := rand.New(rand.NewPCG(seed, seed))
-	site := newSite(t, testserver.Config{})
+	site := newSite(t, testserver.Config{ServerKeyGen: true})
 	for _, s := range stories {
 		for round := range 6 {
 			d := s.prepare(t, site, fmt.Sprintf("again-%d", round))
 			var log []string
+			want := s.issued
 			for range 8 {
 				h := harms[random.IntN(len(harms))]
 				at, err := d.interrupt(random.IntN(16), h, s.run)
 				if err == nil {
 					break
 				}
-				log = append(log, h.name+" "+at)
+				if log = append(log, h.name+" "+at); at == "before ImportKey" {
+					want++
+				}
 			}
 			must(t, d.enroll)
 			if journal := d.journal(); len(journal.Pairs) < s.credentials {
 				must(t, d.renew)
 			}
 			d.tidy(s.credentials)
-			if d.issued() != s.issued {
-				t.Errorf("%s, seed %d, %q: %d certificates issued, want %d", s.name, seed, log, d.issued(), s.issued)
+			if d.issued() != want {
+				t.Errorf("%s, seed %d, %q: %d certificates issued, want %d", s.name, seed, log, d.issued(), want)
 			}
 			site.clear(t)
 		}

@@ -32,7 +32,8 @@ type Step string
 const (
 	StepPrepare  Step = "prepare"  // IDevID, Security object, address of the key
 	StepGenerate Step = "generate" // the key, in the HSM
-	StepRequest  Step = "request"  // CSR, crts, sen or sren
+	StepRequest  Step = "request"  // CSR, crts, sen or sren, or skg
+	StepImport   Step = "import"   // the key that the server has made, into the HSM
 	StepStore    Step = "store"    // the certificates, in the HSM
 	StepProve    Step = "prove"    // a connection with the new pair is accepted
 	StepCommit   Step = "commit"   // the Security object points at the new pair
@@ -77,6 +78,8 @@ type credential struct {
 	Anchors []anchorReference `json:"anchors,omitempty"`
 	// ExistingKey says that the key was there before, and outlives the pair.
 	ExistingKey bool `json:"existing_key,omitempty"`
+	// ServerMade says that a server made the key, outside of the HSM.
+	ServerMade bool `json:"server_made,omitempty"`
 	// Renewals is how often the key had been renewed when the pair was made.
 	Renewals int `json:"renewals,omitempty"`
 }
@@ -97,9 +100,11 @@ type operation struct {
 	// NewKey says that the key was made for this operation and goes with it, and
 	// ExistingKey that it was in the token before and is never destroyed. A
 	// renewal's is that of the pair.
-	NewKey      bool      `json:"new_key"`
-	ExistingKey bool      `json:"existing_key,omitempty"`
-	Key         reference `json:"key,omitzero"` // none where a reset began on its own
+	NewKey      bool `json:"new_key"`
+	ExistingKey bool `json:"existing_key,omitempty"`
+	// ServerMade says that a server makes the new key, or that it made that of the pair.
+	ServerMade bool      `json:"server_made,omitempty"`
+	Key        reference `json:"key,omitzero"` // none where a reset began on its own
 	// KeyType of a new key. Default: EC P-256, the only one there was once.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
 	// Renewals of the key, this one included.
@@ -374,7 +379,7 @@ func (r *record) resolve(parse addressParser) error {
 		return fmt.Errorf("operation: unknown kind %q", op.Kind)
 	}
 	switch op.Step {
-	case StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard, StepReset:
+	case StepGenerate, StepRequest, StepImport, StepStore, StepProve, StepCommit, StepRetire, StepDiscard, StepReset:
 	default:
 		return fmt.Errorf("operation: unknown step %q", op.Step)
 	}
@@ -386,6 +391,9 @@ func (r *record) resolve(parse addressParser) error {
 	}
 	if op.NewKey && op.ExistingKey {
 		return errors.New("operation: its key is both new and an existing one")
+	}
+	if op.Step == StepImport && !op.asksForKey() {
+		return errors.New("operation: an import of a key that no server made")
 	}
 	if op.KeyType != "" && !slices.Contains(engine.Algorithms(), op.KeyType) {
 		return fmt.Errorf("operation: unknown key_type %q", op.KeyType)
@@ -402,7 +410,7 @@ func (r *record) resolve(parse addressParser) error {
 		return fmt.Errorf("operation: %d certificates at %d addresses, want the same number up to %d", len(op.Chain), len(op.Certificates), maxChain)
 	}
 	switch op.Step {
-	case StepStore, StepProve, StepCommit, StepRetire:
+	case StepImport, StepStore, StepProve, StepCommit, StepRetire:
 		if len(op.Chain) == 0 {
 			return fmt.Errorf("operation: no certificate at step %q", op.Step)
 		}

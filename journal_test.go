@@ -63,7 +63,7 @@ func TestJournalOfEachStep(t *testing.T) {
 			}
 		}
 	}
-	for _, step := range []Step{StepGenerate, StepRequest, StepStore, StepProve, StepCommit, StepRetire, StepDiscard, StepReset} {
+	for _, step := range []Step{StepGenerate, StepRequest, StepImport, StepStore, StepProve, StepCommit, StepRetire, StepDiscard, StepReset} {
 		if !steps[step] {
 			t.Errorf("no journal of step %s", step)
 		}
@@ -146,6 +146,7 @@ func TestJournalRefused(t *testing.T) {
 		"unknown key type":    {replace(`"new_key": true`, `"new_key": true, "key_type": "RSA 1024"`), "unknown key_type"},
 		"a rekey, no new key": {strings.Replace(replace(`"kind": "enroll"`, `"kind": "rekey"`), `"new_key": true`, `"new_key": false`, 1), "without a new key"},
 		"a key of two kinds":  {replace(`"new_key": true`, `"new_key": true, "existing_key": true`), "both new and an existing one"},
+		"an import of ours":   {replace(`"step": "prove"`, `"step": "import"`), "a key that no server made"},
 		"a path":              {replace(`"explicit_ta": "explicit-ta-`, `"explicit_ta": "../explicit-ta-`), "not the name"},
 		"negative wait":       {replace(`"step": "prove"`, `"step": "prove", "retry_after": -1`), "negative"},
 		"fewer renewals":      {replace(`"new_key": true`, `"new_key": true, "renewals": -1`), "negative"},

@@ -147,6 +147,8 @@ func (c *Credential) anotherKey(ctx context.Context, op *operation) (why string,
 		return err.Error(), nil
 	case existing != op.ExistingKey:
 		return "the configuration names another key now", nil
+	case !existing && op.ServerMade != c.cfg.ServerKeyGen:
+		return fmt.Sprintf("the configuration has the %s make the key now", map[bool]string{true: "server", false: "token"}[c.cfg.ServerKeyGen]), nil
 	case !existing && op.keyType() != kind:
 		return fmt.Sprintf("the configuration asks for a key of type %s now, not %s", kind, op.keyType()), nil
 	case !existing:

@@ -261,13 +261,13 @@ func (c *Credential) startEnroll(ctx context.Context) error {
 	return c.beginWithNewKey(KindEnroll, false, nil)
 }
 
-// beginWithNewKey writes down which key will be generated.
+// beginWithNewKey writes down which key will be generated, or made by the server.
 func (c *Credential) beginWithNewKey(kind Kind, force bool, current *x509.Certificate) error {
 	key, err := c.engine.NewKeyAddress(c.cfg.Name)
 	if err != nil {
 		return err
 	}
-	return c.begin(&operation{Kind: kind, Step: StepGenerate, NewKey: true, Key: reference{Address: key}, KeyType: c.keyType(), Force: force}, current)
+	return c.begin(&operation{Kind: kind, Step: StepGenerate, NewKey: true, Key: reference{Address: key}, KeyType: c.keyType(), ServerMade: c.cfg.ServerKeyGen, Force: force}, current)
 }
 
 func (c *Credential) startRenew(ctx context.Context, kind Kind, force bool) error {
@@ -296,7 +296,7 @@ func (c *Credential) startRenew(ctx context.Context, kind Kind, force bool) erro
 	if cmp.Or(kind, c.kindOfRenewal()) == KindRekey {
 		return c.beginWithNewKey(KindRekey, force, p.chain[0])
 	}
-	return c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, Renewals: kept.Renewals + 1, Force: force}, p.chain[0])
+	return c.begin(&operation{Kind: KindRenew, Step: StepRequest, Key: kept.Key, ExistingKey: kept.ExistingKey, ServerMade: kept.ServerMade, Renewals: kept.Renewals + 1, Force: force}, p.chain[0])
 }
 
 // begin writes down an operation; current is the certificate that it is to replace.
@@ -338,9 +338,7 @@ func (c *Credential) proceed(ctx context.Context, resumed bool) (*Result, error)
 			if why, err := c.hopeless(ctx, op); err != nil {
 				return nil, &StepError{Step: op.Step, Err: err}
 			} else if why != "" {
-				c.warn("the interrupted %s is given up, what it created is removed: %s", op.Kind, why)
-				op.Reason = truncate(why, maxRecorded)
-				return nil, c.discard(ctx, nil)
+				return nil, c.giveUp(ctx, why)
 			}
 		}
 		switch op.Step {
@@ -348,6 +346,10 @@ func (c *Credential) proceed(ctx context.Context, resumed bool) (*Result, error)
 			err = c.generate(ctx, resumed)
 		case StepRequest:
 			result, err = c.request(ctx)
+		case StepImport: // of an interrupted run, for the request goes on with it at once
+			if err = c.recoverImport(ctx); errors.Is(err, errKeyLost) {
+				return nil, c.giveUp(ctx, err.Error())
+			}
 		case StepStore:
 			err = c.storeCertificates(ctx)
 		case StepProve:
@@ -369,6 +371,14 @@ func (c *Credential) proceed(ctx context.Context, resumed bool) (*Result, error)
 	}
 }
 
+// giveUp ends an interrupted operation that cannot be gone on with.
+func (c *Credential) giveUp(ctx context.Context, why string) error {
+	op := c.journal.Operation
+	c.warn("the interrupted %s is given up, what it created is removed: %s", op.Kind, why)
+	op.Reason = truncate(why, maxRecorded)
+	return c.discard(ctx, nil)
+}
+
 // hopeless says why an interrupted operation cannot be gone on with, "" if it
 // can: time has passed since, and a token can have been cleared. Without it the
 // device would try in vain for ever instead of beginning anew.
@@ -377,8 +387,11 @@ func (c *Credential) hopeless(ctx context.Context, op *operation) (why string, e
 		return why, err
 	}
 	switch op.Step {
-	case StepGenerate:
+	case StepGenerate, StepImport: // which look for the key themselves
 	case StepRequest, StepStore, StepProve:
+		if op.Step == StepRequest && op.asksForKey() {
+			break
+		}
 		if _, err := c.signer(ctx, op.Key.Address); errors.Is(err, engine.ErrNotFound) {
 			return "its key is not in the token any more", nil
 		} else if err != nil {
@@ -389,7 +402,7 @@ func (c *Credential) hopeless(ctx context.Context, op *operation) (why string, e
 	}
 	var needed *x509.Certificate
 	switch {
-	case op.Step == StepStore || op.Step == StepProve:
+	case op.Step == StepImport || op.Step == StepStore || op.Step == StepProve:
 		chain, err := op.chain()
 		if err != nil {
 			return "", err
@@ -416,6 +429,12 @@ func (c *Credential) hopeless(ctx context.Context, op *operation) (why string, e
 func (c *Credential) generate(ctx context.Context, resumed bool) error {
 	op := c.journal.Operation
 	err := c.timed(StepGenerate, func() (string, error) {
+		if op.ServerMade {
+			if err := c.checkImport(ctx, op.keyType()); err != nil {
+				return "", err
+			}
+			return fmt.Sprintf("the token takes in a key of type %s: the server makes it", op.keyType()), c.advance(StepRequest)
+		}
 		if resumed {
 			_, err := c.recoverer.RecoverKey(ctx, op.Key.Address)
 			if err == nil {

@@ -23,6 +23,8 @@ type Plan struct {
 	Step Step `json:"step,omitempty"`
 	// NewKey is the type of the key that is generated for it, empty where none is.
 	NewKey engine.Algorithm `json:"new_key,omitempty"`
+	// ServerMade says that the server makes it.
+	ServerMade bool `json:"server_made,omitempty"`
 }
 
 // PlanRenewDue says what RenewDue would do. It asks no server and changes nothing.
@@ -106,7 +108,7 @@ func (c *Credential) plan(ctx context.Context, begins func(*Renewal) Kind) (*Pla
 		return nil, &StepError{Step: StepPrepare, Err: err}
 	}
 	if p.Kind == KindRekey || p.Kind == KindEnroll && c.cfg.Key == nil {
-		p.NewKey = c.keyType()
+		p.NewKey, p.ServerMade = c.keyType(), c.cfg.ServerKeyGen
 	}
 	if _, err := c.authenticates(ctx, p); err != nil {
 		return nil, &StepError{Step: StepPrepare, Err: err}
@@ -119,7 +121,7 @@ func (c *Credential) plan(ctx context.Context, begins func(*Renewal) Kind) (*Pla
 func (c *Credential) planToGoOn(op *operation, acts bool, now time.Time, renewal *Renewal) *Plan {
 	p := &Plan{Acts: acts, At: now, Kind: op.Kind, Step: op.Step}
 	if op.Step == StepGenerate {
-		p.NewKey = op.keyType()
+		p.NewKey, p.ServerMade = op.keyType(), op.ServerMade
 	}
 	switch pending := c.pending(op); {
 	case op.Step == StepRequest && pending != nil:
@@ -147,7 +149,7 @@ func (c *Credential) assumeRestored(ctx context.Context) (func(), error) {
 // DryRun does for a plan what the run would do before it asks for a certificate, and
 // changes nothing: it opens the pair that authenticates the request, has the server
 // answer crts and judges it by them, and has the token sign the CSR where its key is
-// there already. The errors are those of the run: a *PendingError too, where the
+// there already, or say whether it takes in the one that the server makes. The errors are those of the run: a *PendingError too, where the
 // server has not decided and the time to ask again has not come.
 func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 	restore, err := c.assumeRestored(ctx)
@@ -165,6 +167,11 @@ func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 	auth, err := c.authenticates(ctx, p)
 	if err != nil {
 		return &StepError{Step: StepPrepare, Err: err}
+	}
+	if p.ServerMade {
+		if err := c.checkImport(ctx, p.NewKey); err != nil {
+			return &StepError{Step: StepGenerate, Err: err}
+		}
 	}
 	err = c.timed(StepRequest, func() (string, error) {
 		key, err := c.rehearseCSR(ctx, p, op, auth)
@@ -214,7 +221,7 @@ func (c *Credential) authenticates(ctx context.Context, p *Plan) (*pair, error) 
 func (c *Credential) rehearseCSR(ctx context.Context, p *Plan, op *operation, auth *pair) (crypto.PublicKey, error) {
 	var at engine.Address
 	switch {
-	case p.NewKey != "", op != nil && op.Step != StepRequest:
+	case p.NewKey != "", op != nil && (op.Step != StepRequest || op.asksForKey()):
 		return nil, nil
 	case op != nil:
 		at = op.Key.Address

@@ -73,11 +73,12 @@ func (c *Credential) ask(ctx context.Context) (*Result, error) {
 		return nil, err
 	}
 	var got *answer
+	defer func() { got.clear() }()
 	err = c.timed(StepRequest, func() (string, error) {
 		if got, err = retry(ctx, c, func() (*answer, error) { return c.exchange(ctx, auth) }); err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("%s at %s: a certificate valid until %s", operationOf(op.Kind), c.cfg.ServerURI,
+		return fmt.Sprintf("%s at %s: a certificate valid until %s", op.asks(), c.cfg.ServerURI,
 			got.chain[0].NotAfter.UTC().Format(time.RFC3339)), nil
 	})
 	if errors.Is(err, errAnotherKey) {
@@ -202,10 +203,17 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Sessi
 		}
 	}
 	return c.timed(StepRequest, func() (_ string, err error) {
-		if op.CSR, err = c.signCSR(ctx, op.Key.Address, template); err != nil {
+		message := "built the CSR, signed in the token"
+		if op.asksForKey() {
+			message = "built the CSR, signed with a key that is made for it and forgotten"
+			op.CSR, err = c.signForServerKey(op.keyType(), template)
+		} else {
+			op.CSR, err = c.signCSR(ctx, op.Key.Address, template)
+		}
+		if err != nil {
 			return "", err
 		}
-		return "built the CSR, signed in the token", c.save()
+		return message, c.save()
 	})
 }
 
@@ -267,41 +275,58 @@ type answer struct {
 	anchors *est.TrustAnchors
 	asked   bool // for the anchors, in the same session
 	server  *x509.Certificate
+	made    *est.ServerKey // nil where the key is in the token
 }
 
-func operationOf(kind Kind) est.Operation {
-	if kind.reenrolls() {
+// clear overwrites the key that came with the certificate, wherever that ended.
+func (a *answer) clear() {
+	if a != nil {
+		a.made.Clear()
+	}
+}
+
+// asks is what an operation asks the server for.
+func (op *operation) asks() est.Operation {
+	switch {
+	case op.asksForKey():
+		return est.ServerKeyGen
+	case op.Kind.reenrolls():
 		return est.SimpleReenroll
 	}
 	return est.SimpleEnroll
 }
 
 // exchange is one session: crts, the live session judged by the Explicit TA, att where
-// it is not known what the server wants, then sen or sren (RFC 9148 §3).
-func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) {
+// it is not known what the server wants, then sen, sren or skg (RFC 9148 §3).
+func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err error) {
 	op := c.journal.Operation
 	session, err := c.open(ctx, auth)
 	if err != nil {
 		return nil, err
 	}
 	defer c.closeSession(session)
-	signer, err := c.signer(ctx, op.Key.Address)
+	key, err := c.requestKey(ctx)
 	if err != nil {
 		return nil, err
 	}
-	anchors, now, err := c.meet(ctx, session, auth, signer.Public())
+	anchors, now, err := c.meet(ctx, session, auth, key)
 	if err != nil {
 		return nil, err
 	}
 	client := est.Client{Session: session}
-	if err := c.askAttributes(ctx, &client, signer.Public()); err != nil {
+	if err := c.askAttributes(ctx, &client, key); err != nil {
 		return nil, err
 	}
-	issued, err := c.submit(ctx, &client, auth)
+	issued, made, err := c.submit(ctx, &client, auth)
 	if errors.Is(err, est.ErrUnlinked) {
 		// Once, as after a 401 whose server closes the connection (RFC 7030 §3.2.3).
-		issued, err = c.submit(ctx, &client, auth)
+		issued, made, err = c.submit(ctx, &client, auth)
 	}
+	defer func() {
+		if err != nil {
+			made.Clear()
+		}
+	}()
 	if err != nil {
 		return nil, err
 	}
@@ -309,10 +334,14 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err != nil {
 		return nil, err
 	}
-	chain, err := anchors.VerifyIssued(issued, request.PublicKey, now)
+	public, err := c.keyOfAnswer(session, request, auth.public(), made)
+	if err != nil {
+		return nil, err
+	}
+	chain, err := anchors.VerifyIssued(issued, public, now)
 	if errors.Is(err, est.ErrNoAnchor) && anchors == c.explicitTA { // it was not asked for crts
 		if anchors, err = c.publishedAnchors(ctx, session, auth, now); err == nil {
-			chain, err = anchors.VerifyIssued(issued, request.PublicKey, now)
+			chain, err = anchors.VerifyIssued(issued, public, now)
 		}
 	}
 	if err != nil {
@@ -321,20 +350,28 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (*answer, error) 
 	if err := c.compare(request, chain[0]); err != nil {
 		return nil, err
 	}
-	return &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, server: session.PeerChain()[0]}, nil
+	return &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, server: session.PeerChain()[0], made: made}, nil
 }
 
-// submit sends the CSR, made for the session where it is linked to that.
-func (c *Credential) submit(ctx context.Context, client *est.Client, auth *pair) ([]*x509.Certificate, error) {
+// submit sends the CSR, made for the session where it is linked to that. The answer has
+// a key that the server has made where it was asked for one.
+func (c *Credential) submit(ctx context.Context, client *est.Client, auth *pair) (issued []*x509.Certificate, made *est.ServerKey, err error) {
 	op := c.journal.Operation
 	if err := c.buildCSR(ctx, auth, client.Session); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	c.sent = true
-	if op.Kind.reenrolls() {
-		return client.SimpleReenroll(ctx, op.CSR)
+	switch op.asks() {
+	case est.ServerKeyGen:
+		if made, err = client.ServerKeyGen(ctx, op.CSR); err == nil {
+			issued = made.Certificates
+		}
+	case est.SimpleReenroll:
+		issued, err = client.SimpleReenroll(ctx, op.CSR)
+	default:
+		issued, err = client.SimpleEnroll(ctx, op.CSR)
 	}
-	return client.SimpleEnroll(ctx, op.CSR)
+	return issued, made, err
 }
 
 // meet asks for crts on a new session, unless the answer that is held is young, and
@@ -544,5 +581,11 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	op.ServerCertificate = got.server.Raw
 	c.sawVerified(got.server.NotBefore)
 	c.sawVerified(got.chain[0].NotBefore)
-	return nil, c.advance(StepStore)
+	if got.made == nil {
+		return nil, c.advance(StepStore)
+	}
+	if err := c.advance(StepImport); err != nil {
+		return nil, err
+	}
+	return nil, c.importKey(ctx, got.made)
 }

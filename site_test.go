@@ -145,6 +145,10 @@ type device struct {
 	closeErr error // of a session
 	// elsewhere is connected to in place of the server.
 	elsewhere string
+	// serverKey takes the place of the server's key and certificate; nil leaves them.
+	serverKey func() []est.Part
+	// secrets are the buffers of keys that a server has made.
+	secrets [][]byte
 	// answer takes the place of the server's answer; nil leaves it.
 	answer func(est.Operation) []*x509.Certificate
 	ctx    context.Context // of runs
@@ -270,6 +274,15 @@ func (s pssSigner) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts)
 	return s.Signer.Sign(random, digest, opts)
 }
 
+func (e spied) CanImportKey(ctx context.Context, spec engine.KeySpec) error {
+	return e.d.around("CanImportKey", func() error { return e.Engine.CanImportKey(ctx, spec) })
+}
+
+func (e spied) ImportKey(ctx context.Context, at engine.Address, pkcs8 []byte) (crypto.PublicKey, error) {
+	e.d.secrets = append(e.d.secrets, pkcs8)
+	return around(e.d, "ImportKey", func() (crypto.PublicKey, error) { return e.Engine.ImportKey(ctx, at, pkcs8) })
+}
+
 func (e spied) RemoveKey(ctx context.Context, at engine.Address) error {
 	return e.d.around("RemoveKey", func() error { return e.Engine.RemoveKey(ctx, at) })
 }
@@ -339,6 +352,14 @@ func (s watched) RoundTrip(ctx context.Context, req *est.Request) (*est.Response
 	return around(s.d, string(req.Operation), func() (*est.Response, error) {
 		s.d.requests = append(s.d.requests, sent{req.Operation, string(req.Body)})
 		response, err := s.Session.RoundTrip(ctx, req)
+		if err == nil && req.Operation == est.ServerKeyGen {
+			s.d.secrets = append(s.d.secrets, response.Body)
+			if s.d.serverKey != nil {
+				clear(response.Body)
+				response = &est.Response{Parts: s.d.serverKey()}
+				s.d.secrets = append(s.d.secrets, response.Parts[0].Body)
+			}
+		}
 		if err != nil || s.d.answer == nil {
 			return response, err
 		}

@@ -54,6 +54,8 @@ type CredentialStatus struct {
 	NotAfter  time.Time `json:"not_after,omitzero"`
 	// KeyType is the algorithm of the certificate's key.
 	KeyType engine.Algorithm `json:"key_type,omitempty"`
+	// ServerMade says that the server made the key, outside of the HSM.
+	ServerMade bool `json:"server_made,omitempty"`
 	// KeyAttributes are what the token reports, nil where it reports nothing.
 	KeyAttributes *engine.KeyAttributes `json:"key_attributes,omitempty"`
 	// Problem says why the credential cannot be used.
@@ -124,7 +126,7 @@ func (op *operation) status() *OperationStatus {
 }
 
 func (c *Credential) credentialStatus(ctx context.Context, kept credential) (*CredentialStatus, error) {
-	s := &CredentialStatus{Key: kept.Key.String(), Certificate: kept.Certificates[0].String()}
+	s := &CredentialStatus{Key: kept.Key.String(), Certificate: kept.Certificates[0].String(), ServerMade: kept.ServerMade}
 	for _, at := range kept.Certificates[1:] {
 		s.Chain = append(s.Chain, at.String())
 	}

@@ -23,7 +23,7 @@ func (op *operation) chain() ([]*x509.Certificate, error) {
 }
 
 func (op *operation) credential() credential {
-	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA, Anchors: op.Anchors, ExistingKey: op.ExistingKey, Renewals: op.Renewals}
+	return credential{Key: op.Key, Certificates: op.Certificates, ExplicitTA: op.ExplicitTA, Anchors: op.Anchors, ExistingKey: op.ExistingKey, ServerMade: op.ServerMade, Renewals: op.Renewals}
 }
 
 func addresses(refs []reference) []engine.Address {

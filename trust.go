@@ -65,7 +65,7 @@ func (d *shared) loadExplicitTA(name string) (*est.TrustAnchors, error) {
 func ParseTrustAnchors(data []byte) ([]*x509.Certificate, error) {
 	if !bytes.Contains(data, []byte("-----BEGIN")) {
 		certs, err := x509.ParseCertificates(data)
-		if err != nil {
+		if err != nil || len(certs) == 0 { // of an empty file
 			return nil, errors.New("neither PEM nor DER of a certificate") // what else it is, the parser cannot know
 		}
 		return certs, nil

@@ -1,6 +1,7 @@
 package estenroll
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"encoding/base64"
@@ -77,7 +78,8 @@ func (c *Credential) asksAttributes(op *operation) bool {
 // checkWantedKey compares the key of the operation with the one that is wanted. A key
 // that was made for the operation gives way; a renewal is for the key that it is for.
 func (c *Credential) checkWantedKey(wanted csr.Wanted, key crypto.PublicKey) error {
-	op, has := c.journal.Operation, engine.AlgorithmOf(key)
+	op := c.journal.Operation
+	has := cmp.Or(engine.AlgorithmOf(key), op.keyType())
 	switch {
 	case wanted.Key.Allows(string(has)):
 		return nil
@@ -109,7 +111,11 @@ func (c *Credential) replaceKey(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.say(StepRequest, "the server wants a key of type %s: the one of type %s is removed", kind, op.keyType())
+	if op.asksForKey() {
+		c.say(StepRequest, "the server wants to make a key of type %s, not %s", kind, op.keyType())
+	} else {
+		c.say(StepRequest, "the server wants a key of type %s: the one of type %s is removed", kind, op.keyType())
+	}
 	op.Key, op.KeyType, op.CSR = reference{Address: at}, kind, nil
 	return c.advance(StepGenerate)
 }

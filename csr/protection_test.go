@@ -58,6 +58,10 @@ func wrapOf(oid string) (listed, section string) {
 // and what is read of it is what was asked for.
 func TestProtection(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 7030 §4.4.1 (1)")
+	t.Attr("shows", "RFC 7030 §4.4.1 (2)")
+	t.Attr("shows", "RFC 7030 §4.4.1.1 (1)")
+	t.Attr("shows", "RFC 7030 §4.4.1.2 (1)")
 	id := []byte{0xca, 0xfe, 1}
 	listed128, wrap128 := wrapOf("5")
 	listed192, wrap192 := wrapOf("25")

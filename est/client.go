@@ -39,9 +39,8 @@ func (c *Client) SimpleReenroll(ctx context.Context, csr []byte) ([]*x509.Certif
 // at most 64 KiB that is for package csr to parse; nil if it has nothing to say.
 func (c *Client) CSRAttrs(ctx context.Context) ([]byte, error) {
 	resp, err := c.Session.RoundTrip(ctx, &Request{Operation: CSRAttrs})
-	var status *StatusError
 	switch {
-	case errors.As(err, &status) && status.NotFound: // RFC 9148 §4.5, RFC 7030 §4.5.2
+	case isNotFound(err): // RFC 9148 §4.5, RFC 7030 §4.5.2
 		return nil, nil
 	case err != nil:
 		return nil, err
@@ -60,29 +59,31 @@ func (c *Client) CSRAttrs(ctx context.Context) ([]byte, error) {
 
 // ServerKeyGen sends a CSR (DER) whose key is of the kind that is wanted, and returns
 // the key that the server has made and the certificates for it (RFC 7030 §4.4, RFC
-// 9148 §4.8): the caller clears it. ErrKeyEnveloped, ErrKeyNotEnveloped, ErrKeyNotOpened.
+// 9148 §4.8): the caller clears it. A server that has skc and no skg is asked by that.
+// ErrKeyEnveloped, ErrKeyNotEnveloped, ErrKeyNotOpened.
 func (c *Client) ServerKeyGen(ctx context.Context, csr []byte) (*ServerKey, error) {
-	resp, err := c.Session.RoundTrip(ctx, &Request{Operation: ServerKeyGen, Body: csr})
+	operation := ServerKeyGen
+	resp, err := c.Session.RoundTrip(ctx, &Request{Operation: operation, Body: csr})
+	if isNotFound(err) {
+		only, onlyErr := c.Session.RoundTrip(ctx, &Request{Operation: ServerKeyGenCert, Body: csr})
+		// Where there is neither, the usual one is what a person should read of.
+		if !isNotFound(onlyErr) && !errors.Is(onlyErr, errors.ErrUnsupported) {
+			operation, resp, err = ServerKeyGenCert, only, onlyErr
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
-	defer clear(resp.Body)
-	parts := resp.Parts
-	if parts == nil {
-		if resp.ContentFormat != ContentFormatMultipartCore {
-			err = fmt.Errorf("content-format %d, want %d", resp.ContentFormat, ContentFormatMultipartCore)
-		} else {
-			parts, err = ParseMultipartCore(resp.Body)
-		}
-	}
-	var key *ServerKey
-	if err == nil {
-		key, err = ParseServerKey(parts, c.DecryptionKey)
-	}
+	key, err := c.serverKeyOf(resp)
 	if err != nil {
-		return nil, &ResponseError{Operation: ServerKeyGen, Err: err}
+		return nil, &ResponseError{Operation: operation, Err: err}
 	}
 	return key, nil
+}
+
+func isNotFound(err error) bool {
+	var status *StatusError
+	return errors.As(err, &status) && status.NotFound
 }
 
 func (c *Client) exchange(ctx context.Context, req *Request) ([]*x509.Certificate, error) {

@@ -198,6 +198,7 @@ func (e *envelopes) toRSA(file string, more ...string) []byte {
 // encoding are, and whatever of RFC 7030 §4.4.2 a server leaves out.
 func TestOpenKeyOfOpenSSL(t *testing.T) {
 	t.Parallel()
+	t.Attr("shows", "RFC 9148 §4.8 (2)")
 	e := newEnvelopes(t)
 	signed := e.signed()
 	anchors, err := est.NewTrustAnchors([]*x509.Certificate{e.ca})

@@ -89,7 +89,8 @@ type Response struct {
 type Session interface {
 	// RoundTrip exchanges a request for a successful response. An answer that is
 	// not a success MUST be a *StatusError, "come back later" a *PendingError, no
-	// answer an error for which errors.Is(err, ErrUnreachable) holds. It MUST NOT
+	// answer an error for which errors.Is(err, ErrUnreachable) holds, an operation that
+	// the transport does not have one that wraps errors.ErrUnsupported. It MUST NOT
 	// send the request again on its own, other than as the transport's own
 	// retransmission of one message.
 	RoundTrip(ctx context.Context, req *Request) (*Response, error)

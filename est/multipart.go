@@ -25,9 +25,7 @@ func parseMultipartMixed(body []byte, boundary string) (parts []Part, err error)
 	const maxMixed = 2 * maxAnswer // base64 and headers
 	defer func() {
 		if err != nil {
-			for _, part := range parts {
-				clear(part.Body)
-			}
+			clearParts(parts)
 			parts = nil
 		}
 	}()
@@ -52,13 +50,14 @@ func parseMultipartMixed(body []byte, boundary string) (parts []Part, err error)
 			return parts, fmt.Errorf("more than %d parts", maxParts)
 		}
 		format, known := formatOf(part.Header.Get("Content-Type"))
-		text, err := io.ReadAll(part)
+		text := bytes.NewBuffer(make([]byte, 0, len(body)+bytes.MinRead)) // any part fits: it leaves no copy of itself behind
+		_, err = text.ReadFrom(part)
+		defer func() { clear(text.Bytes()) }()
 		if err != nil {
 			return parts, err
 		}
 		if known {
-			der, err := DecodeBase64(text)
-			clear(text)
+			der, err := DecodeBase64(text.Bytes())
 			if err != nil {
 				return parts, fmt.Errorf("part of content-format %d: %w", format, err)
 			}

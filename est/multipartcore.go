@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	"github.com/fxamacker/cbor/v2"
 )
@@ -41,29 +42,37 @@ func ParseMultipartCore(data []byte) ([]Part, error) {
 	return parts, nil
 }
 
-func parseMultipartCore(data []byte) ([]Part, error) {
+func parseMultipartCore(data []byte) (parts []Part, err error) {
 	if len(data) > maxAnswer {
 		return nil, fmt.Errorf("%d bytes, more than %d", len(data), maxAnswer)
 	}
 	var elements []cbor.RawMessage
+	defer func() { // one of them may be a key
+		for _, element := range elements {
+			clear(element)
+		}
+		if err != nil {
+			clearParts(parts)
+			parts = nil
+		}
+	}()
 	if err := multipartCore.Unmarshal(data, &elements); err != nil {
 		return nil, err
 	}
 	if len(elements)%2 != 0 || len(elements) > 2*maxParts {
 		return nil, fmt.Errorf("%d elements, want up to %d pairs", len(elements), maxParts)
 	}
-	var parts []Part
-	for ; len(elements) > 0; elements = elements[2:] {
+	for pair := range slices.Chunk(elements, 2) {
 		var format uint64
-		if err := multipartCore.Unmarshal(elements[0], &format); err != nil || majorType(elements[0]) != unsigned || format > math.MaxUint16 {
-			return nil, errors.New("a part whose type is no content-format")
+		if err := multipartCore.Unmarshal(pair[0], &format); err != nil || majorType(pair[0]) != unsigned || format > math.MaxUint16 {
+			return parts, errors.New("a part whose type is no content-format")
 		}
-		if elements[1][0] == null {
+		if pair[1][0] == null {
 			continue
 		}
 		var body []byte
-		if err := multipartCore.Unmarshal(elements[1], &body); err != nil || majorType(elements[1]) != byteString {
-			return nil, fmt.Errorf("part of content-format %d is no byte string", format)
+		if err := multipartCore.Unmarshal(pair[1], &body); err != nil || majorType(pair[1]) != byteString {
+			return parts, fmt.Errorf("part of content-format %d is no byte string", format)
 		}
 		parts = append(parts, Part{ContentFormat(format), body})
 	}

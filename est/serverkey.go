@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/rsa"
 	"crypto/x509"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"math/big"
@@ -34,8 +35,29 @@ type ServerKey struct {
 	Signer []*x509.Certificate
 }
 
-// Clear overwrites the private key.
-func (k *ServerKey) Clear() { clear(k.PKCS8) }
+// Clear overwrites the private key, if there is one.
+func (k *ServerKey) Clear() {
+	if k != nil {
+		clear(k.PKCS8)
+	}
+}
+
+// serverKeyOf parses an answer of skg, skc or serverkeygen, whose buffers are
+// cleared: the ServerKey has one of its own.
+func (c *Client) serverKeyOf(resp *Response) (*ServerKey, error) {
+	defer clear(resp.Body)
+	parts := resp.Parts
+	if parts == nil {
+		if resp.ContentFormat != ContentFormatMultipartCore {
+			return nil, fmt.Errorf("content-format %d, want %d", resp.ContentFormat, ContentFormatMultipartCore)
+		}
+		var err error
+		if parts, err = ParseMultipartCore(resp.Body); err != nil {
+			return nil, err
+		}
+	}
+	return ParseServerKey(parts, c.DecryptionKey)
+}
 
 // ParseServerKey parses the parts of an answer of serverkeygen: one key and one
 // certificate, in any order (RFC 9148 §4.8); parts that are neither are ignored. The
@@ -47,9 +69,7 @@ func ParseServerKey(parts []Part, with *DecryptionKey) (key *ServerKey, err erro
 	defer func(made *ServerKey) {
 		if err != nil {
 			made.Clear()
-			for _, part := range parts {
-				clear(part.Body)
-			}
+			clearParts(parts)
 		}
 	}(key)
 	for _, part := range parts {
@@ -97,12 +117,23 @@ func (k *ServerKey) take(part Part, with *DecryptionKey) error {
 	return nil
 }
 
+// clearParts overwrites what may be a key.
+func clearParts(parts []Part) {
+	for _, part := range parts {
+		clear(part.Body)
+	}
+}
+
 // Public returns the public key of the private one, EC or RSA, of which it keeps
 // nothing: what was parsed is cleared as far as Go allows.
 func (k *ServerKey) Public() (crypto.PublicKey, error) {
 	parsed, err := x509.ParsePKCS8PrivateKey(k.PKCS8)
 	if err != nil {
 		return nil, fmt.Errorf("PKCS#8: %w", errNoKey) // of the library's, which may show what it read
+	}
+	var whole asn1.RawValue
+	if rest, err := asn1.Unmarshal(k.PKCS8, &whole); err != nil || len(rest) > 0 { // which the library passes over
+		return nil, errors.New("PKCS#8: bytes after its end")
 	}
 	switch key := parsed.(type) {
 	case *ecdsa.PrivateKey:

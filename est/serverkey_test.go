@@ -2,6 +2,7 @@ package est_test
 
 import (
 	"bytes"
+	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -128,6 +129,10 @@ func TestServerKeyPublic(t *testing.T) {
 		if err != nil || !again.(interface{ Equal(crypto.PrivateKey) bool }).Equal(c.key) {
 			t.Errorf("%T: the DER has changed: %v", c.key, err)
 		}
+	}
+	whole := vector(t, "skg-key-284.der")
+	if _, err := (&est.ServerKey{PKCS8: append(whole, 0)}).Public(); err == nil || err.Error() != "PKCS#8: bytes after its end" {
+		t.Errorf("got %v", err)
 	}
 	secret := []byte("not a key but a secret")
 	if _, err := (&est.ServerKey{PKCS8: secret}).Public(); err == nil || err.Error() != "PKCS#8: not a private key" {
@@ -351,6 +356,65 @@ func TestClientServerKeyGen(t *testing.T) {
 		}
 		if !bytes.Equal(c.response.Body, make([]byte, len(c.response.Body))) {
 			t.Errorf("%s: the body is still there", name)
+		}
+		if c.text == "" {
+			key.Clear()
+		}
+		for _, part := range c.response.Parts {
+			if part.ContentFormat == est.ContentFormatPKCS8 && !bytes.Equal(part.Body, make([]byte, len(part.Body))) {
+				t.Errorf("%s: the key is still there", name)
+			}
+		}
+	}
+	(*est.ServerKey)(nil).Clear() // of an answer without one
+}
+
+// byOperation is a session whose server has some operations only.
+type byOperation struct {
+	est.Session
+	answers map[est.Operation]error // nil for success
+	asked   []est.Operation
+}
+
+func (s *byOperation) RoundTrip(_ context.Context, req *est.Request) (*est.Response, error) {
+	s.asked = append(s.asked, req.Operation)
+	err, has := s.answers[req.Operation]
+	switch {
+	case !has:
+		return nil, &est.StatusError{Operation: req.Operation, Class: 4, NotFound: true}
+	case err != nil:
+		return nil, err
+	}
+	return &est.Response{}, nil
+}
+
+// Only a server that has no skg is asked for skc, and only where the transport has that.
+func TestClientServerKeyGenOrCert(t *testing.T) {
+	for name, c := range map[string]struct {
+		answers map[est.Operation]error
+		asked   int
+		from    est.Operation // of what is returned
+	}{
+		"skg":            {map[est.Operation]error{est.ServerKeyGen: nil, est.ServerKeyGenCert: nil}, 1, est.ServerKeyGen},
+		"skc alone":      {map[est.Operation]error{est.ServerKeyGenCert: nil}, 2, est.ServerKeyGenCert},
+		"neither":        {nil, 2, est.ServerKeyGen},
+		"no skg, no skc": {map[est.Operation]error{est.ServerKeyGenCert: errors.ErrUnsupported}, 2, est.ServerKeyGen},
+		"skg says no":    {map[est.Operation]error{est.ServerKeyGen: &est.StatusError{Operation: est.ServerKeyGen, Class: 4}, est.ServerKeyGenCert: nil}, 1, est.ServerKeyGen},
+		"skc says no":    {map[est.Operation]error{est.ServerKeyGenCert: &est.StatusError{Operation: est.ServerKeyGenCert, Class: 4}}, 2, est.ServerKeyGenCert},
+		"skg comes not":  {map[est.Operation]error{est.ServerKeyGen: &est.StatusError{Operation: est.ServerKeyGen, Class: 5}}, 1, est.ServerKeyGen},
+	} {
+		session := &byOperation{answers: c.answers}
+		_, err := (&est.Client{Session: session}).ServerKeyGen(t.Context(), []byte("csr"))
+		var status *est.StatusError
+		var response *est.ResponseError
+		from := est.Operation("")
+		if errors.As(err, &status) {
+			from = status.Operation
+		} else if errors.As(err, &response) {
+			from = response.Operation // the content-format of a success is none
+		}
+		if from != c.from || len(session.asked) != c.asked {
+			t.Errorf("%s: asked %q, got %v, want that of %s", name, session.asked, err, c.from)
 		}
 	}
 }

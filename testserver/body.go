@@ -133,8 +133,12 @@ func (s *Server) attributes() *coap.Response {
 	return resp
 }
 
-// noMultipart is a fault of an answer with a key that a door has to know.
-const noMultipart = "no-multipart"
+const (
+	// noMultipart is a fault of an answer with a key that a door has to know.
+	noMultipart = "no-multipart"
+	// otherType is one that the key is made by.
+	otherType = "other-type"
+)
 
 // The faults of an answer with a key.
 var serverKeyFaults = map[string]string{
@@ -146,6 +150,7 @@ var serverKeyFaults = map[string]string{
 	"key-truncated":  "the first half of the key",
 	"key-trailing":   "the key and bytes after its end",
 	"key-format":     "the key as content-format 50",
+	otherType:        "for an EC key on P-521, or on P-256 where that was asked for",
 }
 
 // serverKey is the answer of skg, skc and serverkeygen (RFC 9148 §4.8, RFC 7030 §4.4.2):

@@ -257,6 +257,14 @@ func keyLike(pub crypto.PublicKey) (crypto.Signer, error) {
 	return nil, fmt.Errorf("a key of type %T", pub)
 }
 
+// keyUnlike makes a key of another kind.
+func keyUnlike(pub crypto.PublicKey) (crypto.Signer, error) {
+	if key, ok := pub.(*ecdsa.PublicKey); ok && key.Curve == elliptic.P521() {
+		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	}
+	return ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
+}
+
 // subjectAltName returns the extension as it stands, nil if there is none.
 func subjectAltName(extensions []pkix.Extension) *pkix.Extension {
 	for i := range extensions {

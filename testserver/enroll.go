@@ -217,6 +217,9 @@ func (s *Server) make(operation est.Operation, request *x509.CertificateRequest,
 	pub := crypto.PublicKey(request.PublicKey)
 	if generates(operation) {
 		key, err := keyLike(pub)
+		if faults.ServerKey == otherType {
+			key, err = keyUnlike(pub)
+		}
 		if err != nil {
 			return made, fmt.Errorf("generate key: %w", err)
 		}

@@ -420,6 +420,7 @@ func (v *visit) parts(parts []est.Part, err error, with *est.DecryptionKey) stri
 		}
 		text += fmt.Sprintf("signed by its server: %t, ", anchors.VerifySigner(made.Signer, time.Now()) == nil)
 	}
+	text += fmt.Sprintf("a key of %d bytes, ", len(der)) // by its type
 	if bytes.Equal(der, made.Certificates[0].RawSubjectPublicKeyInfo) {
 		text += "the key is the certificate's: "
 	}

@@ -362,10 +362,14 @@ func parseCode(text string) (codes.Code, error) {
 // issuing returns the names of the faults that shape a certificate: one made
 // under them is not given to the same CSR once they are gone.
 func (f Faults) issuing() []string {
-	return Faults{
+	shaping := Faults{
 		WrongKey: f.WrongKey, NotYetValid: f.NotYetValid, Expired: f.Expired, ForeignChain: f.ForeignChain, CAFlag: f.CAFlag,
 		Subject: f.Subject, DropSAN: f.DropSAN, IgnoreUsage: f.IgnoreUsage,
-	}.Strings()
+	}
+	if f.ServerKey == otherType {
+		shaping.ServerKey = otherType
+	}
+	return shaping.Strings()
 }
 
 // refuses reports whether the client's certificate is to be refused.

@@ -366,7 +366,7 @@ func (a *httpsAnswer) send(w http.ResponseWriter, r *http.Request) {
 	if text, found := bytes.CutPrefix(a.body.Bytes(), fmt.Appendf(nil, "%d ", a.status)); found {
 		a.body = *bytes.NewBuffer(text)
 	}
-	if a.status/100 > 3 && a.faults.LongDetail {
+	if (a.status/100 > 3 || a.status == http.StatusAccepted) && a.faults.LongDetail {
 		a.body.Reset()
 		a.body.Write(longDetail)
 	}

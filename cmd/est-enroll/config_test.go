@@ -179,3 +179,52 @@ func TestConfigExampleValues(t *testing.T) {
 		t.Errorf("%d words tried", tried)
 	}
 }
+
+// FuzzConfig: whatever a configuration file holds, its settings are those of the list, each
+// once, and what is wrong is said on one line, by line and key and without the value.
+func FuzzConfig(f *testing.F) {
+	const value = "MARKER-4F1D9C" // a key has no capital letters
+	var printed bytes.Buffer
+	if code := run(f.Context(), []string{"config", "--example", "--config", "missing.yaml"}, &printed, &printed); code != exitDone {
+		f.Fatalf("exit code %d: %s", code, &printed)
+	}
+	f.Add(printed.String())
+	f.Add(commented.ReplaceAllString(printed.String(), "$1"))
+	for _, seed := range []string{
+		"engine: pkcs11:token=t?pin-value=" + value + "\n", "attempts: " + value + "\n", "san: [" + value + ", &a b, *a]\n", "wait: !!binary " + value + "\n",
+		"retry-pin: {" + value + ": 1}\n", "? [" + value + "]\n: 1\n", "---\n", "- " + value, "a: 1\n---\nb: 2\n", "%YAML 9\n", "a: \"" + value, "credentials:\n  a: {}\n  A: {}\n",
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		if len(text) > configLimit {
+			return
+		}
+		s, flags := new(settings), pflag.NewFlagSet("", pflag.ContinueOnError)
+		s.register(flags)
+		file, err := parseConfig([]byte(text))
+		seen := map[string]bool{}
+		for _, entry := range file.entries {
+			if seen[entry.key] || entry.line < 1 {
+				t.Errorf("%s on line %d, twice %t", entry.key, entry.line, seen[entry.key])
+			}
+			seen[entry.key] = true
+		}
+		if err == nil {
+			err = apply(file.entries, flags, map[string]bool{})
+		}
+		if err == nil {
+			err = s.eachCredential(file, map[string]bool{})
+		}
+		if err == nil {
+			return
+		}
+		if printable(err.Error()) != err.Error() || len(err.Error()) > 512 {
+			t.Errorf("%q", err)
+		}
+		// The name of a credential is none of a setting.
+		if !strings.Contains(text, "credentials") && strings.Contains(err.Error(), value) {
+			t.Errorf("the value is in %q", err)
+		}
+	})
+}

@@ -87,7 +87,7 @@ func (s *settings) of(one *settings, err error) error {
 func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error) {
 	cfg = estenroll.CredentialConfig{
 		Name: s.credential, NoFallback: s.noFallback, PendingLimit: s.pendingLimit, Wait: s.wait, Tries: s.tries, RetryInterval: s.retryInterval, Policy: s.policy(),
-		KeySpec: engine.KeySpec{Algorithm: s.algorithm()}, AllowExtractable: s.allowExtractable,
+		KeySpec: engine.KeySpec{Algorithm: s.algorithm()}, AllowExtractable: s.allowExtractable, ServerKeyGen: s.serverKeygen,
 		Security: estenroll.Security{Instance: s.securityInstance, ServerURI: s.securityServer, ShortServerID: s.shortServerID},
 	}
 	if s.key != "" {

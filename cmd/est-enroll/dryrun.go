@@ -51,7 +51,10 @@ func (o *output) plan(c *estenroll.Credential, p *estenroll.Plan, err error) {
 	} else {
 		o.result("when:         %s", stamp(p.At))
 	}
-	if p.NewKey != "" {
+	switch {
+	case p.ServerMade:
+		o.result("key:          a new one of type %s, made by the server", p.NewKey)
+	case p.NewKey != "":
 		o.result("key:          a new one of type %s", p.NewKey)
 	}
 	var pending *estenroll.PendingError

@@ -87,6 +87,8 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitToken, "check that pin-source names a file that this user can read, and lock-dir a directory that it can write to"}
 	case errors.As(err, &engineErr):
 		return judgement{exitToken, "look at the token: pkcs11-tool --module MODULE --list-token-slots"}
+	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts && strings.HasPrefix(status.Server, est.SchemeHTTPS+":"):
+		return judgement{exitRefused, "EST is not at that path: check label and the path in server"}
 	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts:
 		return judgement{exitRefused, "EST is not at that path: check label and the path in server; --discovery on asks the server where it is"}
 	case errors.As(err, &response) && response.Operation == est.CSRAttrs:
@@ -198,9 +200,12 @@ var judgements = []struct {
 	{estenroll.ErrNoPoP, judgement{exitRefused, "this transport cannot link a CSR to its session: --pop off, if the server does without"}},
 	{estenroll.ErrKeyPolicy, judgement{exitToken, "leave key out, and a key that is not extractable is generated; or insist on this one with --allow-extractable"}},
 	{estenroll.ErrKey, judgement{exitToken, "check key against: pkcs11-tool --module MODULE --login --list-objects"}},
+	{estenroll.ErrNoImport, judgement{exitToken, "leave server-keygen out, and the token generates the key; or see whether another key-type is one that it takes in"}},
 	{engine.ErrUnsupported, judgement{exitToken, "another key-type or rsa-padding may be what this token has: pkcs11-tool --module MODULE --list-mechanisms"}},
 	{estenroll.ErrIDevID, judgement{exitToken, "check idevid-key and idevid-certificate against: pkcs11-tool --module MODULE --login --list-objects"}},
 	{estenroll.ErrOtherNames, judgement{exitRefused, "nothing is stored: correct subject and san to what this CA issues, ask its people, or take it with --subject-mismatch warn"}},
+	{estenroll.ErrOtherKey, judgement{exitRefused, "nothing is stored: set key-type to what this server makes, ask its people, or take it with --subject-mismatch warn"}},
+	{est.ErrKeyEnveloped, judgement{exitRefused, "nothing is stored: ask the people of the server for a key that is not encrypted, or leave server-keygen out"}},
 	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
 	{est.ErrNotVouched, judgement{exitRefused, "check trust-anchors; where the CA has changed its root, compare the SHA-256 with what its people say, and name it with --anchor-fingerprint"}},
 	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate"}},

@@ -227,6 +227,9 @@ func (o *output) credential(indent string, c estenroll.CredentialStatus) {
 	line("key type", string(c.KeyType))
 	line("problem", c.Problem)
 	line("key", c.Key)
+	if c.ServerMade {
+		line("key made", "by the server, outside of the HSM")
+	}
 	if a := c.KeyAttributes; a != nil {
 		var words []string
 		for _, attribute := range []struct {

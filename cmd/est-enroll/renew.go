@@ -28,7 +28,8 @@ refuses beside its successor is enrolled again with the factory credential
 (IDevID), unless no-fallback is set.
 
 A rekey generates a new key in the HSM beside the old one, of the configured
-key-type, and gets the certificate for that. The old key stays, with its
+key-type, and gets the certificate for that; with server-keygen the server makes
+it, and it is imported. The old key stays, with its
 certificate, until the next completed renewal. Every rekey-every-th renewal of a
 key is one, forced or not; where it comes to nothing, the same run renews the
 current key, and status shows why until one is done. With --rekey, beside
@@ -49,10 +50,11 @@ understood:
   reason        not due, waiting, due, expired, lost, unfinished or forced
   error         why it is pending, interrupted or failed
   old, new      the certificate before, and the one that took its place: serial,
-                not_before, not_after
+                not_before, not_after, server_made (its key, outside of the HSM)
   next_attempt  when a run does something again
   hooks         those that were called: hook, path, error
-  plan          of a dry run: kind, now, at, step (of what was begun), new_key
+  plan          of a dry run: kind, now, at, step (of what was begun), new_key,
+                server_made
 
 Where the configuration has "credentials:", it is an object by their names.
 

@@ -35,13 +35,15 @@ type validity struct {
 	Serial    string    `json:"serial"` // hexadecimal
 	NotBefore time.Time `json:"not_before"`
 	NotAfter  time.Time `json:"not_after"`
+	// ServerMade says that the server made the key, outside of the HSM.
+	ServerMade bool `json:"server_made,omitempty"`
 }
 
 func validityOf(status *estenroll.Status) *validity {
 	if !status.Enrolled || status.Current == nil || status.Current.Serial == "" {
 		return nil
 	}
-	return &validity{status.Current.Serial, status.Current.NotBefore, status.Current.NotAfter}
+	return &validity{status.Current.Serial, status.Current.NotBefore, status.Current.NotAfter, status.Current.ServerMade}
 }
 
 func (r *report) before(ctx context.Context, credential *estenroll.Credential, force bool) error {

@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -111,16 +112,47 @@ func builtPrograms(t *testing.T) string {
 
 // TestScripts runs each story of testdata/script with a token of its own, and
 // then looks for the PIN in everything that it left.
-func TestScripts(t *testing.T) {
+func TestScripts(t *testing.T) { runScripts(t, storyFiles(t), false) }
+
+var everyStory = flag.Bool("https.all", false, "live every story over HTTPS, not a sample")
+
+// TestScriptsOverHTTPS runs the stories that were written over CoAPs at a server's HTTPS
+// door: to the lifecycle and its commands it is all one. "make https" runs all of them.
+func TestScriptsOverHTTPS(t *testing.T) {
+	sample := []string{"refused", "rollover", "two_runs"}
+	files := slices.DeleteFunc(storyFiles(t), func(file string) bool {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := storyName(file)
+		return bytes.Contains(text, []byte("--listen-https")) || name == "discovery" || // which HTTPS has not
+			!*everyStory && !slices.Contains(sample, name)
+	})
+	if len(files) < len(sample) {
+		t.Fatalf("%d stories: %q", len(files), files)
+	}
+	runScripts(t, files, true)
+}
+
+func storyFiles(t *testing.T) []string {
+	t.Helper()
 	files, err := filepath.Glob("testdata/script/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no scripts: %v", err)
 	}
+	return files
+}
+
+func storyName(file string) string { return strings.TrimSuffix(filepath.Base(file), ".txt") }
+
+func runScripts(t *testing.T, files []string, overHTTPS bool) {
 	for _, file := range files {
-		name := strings.TrimSuffix(filepath.Base(file), ".txt")
+		name := storyName(file)
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newSession(t, name)
+			s.overHTTPS = overHTTPS
 			testscript.Run(t, testscript.Params{
 				Files: []string{file}, RequireExplicitExec: true, RequireUniqueNames: true,
 				Setup: s.setup, Cmds: s.commands(),
@@ -146,19 +178,20 @@ func newSession(t *testing.T, script string) *session {
 
 // session is one script's device and server.
 type session struct {
-	remote   *exec.Cmd // p11-kit's server
-	socket   string    // of it
-	token    *opensc.Token
-	addToken func(label string) error // beside it
-	bin      string
-	work     string
-	config   string
-	env      *testscript.Env
-	server   *exec.Cmd
-	uri      string // of the server
-	coaps    string // its CoAPs door
-	factory  bool
-	programs map[string]*program
+	overHTTPS bool      // the server has an HTTPS door, whatever the script says
+	remote    *exec.Cmd // p11-kit's server
+	socket    string    // of it
+	token     *opensc.Token
+	addToken  func(label string) error // beside it
+	bin       string
+	work      string
+	config    string
+	env       *testscript.Env
+	server    *exec.Cmd
+	uri       string // of the server
+	coaps     string // its CoAPs door
+	factory   bool
+	programs  map[string]*program
 }
 
 func (s *session) setup(env *testscript.Env) error {
@@ -238,6 +271,7 @@ func (s *session) commands() map[string]func(ts *testscript.TestScript, neg bool
 		"stopserver":    plain(func(*testscript.TestScript, []string) error { return s.stopServer() }),
 		"fault":         plain(s.setFaults),
 		"issued":        plain(s.checkIssued),
+		"imported":      plain(s.checkImported),
 		"same-csr":      plain(sameCSR),
 		"spy":           plain(func(ts *testscript.TestScript, _ []string) error { return s.through(ts, []string{"spy"}) }),
 		"through":       plain(s.through),
@@ -328,6 +362,9 @@ func (s *session) startServer(args []string) error {
 	dir := filepath.Join(s.work, "ca")
 	args = append([]string{"serve", "--listen", "127.0.0.1:0", "--write-dir", dir, "--control", filepath.Join(dir, "control"),
 		"--record", filepath.Join(dir, "record.jsonl"), "--ack-timeout", "200ms"}, args...)
+	if s.overHTTPS && !slices.Contains(args, "--listen-https") {
+		args = append(args, "--listen-https", "127.0.0.1:0")
+	}
 	s.server = exec.Command(filepath.Join(s.bin, "est-testserver"), args...)
 	s.server.Stderr = io.Discard
 	stdout, err := s.server.StdoutPipe()

@@ -51,6 +51,7 @@ type settings struct {
 	subjectMismatch       oneOf
 	keyType, rsaPadding   oneOf
 	csrAttributes, pop    oneOf
+	serverKeygen          bool
 	key                   string
 	allowExtractable      bool
 	idevidKey, idevidCert string
@@ -135,6 +136,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.Var(&s.crtsInterval, "crts-interval", "the `time` after the server was asked for its CA certificates in which a renewal does not ask again: 30d or 720h, 0 asks each time")
 	s.keyType = oneOf{keyTypeNames[0], keyTypeNames}
 	flags.Var(&s.keyType, "key-type", "`type` of the key to generate, for the first certificate and at a rekey: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
+	flags.BoolVar(&s.serverKeygen, "server-keygen", false, "have the server make each new key, of the same type, and import it into the HSM (RFC 7030 §4.4, RFC 9148 §4.8): it has been outside of it then")
 	flags.StringVar(&s.key, "key", "", "engine `address` of a key in the HSM to use as it is instead, the IDevID's perhaps; it is never destroyed")
 	flags.BoolVar(&s.allowExtractable, "allow-extractable", false, "accept a --key that the HSM can give out")
 	s.csrAttributes = oneOf{word: "auto", allowed: []string{"auto", "off"}}
@@ -152,7 +154,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringArrayVar(&s.keyUsage, "key-usage", nil, "key usage to ask for, `names` with commas, repeatable: digitalSignature, contentCommitment, keyEncipherment, dataEncipherment, keyAgreement, encipherOnly, decipherOnly")
 	flags.StringArrayVar(&s.extKeyUsage, "ext-key-usage", nil, "extended key usage to ask for, `names` with commas, repeatable: clientAuth, serverAuth, codeSigning, emailProtection, timeStamping, OCSPSigning or OIDs")
 	s.subjectMismatch = oneOf{word: "warn", allowed: []string{"warn", "refuse"}}
-	flags.Var(&s.subjectMismatch, "subject-mismatch", "what to do with a certificate whose Subject or SAN is not what was asked for: warn and take it, or refuse it")
+	flags.Var(&s.subjectMismatch, "subject-mismatch", "what to do with a certificate whose Subject or SAN, or with a key of the server whose type, is not what was asked for: warn and take it, or refuse it")
 	flags.Uint16Var(&s.securityInstance, "security-instance", 0, "instance of the LwM2M Security object to keep")
 	flags.StringVar(&s.securityServer, "security-server", "", "server `URI` of that instance (default: the EST server)")
 	flags.StringVar(&s.securityServerCert, "security-server-certificate", "", "`file` with that server's certificate (default: the one the EST server shows)")

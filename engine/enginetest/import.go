@@ -37,8 +37,8 @@ func (s *suite) made(algorithm engine.Algorithm) (pkcs8 []byte, public crypto.Pu
 	return pkcs8, key.Public()
 }
 
-// imports wants a key to be taken in, and to be what a generated one is.
-func (s *suite) imports(e opened, importer engine.KeyImporter, algorithm engine.Algorithm) {
+// imports wants a key to be taken in, and each of the checks of it to hold.
+func (s *suite) imports(e opened, importer engine.KeyImporter, algorithm engine.Algorithm, checks ...func(opened, engine.Address)) {
 	s.Helper()
 	pkcs8, public := s.made(algorithm)
 	before := bytes.Clone(pkcs8)
@@ -57,7 +57,9 @@ func (s *suite) imports(e opened, importer engine.KeyImporter, algorithm engine.
 		s.Errorf("%s: another key: %v", algorithm, got)
 	}
 	s.signs(e, at, public)
-	s.forSigningOnly(e, at)
+	for _, check := range checks {
+		check(e, at)
+	}
 	_, err = importer.ImportKey(s.Context(), at, pkcs8)
 	s.wants(err, engine.ErrExists)
 	if err := e.RemoveKey(s.Context(), at); err != nil {
@@ -66,24 +68,51 @@ func (s *suite) imports(e opened, importer engine.KeyImporter, algorithm engine.
 	s.holds(e, 0, 0, 0)
 }
 
+// importsEach imports keys of each family, where the token takes in any.
+func (s *suite) importsEach(checks ...func(opened, engine.Address)) {
+	e := s.open()
+	importer, ok := e.Engine.(engine.KeyImporter)
+	if !ok {
+		return // this driver never can
+	}
+	for _, algorithm := range []engine.Algorithm{engine.ECP256, engine.ECP521, engine.RSA2048} {
+		err := importer.CanImportKey(s.Context(), engine.KeySpec{Algorithm: algorithm})
+		s.holds(e, 0, 0, 0)
+		if s.NoImport {
+			s.wants(err, engine.ErrUnsupported)
+			continue
+		}
+		if err != nil {
+			s.Fatal(err)
+		}
+		s.imports(e, importer, algorithm, checks...)
+	}
+}
+
 var importRules = []rule{
-	{"an imported key is what a generated one is, or the token says that it takes none", func(s *suite) {
+	{"an imported key signs, and is no other's, or the token says that it takes none", func(s *suite) { s.importsEach() }},
+	{"an imported key is private, sensitive, not extractable and for signing only", func(s *suite) { s.importsEach(s.forSigningOnly) }},
+	{"a key of a kind that the driver does not have is not taken in, and nothing of it shown", func(s *suite) {
 		e := s.open()
 		importer, ok := e.Engine.(engine.KeyImporter)
 		if !ok {
-			return // this driver never can
+			return
 		}
-		for _, algorithm := range []engine.Algorithm{engine.ECP256, engine.ECP521, engine.RSA2048} {
-			err := importer.CanImportKey(s.Context(), engine.KeySpec{Algorithm: algorithm})
-			s.holds(e, 0, 0, 0)
-			if s.NoImport {
-				s.wants(err, engine.ErrUnsupported)
-				continue
+		for _, algorithm := range []engine.Algorithm{"Ed25519", ""} {
+			pkcs8, _ := s.made(algorithm)
+			if algorithm == "" {
+				pkcs8 = []byte("no key but a secret")
 			}
+			at, err := e.NewKeyAddress("name")
 			if err != nil {
 				s.Fatal(err)
 			}
-			s.imports(e, importer, algorithm)
+			_, err = importer.ImportKey(s.Context(), at, pkcs8)
+			s.wants(err, nil)
+			if bytes.Contains([]byte(err.Error()), []byte("secret")) {
+				s.Errorf("it shows what it read: %v", err)
+			}
+			s.holds(e, 0, 0, 0)
 		}
 	}},
 	{"a key that is refused as it is comes in wrapped", func(s *suite) {
@@ -103,7 +132,7 @@ var importRules = []rule{
 				s.Error(err)
 			}
 			s.Inject(s.T, FaultRefuseKey)
-			s.imports(e, importer, algorithm)
+			s.imports(e, importer, algorithm, s.forSigningOnly)
 		}
 	}},
 	{"what a failed import leaves is removed", func(s *suite) {
@@ -123,23 +152,7 @@ var importRules = []rule{
 			s.wants(err, engine.ErrUnsupported)
 			s.holds(e, 0, 0, 0)
 		} else {
-			s.imports(e, importer, engine.ECP256)
-		}
-		for _, algorithm := range []engine.Algorithm{"Ed25519", ""} {
-			pkcs8, _ := s.made(algorithm)
-			if algorithm == "" {
-				pkcs8 = []byte("no key but a secret")
-			}
-			at, err := e.NewKeyAddress("name")
-			if err != nil {
-				s.Fatal(err)
-			}
-			_, err = importer.ImportKey(s.Context(), at, pkcs8)
-			s.wants(err, nil)
-			if bytes.Contains([]byte(err.Error()), []byte("secret")) {
-				s.Errorf("it shows what it read: %v", err)
-			}
-			s.holds(e, 0, 0, 0)
+			s.imports(e, importer, engine.ECP256, s.forSigningOnly)
 		}
 	}},
 }

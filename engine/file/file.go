@@ -55,6 +55,7 @@ var (
 	_ engine.Engine           = (*Engine)(nil)
 	_ engine.KeyRecoverer     = (*Engine)(nil)
 	_ engine.KeyInspector     = (*Engine)(nil)
+	_ engine.KeyImporter      = (*Engine)(nil)
 	_ engine.Decrypter        = (*Engine)(nil)
 	_ engine.CertificateStore = (*Engine)(nil)
 	_ engine.Lister           = (*Engine)(nil)

@@ -22,11 +22,11 @@ import (
 // none are the rules of the suite that say nothing of files, by what they lack.
 var none = map[string][]string{
 	"a file can be read": {
-		"a generated key is private, sensitive, not extractable and for signing only", "it is what was asked for, for signing only",
+		"a generated key is private, sensitive, not extractable and for signing only", "an imported key is private, sensitive, not extractable and for signing only", "it is what was asked for, for signing only",
 		"a key that is not what was asked for is destroyed and reported", "a key recovered after a crash is what was asked for",
 	},
 	"there is no module that fails": {
-		"what a failed generation leaves is removed", "what a module cannot do is ErrUnsupported with the module's name",
+		"what a failed generation leaves is removed", "what a failed import leaves is removed", "a key that is refused as it is comes in wrapped", "what a module cannot do is ErrUnsupported with the module's name",
 		"another one than was asked for is destroyed", "what the module cannot do is ErrUnsupported",
 		"a half-written object is replaced, created before it is destroyed, never rewritten", // it is replaced in one step
 	},

@@ -60,8 +60,49 @@ func generate(algorithm engine.Algorithm) (crypto.Signer, error) {
 // GenerateKey implements engine.Engine. Nothing here is private, sensitive or not
 // extractable but for the mode of a file.
 func (e *Engine) GenerateKey(ctx context.Context, at engine.Address, spec engine.KeySpec) (crypto.PublicKey, error) {
+	return e.createKey(ctx, "generate key", at, func() ([]byte, error) {
+		key, err := generate(spec.Algorithm)
+		if err != nil {
+			return nil, err
+		}
+		return x509.MarshalPKCS8PrivateKey(key)
+	})
+}
+
+// CanImportKey implements engine.KeyImporter.
+func (e *Engine) CanImportKey(ctx context.Context, spec engine.KeySpec) error {
+	return e.write(ctx, "import a key to see whether it can be", nil, func() error {
+		if spec.Algorithm != "" && !slices.Contains(engine.Algorithms(), spec.Algorithm) {
+			return fmt.Errorf("%s: %w", spec.Algorithm, engine.ErrUnsupported)
+		}
+		return nil
+	})
+}
+
+// ImportKey implements engine.KeyImporter. A key in a file is as good, or as bad, as one
+// that was generated there.
+func (e *Engine) ImportKey(ctx context.Context, at engine.Address, pkcs8 []byte) (crypto.PublicKey, error) {
+	return e.createKey(ctx, "import key", at, func() ([]byte, error) {
+		parsed, err := x509.ParsePKCS8PrivateKey(pkcs8)
+		if err != nil {
+			return nil, errors.New("not a private key in PKCS#8") // the cause could repeat some of it
+		}
+		signer, ok := parsed.(crypto.Signer)
+		if !ok || !slices.Contains(engine.Algorithms(), engine.AlgorithmOf(signer.Public())) {
+			return nil, fmt.Errorf("a key of type %T: %w", parsed, engine.ErrUnsupported)
+		}
+		if err := signs(signer); err != nil {
+			return nil, err
+		}
+		return slices.Clone(pkcs8), nil
+	})
+}
+
+// createKey writes the key that was made (PKCS#8, DER, which is cleared) where there is
+// none, and reads it back.
+func (e *Engine) createKey(ctx context.Context, op string, at engine.Address, made func() ([]byte, error)) (crypto.PublicKey, error) {
 	var public crypto.PublicKey
-	err := e.write(ctx, "generate key", at, func() error {
+	err := e.write(ctx, op, at, func() error {
 		a, err := objectOf(at, engine.ClassPrivateKey)
 		if err == nil && (a.Label == "" || a.ID == "") {
 			err = errors.New("want an address of NewKeyAddress")
@@ -76,11 +117,7 @@ func (e *Engine) GenerateKey(ctx context.Context, at engine.Address, spec engine
 		if slices.ContainsFunc(all, func(o object) bool { return o.id == a.ID }) {
 			return engine.ErrExists
 		}
-		key, err := generate(spec.Algorithm)
-		if err != nil {
-			return err
-		}
-		der, err := x509.MarshalPKCS8PrivateKey(key)
+		der, err := made()
 		if err != nil {
 			return err
 		}

@@ -177,7 +177,7 @@ func classify(ctx context.Context, err error) error {
 func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Response, error) {
 	name := req.Operation.ShortPath()
 	if name == "" {
-		return nil, fmt.Errorf("%s over CoAPs: unknown operation", req.Operation)
+		return nil, fmt.Errorf("%s over CoAPs: %w", req.Operation, errors.ErrUnsupported)
 	}
 	if s.provisional && req.Operation != est.CACerts {
 		return nil, fmt.Errorf("%s over CoAPs: the server has not been judged: %w", req.Operation, est.ErrNotTrusted)

@@ -385,3 +385,40 @@ func TestDiscoveryOfAttributes(t *testing.T) {
 		})
 	}
 }
+
+// A key is asked for with the certificate in a PKCS#7 (skg), or where there is that
+// alone with the certificate as it is (skc), for the multipart of either (RFC 9148 §4.8).
+func TestDiscoveryOfServerKeyGen(t *testing.T) {
+	const usual = `</c>;rt=ace.est.crts,</s>;rt=ace.est.sen,</r>;rt=ace.est.sren`
+	for _, c := range []struct {
+		name   string
+		answer string // "" is no discovery
+		want   []string
+	}{
+		{"without discovery", "", []string{"POST /.well-known/est/skg 62"}},
+		{"both are listed", usual + `,</x/skc>;rt=ace.est.skc;ct=62,</x/skg>;rt=ace.est.skg;ct=62`, []string{"POST /x/skg 62"}},
+		{"skc alone is listed", usual + `,</x/skc>;rt=ace.est.skc;ct=62`, []string{"POST /x/skc 62"}},
+		{"neither is", usual, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := &host{discovery: links(c.answer)}
+			w := newWorld(t, nil, h.handle)
+			cfg := w.config()
+			cfg.URI.Root, cfg.Discovery = est.DefaultRoot, c.answer != ""
+			session, err := coaps.Dial(t.Context(), cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer session.Close()
+			h.requests()
+			_, err = (&est.Client{Session: session}).ServerKeyGen(t.Context(), []byte("csr"))
+			var status *est.StatusError
+			if absent := errors.As(err, &status) && status.NotFound; absent != (c.want == nil) {
+				t.Errorf("got %v", err)
+			}
+			if diff := cmp.Diff(c.want, h.requests()); diff != "" {
+				t.Errorf("(-want +got)\n%s", diff)
+			}
+		})
+	}
+}

@@ -151,7 +151,7 @@ func (s *Session) send(ctx context.Context, req *est.Request, at est.URI) (*answ
 		}
 		return nil, est.Unreachable(err)
 	}
-	body, err := io.ReadAll(io.LimitReader(response.Body, maxBody+1))
+	body, err := readBody(response.Body)
 	_ = response.Body.Close() // what is left of it is of no use, nor is the connection then
 	if response.Close {
 		_ = l.conn.Close() // at once, so that the next request does not meet its end
@@ -171,6 +171,26 @@ func (s *Session) send(ctx context.Context, req *est.Request, at est.URI) (*answ
 		return nil, &answerError{fmt.Errorf("a body of more than %d bytes", maxBody)}
 	}
 	return &answer{status: response.StatusCode, header: response.Header, body: body, server: at.String()}, nil
+}
+
+// readBody reads a body, or one byte more than the largest. It may be a key: none of
+// the buffers that it outgrows keeps a part of it.
+func readBody(from io.Reader) ([]byte, error) {
+	body := make([]byte, 0, 4<<10)
+	for {
+		n, err := from.Read(body[len(body):min(cap(body), maxBody+1)])
+		body = body[:len(body)+n]
+		switch {
+		case errors.Is(err, io.EOF):
+			return body, nil
+		case err != nil || len(body) > maxBody:
+			return body, err
+		case len(body) == cap(body):
+			larger := append(make([]byte, 0, 4*cap(body)), body...)
+			clear(body)
+			body = larger
+		}
+	}
 }
 
 // request makes the HTTP request: strict, since the server may be of any make.

@@ -562,3 +562,35 @@ func TestProxy(t *testing.T) {
 		})
 	}
 }
+
+// kept is a body that notes the buffers that it is read into.
+type kept struct {
+	io.Reader
+	buffers [][]byte
+}
+
+func (k *kept) Read(to []byte) (int, error) {
+	n, err := k.Reader.Read(to[:min(len(to), 1000)])
+	k.buffers = append(k.buffers, to[:n])
+	return n, err
+}
+
+// A body is read whole, up to one byte more than the largest, and is in one place alone:
+// it may be a key.
+func TestReadBody(t *testing.T) {
+	t.Parallel()
+	const most = 256<<10 + 1
+	for _, size := range []int{0, 1, 4096, 5000, 70000, most - 1, most, most + 1, 3 * most} {
+		from := &kept{Reader: bytes.NewReader(bytes.Repeat([]byte{7}, size))}
+		body, err := https.ReadBody(from)
+		if err != nil || !bytes.Equal(body, bytes.Repeat([]byte{7}, min(size, most))) {
+			t.Errorf("%d bytes: got %d, %v", size, len(body), err)
+		}
+		clear(body)
+		for _, buffer := range from.buffers {
+			if !bytes.Equal(buffer, make([]byte, len(buffer))) {
+				t.Fatalf("%d bytes: some are still in a buffer that was outgrown", size)
+			}
+		}
+	}
+}

@@ -131,6 +131,9 @@ func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Respons
 	if s.cfg.Provisional && req.Operation != est.CACerts {
 		return nil, fmt.Errorf("%s over HTTPS: the server has not been judged: %w", req.Operation, est.ErrNotTrusted)
 	}
+	if req.Operation == est.ServerKeyGenCert {
+		return nil, fmt.Errorf("%s over HTTPS: %w", req.Operation, errors.ErrUnsupported)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.ExchangeTimeout)

@@ -4,14 +4,14 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
+	"crypto"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
+	"math/big"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,16 +22,18 @@ import (
 	"time"
 
 	"estenroll/csr"
+	"estenroll/engine"
+	"estenroll/engine/enginetest/softhsm"
+	"estenroll/engine/pkcs11"
 	"estenroll/est"
 	"estenroll/est/https"
 	"estenroll/testserver/globalsigntest"
 )
 
-// All operations of the server of globalsign/est, labels, and the errors that it
-// makes on request. (What the lifecycle makes of it with an HSM's key, a script of
+// All operations of the server of globalsign/est with keys of an HSM, labels, and the
+// errors that it makes on request. (What the lifecycle makes of it, a script of
 // cmd/est-enroll shows.)
 func TestEstserver(t *testing.T) {
-	t.Parallel()
 	t.Attr("shows", "RFC 7030 §3.1 (1)")
 	t.Attr("shows", "RFC 7030 §3.1 (2)")
 	t.Attr("shows", "RFC 7030 §3.1 (3)")
@@ -73,16 +75,31 @@ func TestEstserver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dial := func(as *party, label est.Label) (*https.Session, *est.Client) {
-		session, err := https.Dial(t.Context(), https.Config{URI: uri, Label: label, Certificate: [][]byte{as.cert.Raw}, Key: &countingSigner{Signer: as.key}, Trust: trust})
+	generate := hsm(t)
+	// holder is a certificate with its key in the HSM.
+	type holder struct {
+		cert *x509.Certificate
+		key  crypto.Signer
+	}
+	dial := func(as holder, label est.Label) (*https.Session, *est.Client) {
+		session, err := https.Dial(t.Context(), https.Config{URI: uri, Label: label, Certificate: [][]byte{as.cert.Raw}, Key: as.key, Trust: trust})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = session.Close() })
 		return session, &est.Client{Session: session}
 	}
-	device := newParty(t, factory, "device", now)
-	request := func(name string, key *ecdsa.PrivateKey) []byte {
+	device := holder{key: generate(engine.ECP384)}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "device"}}
+	now(template)
+	der, err := x509.CreateCertificate(rand.Reader, template, factory.cert, device.key.Public(), factory.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if device.cert, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	request := func(name string, key crypto.Signer) []byte {
 		der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: name}, DNSNames: []string{"device.example"}}, key)
 		if err != nil {
 			t.Fatal(err)
@@ -95,7 +112,7 @@ func TestEstserver(t *testing.T) {
 	if err != nil || !caCerts[0].Equal(anchor) {
 		t.Fatalf("cacerts: %v", err)
 	}
-	enrolled := &party{key: newKey(t)}
+	enrolled := holder{key: generate(engine.ECP256)}
 	issued, err := client.SimpleEnroll(t.Context(), request("device", enrolled.key))
 	if err != nil {
 		t.Fatal(err)
@@ -110,7 +127,7 @@ func TestEstserver(t *testing.T) {
 	}
 
 	_, client = dial(enrolled, "factory-2")
-	for name, key := range map[string]*ecdsa.PrivateKey{"renew": enrolled.key, "rekey": newKey(t)} {
+	for name, key := range map[string]crypto.Signer{"renew": enrolled.key, "rekey": generate(engine.ECP256), "rekey, RSA": generate(engine.RSA2048)} {
 		renewed, err := client.SimpleReenroll(t.Context(), request("device", key))
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -132,7 +149,7 @@ func TestEstserver(t *testing.T) {
 	if err != nil || len(parsed) != 4 || len(attributes) != 67 {
 		t.Errorf("csrattrs: got %x, %v", attributes, err) // the 67 bytes of RFC 8951 §4, in another order
 	}
-	made, err := client.ServerKeyGen(t.Context(), request("device", newKey(t)))
+	made, err := client.ServerKeyGen(t.Context(), request("device", enrolled.key))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,6 +160,12 @@ func TestEstserver(t *testing.T) {
 	}
 	if _, err := trust.VerifyIssued(made.Certificates, public, time.Now()); err != nil {
 		t.Errorf("serverkeygen: %v", err)
+	}
+
+	// It encrypts what it makes with a password that it tells nobody.
+	_, client = dial(device, "pkcs7")
+	if _, err := client.ServerKeyGen(t.Context(), request("device", enrolled.key)); !errors.Is(err, est.ErrKeyEnveloped) {
+		t.Errorf("serverkeygen, enveloped: got %v", err)
 	}
 
 	_, client = dial(device, "triggererrors")
@@ -164,13 +187,39 @@ func TestEstserver(t *testing.T) {
 	}
 }
 
-func newKey(t *testing.T) *ecdsa.PrivateKey {
+// hsm makes a token and returns what generates keys in it.
+func hsm(t *testing.T) func(engine.Algorithm) crypto.Signer {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	token := softhsm.New(t)
+	token.Use(t)
+	address, err := pkcs11.Driver.Parse(token.URI())
 	if err != nil {
 		t.Fatal(err)
 	}
-	return key
+	opened, err := pkcs11.Driver.Open(t.Context(), address, engine.Options{LockDir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := opened.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return func(kind engine.Algorithm) crypto.Signer {
+		t.Helper()
+		at, err := opened.NewKeyAddress("key")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := opened.GenerateKey(t.Context(), at, engine.KeySpec{Algorithm: kind}); err != nil {
+			t.Fatal(err)
+		}
+		signer, err := opened.Signer(t.Context(), at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return signer
+	}
 }
 
 func writePEM(t *testing.T, path, kind string, der []byte) {

@@ -310,7 +310,8 @@ func (d *doctor) enrolled(check *Check, status *estenroll.Status, e *estenroll.E
 	if r := status.Renewal; r != nil {
 		check.Text += ", to be renewed from " + stamp(r.Due)
 	}
-	advice := "est-enroll renew --force --rekey has the token generate another key"
+	const generates = "est-enroll renew --force --rekey has the token generate another key"
+	advice := generates
 	if e.Existing {
 		advice = "without key the device generates its own: leave it out, then est-enroll reset and enroll"
 	}
@@ -318,6 +319,9 @@ func (d *doctor) enrolled(check *Check, status *estenroll.Status, e *estenroll.E
 		check.warn(advice, "the key is less protected than a generated one: %s", loose)
 	} else {
 		check.Text += ", its key private, sensitive and not extractable"
+	}
+	if e.ServerMade {
+		check.warn("leave server-keygen out, then "+generates, "the server has made the key, outside of the HSM: whoever had it there can use it")
 	}
 	if e.Chained != nil {
 		check.warn("the next renewal stores what the server gives then; if that is not enough, ask the people of the CA for the whole chain", "the chain leads to no trust anchor: %s", oneLine(e.Chained))

@@ -222,7 +222,7 @@ func (t *transfer) download(ctx context.Context, first *part) (*Response, error)
 			return nil, fmt.Errorf("response: %w: the limit is %d", ErrBodyTooLarge, limit)
 		}
 		if offset > 0 {
-			resp.Body = append(resp.Body, next.payload...)
+			resp.Body = appendSecret(resp.Body, next.payload)
 		}
 		if !got.more {
 			return resp, nil
@@ -260,6 +260,19 @@ func (t *transfer) download(ctx context.Context, first *part) (*Response, error)
 		return nil, fmt.Errorf("response: %w: the limit is %d", ErrBodyTooLarge, limit)
 	}
 	return resp, nil
+}
+
+// appendSecret puts a block after the others. What they are of may be a key: no copy
+// of it is left in the block, nor where the others were.
+func appendSecret(body, block []byte) []byte {
+	if len(body)+len(block) > cap(body) {
+		larger := append(make([]byte, 0, 2*(len(body)+len(block))), body...)
+		clear(body)
+		body = larger
+	}
+	body = append(body, block...)
+	clear(block)
+	return body
 }
 
 func equal[T comparable](a, b *T) bool {

@@ -398,3 +398,17 @@ func TestMisbehavingServer(t *testing.T) {
 		})
 	}
 }
+
+// What is put together of blocks may be a key: it is in one place alone then.
+func TestAppendSecret(t *testing.T) {
+	first, second, third := bytes.Repeat([]byte{1}, 16), bytes.Repeat([]byte{2}, 16), bytes.Repeat([]byte{3}, 8)
+	body := coap.AppendSecret(coap.AppendSecret(first, second), third)
+	if want := slices.Concat(bytes.Repeat([]byte{1}, 16), bytes.Repeat([]byte{2}, 16), bytes.Repeat([]byte{3}, 8)); !bytes.Equal(body, want) {
+		t.Errorf("got %x", body)
+	}
+	for _, left := range [][]byte{first, second, third} {
+		if !bytes.Equal(left, make([]byte, len(left))) {
+			t.Errorf("%x is still there", left)
+		}
+	}
+}

@@ -122,6 +122,7 @@ func (c *Conn) Close() error {
 // read receives until the connection ends.
 func (c *Conn) read() {
 	buf := make([]byte, maxDatagram)
+	defer clear(buf) // what came last may be of a key
 	for {
 		if c.responder != nil {
 			// Fails only for a closed connection, which Read reports.

@@ -38,6 +38,9 @@ func DecodeBlock(value []byte) (num int, more bool, size int, ok bool) {
 	return b.num, b.more, b.size, ok
 }
 
+// AppendSecret puts a block after others.
+var AppendSecret = appendSecret
+
 // HasClearRecord looks for a record of epoch 0.
 var HasClearRecord = hasClearRecord
 

@@ -98,7 +98,7 @@ func TestShown(t *testing.T) { `+shows("7")+`; `+shows("8")+` }
 // A failure of go test's is one, and what it did not test is not written of.
 func TestConformFailed(t *testing.T) {
 	module(t, "# RFC 1\n\n1: One.\n", "func TestA(t *testing.T) { "+shows("1")+"; t.Error(\"wrong\") }\n")
-	for args, want := range map[string]string{"./...": "go test: exit status 1; failed: a TestA, a", "./b": "go test: exit status 1; failed: b"} {
+	for args, want := range map[string]string{"./...": "go test: exit status 1; failed: a TestA", "./b": "go test: exit status 1; failed: b"} {
 		if err := conform(t.Output(), []string{"-write", args}); err == nil || err.Error() != want {
 			t.Errorf("%s: got %v, want %s", args, err, want)
 		}
@@ -163,6 +163,7 @@ func TestOutput(t *testing.T) {
 {"Action":"output","Package":"m/bad","Test":"TestC","Output":"--- PASS: TestC (0.00s)\n"}
 {"Action":"pass","Package":"m/bad","Test":"TestC"}
 {"Action":"output","Package":"m/bad","Test":"TestB","Output":"--- FAIL: TestB (0.00s)\n"}
+{"Action":"fail","Package":"m/bad","Test":"TestB/part"}
 {"Action":"fail","Package":"m/bad","Test":"TestB"}
 {"Action":"output","Package":"m/bad","Test":"TestHung","Output":"panic: test timed out\n"}
 {"Action":"output","Package":"m/bad","Output":"FAIL\tm/bad\t0.1s\n"}
@@ -184,7 +185,7 @@ not of go test
 	if err != nil || out.String() != want {
 		t.Errorf("%v: got\n%s", err, &out)
 	}
-	if got := strings.Join(tests.failed, ", "); got != "bad TestB, bad" {
+	if got := strings.Join(tests.failed, ", "); got != "bad TestB/part" {
 		t.Errorf("failed: got %s", got)
 	}
 }

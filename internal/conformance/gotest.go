@@ -26,7 +26,7 @@ type shown struct{ test, id string }
 type results struct {
 	outcome map[string]string // pass, fail or skip
 	markers []shown
-	failed  []string // tests, and packages that could not be tested
+	failed  []string // tests without parts that failed, and packages without any
 }
 
 // skippedIn is a part of a test that was skipped.
@@ -37,6 +37,18 @@ func (r *results) skippedIn(test string) string {
 		}
 	}
 	return ""
+}
+
+// fail notes a test that failed, or a package, whose name ends with the space: what failed
+// because of a part of it is known by that.
+func (r *results) fail(name string) {
+	within := name
+	if !strings.HasSuffix(name, " ") {
+		within += "/"
+	}
+	if !slices.ContainsFunc(r.failed, func(part string) bool { return strings.HasPrefix(part, within) }) {
+		r.failed = append(r.failed, name)
+	}
 }
 
 // goTest runs go test with the arguments, and writes what a person wants to read of it,
@@ -53,7 +65,7 @@ func goTest(out io.Writer, args []string) (*results, error) {
 	}
 	tests, readErr := readEvents(stdout, out)
 	if err := errors.Join(readErr, cmd.Wait()); err != nil {
-		return nil, fmt.Errorf("go test: %w; failed: %s", err, strings.Join(tests.failed, ", "))
+		return nil, fmt.Errorf("go test: %w; failed: %s", err, strings.TrimSpace(strings.ReplaceAll(strings.Join(tests.failed, ", "), " , ", ", ")))
 	}
 	return tests, nil
 }
@@ -94,7 +106,7 @@ func readEvents(in io.Reader, out io.Writer) (*results, error) {
 		case "pass", "fail", "skip":
 			tests.outcome[name] = e.Action
 			if e.Action == "fail" {
-				tests.failed = append(tests.failed, strings.TrimSpace(name))
+				tests.fail(name)
 			}
 			if e.Test == "" {
 				log.print(out, e.Action == "fail", func(test string) bool { return tests.outcome[directory(e.Package)+" "+test] == "pass" })
