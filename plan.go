@@ -173,6 +173,11 @@ func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 			return &StepError{Step: StepGenerate, Err: err}
 		}
 	}
+	if p.ServerMade || op != nil && op.asksForKey() {
+		if _, err := c.decryptionKey(ctx); err != nil {
+			return &StepError{Step: StepGenerate, Err: err}
+		}
+	}
 	err = c.timed(StepRequest, func() (string, error) {
 		key, err := c.rehearseCSR(ctx, p, op, auth)
 		if err != nil {

@@ -172,6 +172,11 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Sessi
 	if err != nil {
 		return &est.ResponseError{Operation: est.CSRAttrs, Err: err}
 	}
+	if op.asksForKey() {
+		if template.Protection, err = c.protection(ctx); err != nil {
+			return err
+		}
+	}
 	links := c.links(wanted)
 	asked := false // of the server already, linked to this session or to another
 	if len(op.CSR) > 0 {
@@ -300,6 +305,12 @@ func (op *operation) asks() est.Operation {
 // it is not known what the server wants, then sen, sren or skg (RFC 9148 §3).
 func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err error) {
 	op := c.journal.Operation
+	client := est.Client{}
+	if op.asksForKey() {
+		if client.DecryptionKey, err = c.opener(ctx); err != nil {
+			return nil, err
+		}
+	}
 	session, err := c.open(ctx, auth)
 	if err != nil {
 		return nil, err
@@ -313,7 +324,7 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 	if err != nil {
 		return nil, err
 	}
-	client := est.Client{Session: session}
+	client.Session = session
 	if err := c.askAttributes(ctx, &client, key); err != nil {
 		return nil, err
 	}
@@ -345,6 +356,9 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 		}
 	}
 	if err != nil {
+		return nil, err
+	}
+	if err := c.judgeSigner(anchors, made, now); err != nil {
 		return nil, err
 	}
 	if err := c.compare(request, chain[0]); err != nil {

@@ -57,8 +57,14 @@ type sealing struct {
 // a public one).
 func (s *Server) sealingOf(request *x509.CertificateRequest) (*sealing, error) {
 	protection, err := csr.RequestedProtection(request)
-	if err != nil || protection == nil {
+	if err != nil {
 		return nil, err
+	}
+	if protection == nil {
+		if s.Faults().Envelope == "unasked" && len(s.cfg.EnvelopeKeys) > 0 {
+			return &sealing{EnvelopeKey: s.cfg.EnvelopeKeys[0]}, nil
+		}
+		return nil, nil
 	}
 	for _, key := range s.cfg.EnvelopeKeys {
 		if bytes.Equal(key.ID, protection.ID) && (key.Secret != nil) == (protection.KEK != 0) {
@@ -78,6 +84,7 @@ var envelopeFaults = map[string]string{
 	"foreign-signer": "signed under another CA",
 	"other-key":      "encrypted for another key than the CSR names",
 	"damaged":        "changed after it was encrypted",
+	"unasked":        "encrypted for the first key of the server's though the CSR names none",
 }
 
 // Object identifiers of an enveloped key.

@@ -66,7 +66,7 @@ type Faults struct {
 	// Config.ServerKeyGen. "server-key=two-keys"
 	ServerKey string
 	// Envelope is a wrong encryption of the key in such an answer, where a CSR names the
-	// key to do it with. "envelope=unsigned"
+	// key to do it with, or where none does. "envelope=unsigned"
 	Envelope string
 	// Message makes the messages that answer a CSR wrong, with Config.Raw.
 	// "message=block-endless"
