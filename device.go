@@ -81,6 +81,9 @@ type Connection struct {
 	Key         crypto.Signer
 	// Trust judges the server: the Implicit TA at first, the Explicit TA after.
 	Trust *est.TrustAnchors
+	// PSK asks for a session by the pre-shared key that Dial has, in the place of all of
+	// these: see coaps.Config.
+	PSK bool
 	// Provisional asks for a session whatever certificate the server shows, on which
 	// nothing but cacerts is sent: see coaps.Config. Trust is nobody's business then.
 	Provisional bool
@@ -151,6 +154,11 @@ type CredentialConfig struct {
 	// An address needs a label, and gets the certificate's fingerprint as its identifier
 	// where it has none. What the token cannot store is a warning. Default: none is stored.
 	AnchorAddress func(anchor *x509.Certificate) engine.Address
+	// PSK has the sessions in which the IDevID would authenticate the device, those of its
+	// enrolment, be by a pre-shared key that Dial has, for a bootstrap server that knows it
+	// by that (RFC 7030 §3.3.3). The whole answer of cacerts is the Explicit TA then, by
+	// which the new certificate and, where it is proven, the server's are judged.
+	PSK bool
 	// Dial opens a session with the EST server.
 	Dial func(ctx context.Context, with Connection) (est.Session, error)
 	// KeySpec is what key to generate, for the first certificate and at a rekey.

@@ -317,7 +317,7 @@ type Contact struct {
 	// As is what it showed: "the current certificate", or the IDevID's, or none.
 	As string
 	// Connected says that the handshake was completed, and Server is what the server
-	// showed in it.
+	// showed in it, nil where both ends have shown a pre-shared key.
 	Connected bool
 	Server    *x509.Certificate
 }
@@ -337,7 +337,10 @@ func (ci *CredentialInspection) Contact(ctx context.Context) (*Contact, error) {
 		return contact, err
 	}
 	defer ci.c.closeSession(session)
-	contact.Connected, contact.Server = true, session.PeerChain()[0]
+	contact.Connected = true
+	if chain := session.PeerChain(); len(chain) > 0 {
+		contact.Server = chain[0]
+	}
 	if asked, ok := session.(est.ClientAuthenticator); auth.leaf() != nil && (!ok || !asked.ClientAuthenticated()) {
 		return contact, errors.New("the server did not ask for our certificate")
 	}

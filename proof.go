@@ -64,7 +64,7 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 	cause := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrRefused, why)}
 	if err != nil {
 		unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; then %w", ErrUnproven, why, err)}
-		if !errors.Is(err, engine.ErrNotFound) || op.Kind == KindEnroll || c.cfg.NoFallback || c.withoutIDevID() {
+		if !errors.Is(err, engine.ErrNotFound) || op.Kind == KindEnroll || c.cfg.NoFallback {
 			return unproven
 		}
 		return c.fallBack(ctx, cause, unproven) // the token has lost the old one: nobody accepts it
@@ -83,7 +83,7 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 		return c.discard(ctx, cause)
 	}
 	unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; the %s certificate is %s too: %w", ErrUnproven, why, old.name, verdictOnOld, whyOld)}
-	if verdictOnOld == undecided || op.Kind == KindEnroll || c.cfg.NoFallback || c.withoutIDevID() {
+	if verdictOnOld == undecided || op.Kind == KindEnroll || c.cfg.NoFallback {
 		return unproven
 	}
 	return c.fallBack(ctx, cause, unproven)
@@ -121,10 +121,18 @@ func (c *Credential) show(ctx context.Context, p *pair) (verdict, error) {
 			return struct{}{}, err
 		}
 		defer c.closeSession(session)
-		if asked, ok := session.(est.ClientAuthenticator); !ok || !asked.ClientAuthenticated() {
+		trust, err := c.judges(p)
+		if err != nil {
+			return struct{}{}, err
+		}
+		carrier, err := carrying(ctx, session, est.CACerts, trust)
+		if err != nil {
+			return struct{}{}, err
+		}
+		if asked, ok := carrier.(est.ClientAuthenticator); !ok || !asked.ClientAuthenticated() {
 			return struct{}{}, errors.New("the server did not ask for our certificate: its answer proves nothing")
 		}
-		_, err = session.RoundTrip(ctx, &est.Request{Operation: est.CACerts})
+		_, err = carrier.RoundTrip(ctx, &est.Request{Operation: est.CACerts})
 		return struct{}{}, err
 	})
 	var status *est.StatusError

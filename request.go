@@ -278,9 +278,9 @@ func (op *operation) request() (*x509.CertificateRequest, error) {
 type answer struct {
 	chain   []*x509.Certificate // leaf first
 	anchors *est.TrustAnchors
-	asked   bool // for the anchors, in the same session
-	server  *x509.Certificate
-	made    *est.ServerKey // nil where the key is in the token
+	asked   bool              // for the anchors, in the same session
+	server  *x509.Certificate // nil where a pre-shared key stood for it
+	made    *est.ServerKey    // nil where the key is in the token
 }
 
 // clear overwrites the key that came with the certificate, wherever that ended.
@@ -305,9 +305,9 @@ func (op *operation) asks() est.Operation {
 // it is not known what the server wants, then sen, sren or skg (RFC 9148 §3).
 func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err error) {
 	op := c.journal.Operation
-	client := est.Client{}
+	var decryption *est.DecryptionKey
 	if op.asksForKey() {
-		if client.DecryptionKey, err = c.opener(ctx); err != nil {
+		if decryption, err = c.opener(ctx); err != nil {
 			return nil, err
 		}
 	}
@@ -324,10 +324,14 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 	if err != nil {
 		return nil, err
 	}
-	client.Session = session
-	if err := c.askAttributes(ctx, &client, key); err != nil {
+	if err := c.askAttributes(ctx, session, anchors, key); err != nil {
 		return nil, err
 	}
+	carrier, err := carrying(ctx, session, op.asks(), anchors)
+	if err != nil {
+		return nil, err
+	}
+	client := est.Client{Session: carrier, DecryptionKey: decryption}
 	issued, made, err := c.submit(ctx, &client, auth)
 	if errors.Is(err, est.ErrUnlinked) {
 		// Once, as after a 401 whose server closes the connection (RFC 7030 §3.2.3).
@@ -364,7 +368,22 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 	if err := c.compare(request, chain[0]); err != nil {
 		return nil, err
 	}
-	return &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, server: session.PeerChain()[0], made: made}, nil
+	got = &answer{chain: chain, anchors: anchors, asked: anchors != c.explicitTA, made: made}
+	if peer := session.PeerChain(); len(peer) > 0 {
+		got.server = peer[0]
+	}
+	return got, nil
+}
+
+// carrying is the session that carries an operation: where the server has that at
+// another one, one with that, which the anchors judge.
+func carrying(ctx context.Context, session est.Session, operation est.Operation, anchors *est.TrustAnchors) (est.Session, error) {
+	if distributor, ok := session.(est.Distributor); ok {
+		if other, err := distributor.For(ctx, operation, anchors); err != nil || other != nil {
+			return other, err
+		}
+	}
+	return session, nil
 }
 
 // submit sends the CSR, made for the session where it is linked to that. The answer has
@@ -439,11 +458,15 @@ func (c *Credential) connect(ctx context.Context, as *pair, trust *est.TrustAnch
 		return nil, err
 	}
 	connection := as.connection()
-	connection.Trust, connection.Provisional = trust, provisional
+	connection.Trust, connection.Provisional, connection.PSK = trust, provisional, c.byPSK(as)
 	connection.Now = func() time.Time { return now }
 	connection.Warn = c.warnOnce
 	return c.cfg.Dial(ctx, connection)
 }
+
+// byPSK reports whether the sessions as a pair are by the pre-shared key instead: those
+// of the IDevID, for which it stands. What was enrolled shows itself.
+func (c *Credential) byPSK(as *pair) bool { return c.cfg.PSK && c.isIDevID(as.certificate) }
 
 // closeSession ends a session. A failure does not undo what was received: an
 // answer must not be taken for a failed request because of it.
@@ -592,8 +615,10 @@ func (c *Credential) accept(ctx context.Context, auth *pair, got *answer) (*Resu
 	if op.Anchors, err = c.placeAnchors(ctx, got.anchors); err != nil {
 		return nil, &StepError{Step: StepStore, Err: err}
 	}
-	op.ServerCertificate = got.server.Raw
-	c.sawVerified(got.server.NotBefore)
+	if op.ServerCertificate = nil; got.server != nil {
+		op.ServerCertificate = got.server.Raw
+		c.sawVerified(got.server.NotBefore)
+	}
 	c.sawVerified(got.chain[0].NotBefore)
 	if got.made == nil {
 		return nil, c.advance(StepStore)

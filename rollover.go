@@ -66,10 +66,16 @@ func (c *Credential) judges(as *pair) (*est.TrustAnchors, error) {
 // to date: the next run begins with them.
 func (c *Credential) open(ctx context.Context, as *pair) (est.Session, error) {
 	session, err := c.dial(ctx, as)
-	if err != nil || !c.caughtUp {
-		return session, err
+	if err != nil {
+		return nil, err
 	}
 	op := c.journal.Operation
+	if chain := session.PeerChain(); op.Step == StepProve && len(op.ServerCertificate) == 0 && len(chain) > 0 {
+		op.ServerCertificate = chain[0].Raw // it has shown none when it issued: a pre-shared key stood for it
+	}
+	if !c.caughtUp {
+		return session, nil
+	}
 	if op.ExplicitTA, err = c.saveExplicitTA(c.explicitTA); err == nil {
 		if len(op.ServerCertificate) > 0 { // of the answer that is being proven
 			op.ServerCertificate = session.PeerChain()[0].Raw
@@ -90,6 +96,9 @@ func (c *Credential) dial(ctx context.Context, as *pair) (est.Session, error) {
 	trust, err := c.judges(as)
 	if err != nil {
 		return nil, err
+	}
+	if c.byPSK(as) {
+		return c.connect(ctx, as, trust, false)
 	}
 	cause := fmt.Errorf("open session with %s: %w: %w: %w", c.cfg.ServerURI, est.ErrServerCertificate, est.ErrNoAnchor, est.ErrNotTrusted)
 	if len(trust.Anchors()) > 0 {
@@ -147,10 +156,19 @@ func (c *Credential) catchUp(ctx context.Context, as *pair, held *est.TrustAncho
 }
 
 // publishedAnchors asks for cacerts and judges the answer by the Explicit TA, and the
-// live session's server by what comes of it (RFC 9148 §3). At first contact,
+// live session's server by what comes of it (RFC 9148 §3), as each other server is
+// when something is asked of it. At first contact,
 // where the Implicit TA has judged the server, the whole answer is the Explicit TA.
 func (c *Credential) publishedAnchors(ctx context.Context, session est.Session, auth *pair, now time.Time) (*est.TrustAnchors, error) {
-	client := est.Client{Session: session}
+	trust, err := c.judges(auth)
+	if err != nil {
+		return nil, err
+	}
+	carrier, err := carrying(ctx, session, est.CACerts, trust)
+	if err != nil {
+		return nil, err
+	}
+	client := est.Client{Session: carrier}
 	published, err := client.CACerts(ctx)
 	if err != nil {
 		return nil, err
@@ -158,6 +176,9 @@ func (c *Credential) publishedAnchors(ctx context.Context, session est.Session, 
 	anchors, err := c.succession(published, session.PeerChain(), auth, now)
 	if err != nil {
 		return nil, err
+	}
+	if c.byPSK(auth) {
+		return anchors, nil // it has shown no certificate: the key that it has has judged it
 	}
 	if err := anchors.VerifyServer(session.PeerChain(), c.cfg.ServerName, now); err != nil {
 		return nil, fmt.Errorf("judge the server by its own cacerts: %w", err)
@@ -170,7 +191,7 @@ func (c *Credential) succession(published, server []*x509.Certificate, auth *pai
 	if err != nil {
 		return nil, err
 	}
-	if explicit == nil || c.isIDevID(auth.certificate) && c.cfg.ImplicitTA.VerifyServer(server, c.cfg.ServerName, now) == nil {
+	if explicit == nil || c.byPSK(auth) || c.isIDevID(auth.certificate) && c.cfg.ImplicitTA.VerifyServer(server, c.cfg.ServerName, now) == nil {
 		return est.NewTrustAnchors(published)
 	}
 	next, err := explicit.Succeed(published, c.cfg.AnchorFingerprints, now, server, auth.chain)

@@ -34,11 +34,16 @@ var noAttributes = []byte{0x30, 0}
 
 // askAttributes asks once for each operation what the server wants of the CSR
 // (RFC 7030 §4.5), so that a repetition sends the same.
-func (c *Credential) askAttributes(ctx context.Context, client *est.Client, key crypto.PublicKey) error {
+func (c *Credential) askAttributes(ctx context.Context, session est.Session, anchors *est.TrustAnchors, key crypto.PublicKey) error {
 	op := c.journal.Operation
 	if !c.asksAttributes(op) {
 		return nil
 	}
+	carrier, err := carrying(ctx, session, est.CSRAttrs, anchors)
+	if err != nil {
+		return err
+	}
+	client := est.Client{Session: carrier}
 	der, err := client.CSRAttrs(ctx)
 	var status *est.StatusError
 	switch {

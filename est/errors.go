@@ -59,6 +59,11 @@ var (
 	// ErrPasswordRefused says that the server does not accept the user and the
 	// password that it was given.
 	ErrPasswordRefused = errors.New("the server refuses the user and the password")
+	// ErrPSKRefused says that the server does not accept the pre-shared key or its identity.
+	ErrPSKRefused = errors.New("the server refuses the pre-shared key or its identity")
+	// ErrPSKUnanswered says, beside ErrUnreachable, that the server fell silent when it was
+	// shown the pre-shared key, as one does that has another.
+	ErrPSKUnanswered = errors.New("a server that has another pre-shared key falls silent")
 	// ErrKeyUnsuitable says that the server takes no certificate, or no signature,
 	// of the kind of our key.
 	ErrKeyUnsuitable = errors.New("the server does not accept this kind of key")

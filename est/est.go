@@ -94,7 +94,8 @@ type Session interface {
 	// send the request again on its own, other than as the transport's own
 	// retransmission of one message.
 	RoundTrip(ctx context.Context, req *Request) (*Response, error)
-	// PeerChain returns the chain the server sent in this session, leaf first.
+	// PeerChain returns the chain the server sent in this session, leaf first; none where
+	// it has shown a pre-shared key in its place.
 	PeerChain() []*x509.Certificate
 	// ChannelBinding returns what proof of possession binds a CSR to: tls-unique
 	// (RFC 7030 §3.5), or the exporter of RFC 9266 under TLS 1.3. An error wraps
@@ -117,4 +118,14 @@ type ClientAuthenticator interface {
 // issued in vain.
 type KeyAccepter interface {
 	AcceptsKey(public crypto.PublicKey) bool
+}
+
+// Distributor is implemented by sessions that may have operations at servers of
+// another host or port, which the one that was asked has named (RFC 9148 §4.1).
+type Distributor interface {
+	// For returns the session that carries an operation: nil for this one, or one with
+	// another server, opened now if it was not and closed with this one. That server MUST be
+	// held to the host that it was named with and to the anchors, each time: those of a
+	// session change with cacerts. Errors as of opening a session.
+	For(ctx context.Context, operation Operation, trust *TrustAnchors) (Session, error)
 }

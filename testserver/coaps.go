@@ -15,8 +15,8 @@ import (
 	"estenroll/internal/coap"
 )
 
-// listen opens the CoAPs front door (RFC 9148 §4.1).
-func (s *Server) listen(key crypto.Signer) (door, error) {
+// listen opens a CoAPs front door (RFC 9148 §4.1).
+func (s *Server) listen(address string, key crypto.Signer) (door, error) {
 	if s.cfg.Raw {
 		return s.listenRaw(key)
 	}
@@ -43,15 +43,28 @@ func (s *Server) listen(key crypto.Signer) (door, error) {
 		// Clients that are killed, one after another, leave theirs behind for minutes.
 		MaxConnections: 4096,
 	}
-	return coap.Listen(s.cfg.Listen, cfg)
+	if len(s.cfg.PSKs) > 0 {
+		cfg.PSKs = func(identity string) ([]byte, bool) {
+			key, known := s.cfg.PSKs[identity]
+			return slices.Clone(key), known
+		}
+	}
+	server, err := coap.Listen(address, cfg)
+	if err != nil {
+		return nil, err // and no door, not even one of nothing
+	}
+	return server, nil
 }
 
-func (s *Server) serveCoAP(ctx context.Context, req *coap.Request) *coap.Response {
-	resp := s.resource(ctx, req)
-	if resp.Code>>5 != 2 && s.Faults().LongDetail {
-		resp.Body = longDetail
+// serveCoAP answers at one of the doors.
+func (s *Server) serveCoAP(linked bool) coap.Handler {
+	return func(ctx context.Context, req *coap.Request) *coap.Response {
+		resp := s.resource(ctx, req, linked)
+		if resp.Code>>5 != 2 && s.Faults().LongDetail {
+			resp.Body = longDetail
+		}
+		return resp
 	}
-	return resp
 }
 
 // longDetail is what nobody wants in a log: it clears a terminal, forges a line,
@@ -59,11 +72,11 @@ func (s *Server) serveCoAP(ctx context.Context, req *coap.Request) *coap.Respons
 var longDetail = slices.Concat(
 	[]byte("\x1b[2J\r\nest-enroll: enrolled\x00\u202e\xff "), bytes.Repeat([]byte("the server has much to say. "), 3000/28))
 
-func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response {
+func (s *Server) resource(ctx context.Context, req *coap.Request, linked bool) *coap.Response {
 	if req.Path == corePath {
 		return s.discover(req)
 	}
-	operation, found := s.operationAt(req.Path)
+	operation, found := s.operationAt(req.Path, linked)
 	if !found {
 		return diagnostic(codes.NotFound, "no such resource")
 	}
@@ -74,11 +87,14 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 	if req.Method != method {
 		return diagnostic(codes.MethodNotAllowed, string(operation)+" is "+method.String())
 	}
-	if len(req.Peer) == 0 {
+	var client *x509.Certificate // nil for a pre-shared key
+	if len(req.Peer) > 0 {
+		client = req.Peer[0]
+	}
+	if client == nil && (req.PSKIdentity == "" || operation == est.SimpleReenroll) {
 		return diagnostic(codes.Unauthorized, "a client certificate is needed")
 	}
-	client := req.Peer[0]
-	if faults := s.Faults(); faults.RefuseCode != "" && faults.refuses(client, s.ca.Load()) {
+	if faults := s.Faults(); client != nil && faults.RefuseCode != "" && faults.refuses(client, s.ca.Load()) {
 		code := codes.Unauthorized
 		if faults.RefuseCode == "4.03" {
 			code = codes.Forbidden
@@ -98,14 +114,14 @@ func (s *Server) resource(ctx context.Context, req *coap.Request) *coap.Response
 		return diagnostic(codes.UnsupportedMediaType, "the content-format is not 286")
 	}
 	if generates(operation) {
-		return s.keyed(ctx, req, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
+		return s.keyed(ctx, req, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding, req.PSKIdentity})
 	}
 	// Before anything is issued: an answer that cannot be given must not cost a
 	// certificate.
 	if s.accepted(req, s.answered(nil)) == 0 {
 		return notAcceptable()
 	}
-	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding})
+	cert, err := s.enroll(ctx, enrollment{operation, req.Path, client, req.Body, req.ChannelBinding, req.PSKIdentity})
 	if err != nil {
 		return refused(err)
 	}

@@ -33,9 +33,16 @@ func (s *Server) operations() []est.Operation {
 // generates reports the operations in which the server makes the key.
 func generates(o est.Operation) bool { return o == est.ServerKeyGen || o == est.ServerKeyGenCert }
 
-// roots are the paths that the resources are below: the one that every server
-// has and the odd one, and each of them with each label (RFC 9148 §4.1).
-func (s *Server) roots() []string {
+// roots are the paths that the resources of a door are below: the one that every
+// server has and the odd one, which the second door has if there is one, and each of
+// them with each label (RFC 9148 §4.1).
+func (s *Server) roots(linked bool) []string {
+	switch {
+	case linked:
+		return s.labelled(oddRoot)
+	case s.linked != nil:
+		return s.labelled(est.DefaultRoot)
+	}
 	return slices.Concat(s.labelled(est.DefaultRoot), s.labelled(oddRoot))
 }
 
@@ -47,11 +54,11 @@ func (s *Server) labelled(root string) []string {
 	return roots
 }
 
-// operationAt finds what a path is for.
-func (s *Server) operationAt(path string) (operation est.Operation, found bool) {
+// operationAt finds what a path of a door is for.
+func (s *Server) operationAt(path string, linked bool) (operation est.Operation, found bool) {
 	for _, operation := range s.operations() {
 		root, named := strings.CutSuffix(path, "/"+operation.ShortPath())
-		if named && slices.Contains(s.roots(), root) {
+		if named && slices.Contains(s.roots(linked), root) {
 			return operation, true
 		}
 	}
@@ -97,7 +104,7 @@ func (s *Server) links() []link {
 	var links []link
 	for _, root := range s.labelled(oddRoot) {
 		for _, operation := range s.operations() {
-			links = append(links, link{root + "/" + operation.ShortPath(), operation.ResourceType(), s.formats(operation)})
+			links = append(links, link{s.LinkedURI() + root + "/" + operation.ShortPath(), operation.ResourceType(), s.formats(operation)})
 		}
 	}
 	return links

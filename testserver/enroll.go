@@ -46,9 +46,10 @@ func (r *refusal) Error() string { return r.detail }
 type enrollment struct {
 	operation est.Operation
 	path      string            // of the resource that was asked
-	client    *x509.Certificate // nil for one that has shown a password alone
+	client    *x509.Certificate // nil for one that has shown a password or a pre-shared key alone
 	csr       []byte            // DER
 	binding   []byte            // of the session, nil where it is not known
+	identity  string            // of the pre-shared key, "" for none
 }
 
 // replayKey is one enrolment: who asked what. A repetition has the same key, in
@@ -155,6 +156,7 @@ func (s *Server) issueOnce(ctx context.Context, asked enrollment) (made issued, 
 	if asked.client != nil {
 		event.Client, event.ClientSubject = fingerprint(asked.client.Raw), asked.client.Subject.String()
 	}
+	event.PSKIdentity = asked.identity
 	event.CSR = fingerprint(asked.csr)
 	event.Faults = faults.issuing()
 	if err := s.record.add(event); err != nil {

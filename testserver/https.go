@@ -262,7 +262,7 @@ func (ca httpsCA) issueOnce(ctx context.Context, operation est.Operation, client
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		return issued{}, err
 	}
-	made, err := ca.server.issueOnce(ctx, enrollment{operation, r.URL.Path, client, request.Raw, binding})
+	made, err := ca.server.issueOnce(ctx, enrollment{operation, r.URL.Path, client, request.Raw, binding, ""})
 	var refused *refusal
 	if errors.As(err, &refused) {
 		err = answerOf(r).refused(refused)

@@ -44,7 +44,7 @@ const (
 	rawDatagram         = 8192
 )
 
-func (s *Server) listenRaw(key crypto.Signer) (*rawDoor, error) {
+func (s *Server) listenRaw(key crypto.Signer) (door, error) {
 	address, err := net.ResolveUDPAddr("udp", s.cfg.Listen)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
@@ -233,7 +233,7 @@ func (c *rawConn) handle(m *message.Message, body []byte, block1 *uint32) []byte
 		req.Accept = new(uint16(accept))
 	}
 	c.answer, c.wrong = c.handler(c.door.ctx, req), ""
-	if operation, _ := c.door.server.operationAt(req.Path); !operation.Asks() && c.answer.Code>>5 == 2 {
+	if operation, _ := c.door.server.operationAt(req.Path, false); !operation.Asks() && c.answer.Code>>5 == 2 {
 		c.wrong = c.door.server.Faults().Message
 	}
 	szx := uint32(6)

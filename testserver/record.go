@@ -36,9 +36,10 @@ type Event struct {
 	Path string `json:"path,omitempty"`
 	// Client is the fingerprint of the certificate that authenticated the
 	// request, ClientSubject its subject; empty for an IDevID, and where a password
-	// did that alone.
+	// or a pre-shared key, of PSKIdentity, did that alone.
 	Client        string `json:"client_sha256,omitempty"`
 	ClientSubject string `json:"client_subject,omitempty"`
+	PSKIdentity   string `json:"psk_identity,omitempty"`
 	// CSR is the digest of the request's DER; empty if there was none.
 	CSR string `json:"csr_sha256,omitempty"`
 	// PublicKey is the digest of the certificate's SubjectPublicKeyInfo.

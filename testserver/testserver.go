@@ -44,6 +44,10 @@ type Config struct {
 	// Listen is the UDP address, host:port; port 0 takes a free one.
 	// Default: 127.0.0.1:0.
 	Listen string
+	// ListenLinked is the UDP address of a second CoAPs door, host:port, which alone has
+	// the resources that a client has to discover: the links at the first lead to it, as
+	// absolute URIs (RFC 9148 §4.1). Default: there is no such door.
+	ListenLinked string
 	// ListenHTTPS is the TCP address of the HTTPS door, host:port (RFC 7030).
 	// Default: there is no such door.
 	ListenHTTPS string
@@ -98,6 +102,10 @@ type Config struct {
 	// NoReplay issues anew for every request.
 	NoReplay bool
 
+	// PSKs are pre-shared keys by the identities of devices, which a CoAPs door takes in the
+	// place of a client certificate, for all but sren (RFC 7030 §3.3.3). Default: none.
+	PSKs map[string][]byte
+
 	// TLS12 has the HTTPS door speak TLS 1.2 only. Default: TLS 1.3 too.
 	TLS12 bool
 	// HTTPUser and HTTPPassword are what a CSR needs over HTTPS by HTTP Basic, with a
@@ -140,6 +148,7 @@ type Server struct {
 	names   []string                    // in them
 	record  *record
 	coap    door
+	linked  door       // nil for none
 	https   *httpsDoor // nil for none
 	control net.Listener
 
@@ -154,7 +163,9 @@ type Server struct {
 	done     chan struct{} // closed when the CoAPs door has ended
 	serveErr error         // set before done is closed
 	httpsErr error         // why the HTTPS door has ended, if not by Close
-	close    func() error
+	// linkedErr is the same of the second CoAPs door.
+	linkedErr error
+	close     func() error
 }
 
 // door is a front door: a socket, and whoever answers at it.
@@ -178,7 +189,7 @@ func start(cfg Config) (_ *Server, err error) {
 		return nil, err
 	}
 	var hosts []string
-	for _, address := range []string{cfg.Listen, cfg.ListenHTTPS} {
+	for _, address := range []string{cfg.Listen, cfg.ListenLinked, cfg.ListenHTTPS} {
 		if address == "" {
 			continue
 		}
@@ -224,11 +235,15 @@ func start(cfg Config) (_ *Server, err error) {
 	if s.control, err = listenControl(cfg.Control); err != nil {
 		return nil, err
 	}
-	coaps, err := s.listen(s.key)
-	if err != nil {
-		return nil, err // and s.coap stays nil, which the door is not
+	if s.coap, err = s.listen(cfg.Listen, s.key); err != nil {
+		return nil, err
 	}
-	s.coap = coaps
+	if cfg.ListenLinked != "" {
+		if s.linked, err = s.listen(cfg.ListenLinked, s.key); err != nil {
+			return nil, err
+		}
+		s.serving.Go(func() { s.linkedErr = s.linked.Serve(s.serveCoAP(true)) })
+	}
 	if s.https, err = s.listenHTTPS(); err != nil {
 		return nil, err
 	}
@@ -236,7 +251,7 @@ func start(cfg Config) (_ *Server, err error) {
 		s.serving.Go(func() { s.httpsErr = s.https.serve() })
 	}
 	s.serving.Go(func() {
-		if err := s.coap.Serve(s.serveCoAP); err != nil {
+		if err := s.coap.Serve(s.serveCoAP(false)); err != nil {
 			s.serveErr = fmt.Errorf("test server: serve CoAPs: %w", err)
 		}
 		close(s.done)
@@ -280,6 +295,12 @@ func (c *Config) complete() error {
 			return err
 		}
 	}
+	if c.Raw && c.ListenLinked != "" {
+		return errors.New("raw and a second CoAPs door: a raw server has one")
+	}
+	if c.Raw && len(c.PSKs) > 0 {
+		return errors.New("raw and pre-shared keys: a raw server wants certificates")
+	}
 	if c.ListenHTTPS == "" && (c.TLS12 || c.HTTPUser != "") {
 		return errors.New("TLS 1.2 alone and HTTP Basic: the server has no HTTPS door")
 	}
@@ -317,6 +338,14 @@ func (s *Server) now() time.Time { return s.cfg.Now() }
 
 // URI returns the server's EST root without its path: coaps://host:port.
 func (s *Server) URI() string { return "coaps://" + s.coap.Addr().String() }
+
+// LinkedURI is URI of the second CoAPs door, "" for none.
+func (s *Server) LinkedURI() string {
+	if s.linked == nil {
+		return ""
+	}
+	return "coaps://" + s.linked.Addr().String()
+}
 
 // Addr returns the UDP address.
 func (s *Server) Addr() net.Addr { return s.coap.Addr() }
@@ -393,6 +422,9 @@ func (s *Server) stop() error {
 	if s.coap != nil {
 		errs = append(errs, s.coap.Close())
 	}
+	if s.linked != nil {
+		errs = append(errs, s.linked.Close())
+	}
 	if s.https != nil {
 		errs = append(errs, s.https.close())
 	}
@@ -403,5 +435,5 @@ func (s *Server) stop() error {
 	if s.record != nil {
 		errs = append(errs, s.record.close())
 	}
-	return errors.Join(append(errs, s.serveErr, s.httpsErr)...)
+	return errors.Join(append(errs, s.serveErr, s.linkedErr, s.httpsErr)...)
 }

@@ -41,6 +41,8 @@ var examples = map[string][]string{
 	"label":                       {"factory-2"},
 	"http-user":                   {"dev-17"},
 	"http-password-file":          {"/etc/est-enroll/http-password"},
+	"psk-identity":                {"dev-17"},
+	"psk-key-file":                {"/etc/est-enroll/psk"},
 	"key":                         {"pkcs11:object=idevid;type=private"},
 	"key-usage":                   {"digitalSignature"},
 	"ext-key-usage":               {"clientAuth", "serverAuth"},

@@ -290,9 +290,17 @@ func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 		return err
 	}
 	cfg.ServerURI, cfg.ServerName = server.WithLabel(label).String(), server.Host
+	if server.Scheme == est.SchemeHTTPS && (s.pskIdentity != "" || s.pskKeyFile != "") {
+		return errors.New("psk-identity, psk-key-file: there are no pre-shared keys over HTTPS")
+	}
 	if server.Scheme == est.SchemeHTTPS {
 		return s.overHTTPS(cfg, https.Config{URI: server, Label: label, ExchangeTimeout: s.exchangeTimeout, HandshakeTimeout: s.handshakeTimeout})
 	}
+	key, err := s.psk(os.LookupEnv)
+	if err != nil {
+		return err
+	}
+	cfg.PSK = key != nil
 	options := coaps.Config{
 		URI: server, Label: label, Discovery: s.discovery.word == "on",
 		BlockSize: s.blockSize, AckTimeout: s.ackTimeout, MaxRetransmit: s.maxRetransmit,
@@ -305,9 +313,27 @@ func (s *settings) transport(cfg *estenroll.CredentialConfig) error {
 		dial := options
 		dial.Certificate, dial.Key, dial.Trust, dial.Now, dial.Warn = with.Certificate, with.Key, with.Trust, with.Now, with.Warn
 		dial.Provisional = with.Provisional
+		if with.PSK {
+			key, err := s.readPSK(key, with.Warn)
+			if err != nil {
+				return nil, err
+			}
+			defer clear(key)
+			dial.Certificate, dial.Key = nil, nil
+			dial.PSKIdentity, dial.PSK = s.pskIdentity, func() ([]byte, error) { return slices.Clone(key), nil }
+		}
 		return coaps.Dial(ctx, dial)
 	}
 	return nil
+}
+
+// readPSK reads the pre-shared key for a session by it, which is said each time.
+func (s *settings) readPSK(read func() ([]byte, error), warn func(string, ...any)) ([]byte, error) {
+	if info, err := os.Stat(s.pskKeyFile); err == nil && info.Mode().Perm()&0o077 != 0 {
+		warn("the file of the pre-shared key %s is open to other users: chmod 600", s.pskKeyFile)
+	}
+	warn("a pre-shared key stands for the certificates of both ends until the device is enrolled: whoever else has it can pass for the device, and for %s", s.server)
+	return read()
 }
 
 // overHTTPS has EST carried by HTTPS.

@@ -219,6 +219,8 @@ var judgements = []struct {
 	{est.ErrCertificateWanted, judgement{exitRefused, "this server takes no password alone: leave out no-idevid, and give the device a factory credential"}},
 	{est.ErrPasswordWanted, judgement{exitRefused, "ask the people of the server for a user and a password: --http-user names the one, --http-password-file the file with the other"}},
 	{est.ErrPasswordRefused, judgement{exitRefused, "check http-user and what is in http-password-file; each run tries them once"}},
+	{est.ErrPSKRefused, judgement{exitRefused, "check psk-identity and what is in psk-key-file with the people of the server: it may have no pre-shared keys"}},
+	{est.ErrPSKUnanswered, judgement{exitTryLater, "check what is in psk-key-file first, then the network; the key of the device is kept for the next run"}},
 	{est.ErrCredentialRefused, judgement{exitRefused, "the server does not accept the certificate of this device: ask the people of the server"}},
 	{est.ErrUnreachable, judgement{exitTryLater, "check the network and the server's URI; the key and the request are kept for the next run"}},
 }

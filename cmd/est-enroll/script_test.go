@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -224,7 +225,8 @@ func (s *session) writeConfig(server string) error {
 		s.token.URI(), server, filepath.Join(s.work, "ca", "ca.pem")), 0o600)
 }
 
-// findMarker returns the files below a directory that hold the marker PIN.
+// findMarker returns the files below a directory that hold the marker PIN, or it in
+// hexadecimal, as pre-shared keys are written.
 // Named for it, the PIN file and the spy's own log may.
 func findMarker(dir string) []string {
 	var found []string
@@ -233,11 +235,11 @@ func findMarker(dir string) []string {
 			return err
 		}
 		switch entry.Name() {
-		case "right", "spy.log", "pin.yaml", pinCredential, passwordCredential:
+		case "right", "spy.log", "pin.yaml", "psk", "psk.other", "psk.keys", pinCredential, passwordCredential, pskCredential:
 			return nil
 		}
 		data, err := os.ReadFile(path)
-		if bytes.Contains(data, []byte(markerPIN)) {
+		if bytes.Contains(data, []byte(markerPIN)) || bytes.Contains(data, []byte(hex.EncodeToString([]byte(markerPIN)))) {
 			found = append(found, path)
 		}
 		return err

@@ -45,6 +45,8 @@ type settings struct {
 	label                 string
 	httpUser              string
 	httpPasswordFile      string
+	pskIdentity           string
+	pskKeyFile            string
 	subject               string
 	san                   []string
 	keyUsage, extKeyUsage []string
@@ -130,6 +132,8 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.label, "label", "", "EST label, the `name` of one of the server's CAs (RFC 7030 §3.2.2)")
 	flags.StringVar(&s.httpUser, "http-user", "", "`name` to give to an https:// server that asks for it, with a password, by HTTP Basic (RFC 7030 §3.2.3)")
 	flags.StringVar(&s.httpPasswordFile, "http-password-file", "", "`file` with that password, in one line (default: systemd's credential "+passwordCredential+")")
+	flags.StringVar(&s.pskIdentity, "psk-identity", "", "`name` by which a coaps:// bootstrap server knows this device, with a pre-shared key, in the place of the factory certificate, until it is enrolled (RFC 7030 §3.3.3)")
+	flags.StringVar(&s.pskKeyFile, "psk-key-file", "", "`file` with that key, in hexadecimal in one line (default: systemd's credential "+pskCredential+")")
 	flags.StringVar(&s.trustAnchors, "trust-anchors", "", "`file` with the CA certificates that judge the server at first (Implicit TA), PEM or DER")
 	flags.StringArrayVar(&s.anchorFingerprints, "anchor-fingerprint", nil, "`SHA-256` of a root that is trusted when the server publishes it, repeatable, though no trust anchor of the device vouches for it; it can take the place of --trust-anchors")
 	flags.StringVar(&s.anchorAddress, "anchor-address", "", "engine `address` where the HSM keeps each trust anchor of the Explicit TA: pkcs11:object=est-ta-{fingerprint}, with 16 digits of its SHA-256 for {fingerprint} (default: none is stored)")

@@ -37,6 +37,7 @@ func serveCommand() *cobra.Command {
 		keks     []string // ID=FILE
 		rsaKeys  []string // ID=FILE
 		password string   // file
+		psks     string   // file
 		verbose  bool
 	)
 	cmd := &cobra.Command{
@@ -50,6 +51,7 @@ When the server answers, a line for each of its doors is printed to standard out
 
   listening coaps://127.0.0.1:5684
   listening https://127.0.0.1:8443      with --listen-https
+  linked coaps://127.0.0.1:61617        with --listen-linked
 
 Files in --write-dir, all PEM, written before that line:
 
@@ -61,7 +63,8 @@ Files in --write-dir, all PEM, written before that line:
 The resources are crts, sen, sren, with --csr-attributes att and with
 --server-keygen skg and skc below /.well-known/est and, the same ones, below
 /e/plz, which a client has to discover: GET /.well-known/core?rt=ace.est*
-(RFC 9148 §4.1). With --label, also below /.well-known/est/LABEL and
+(RFC 9148 §4.1). With --listen-linked the latter are at that door alone, and the
+links lead there. With --label, also below /.well-known/est/LABEL and
 /e/plz/LABEL. Over HTTPS (RFC 7030) they are cacerts, simpleenroll,
 simplereenroll, csrattrs and serverkeygen below /.well-known/est, and below
 /.well-known/est/LABEL, for clients with a certificate or, with --http-user, a
@@ -69,7 +72,7 @@ password. Key usage and extended key usage are issued as they are asked for.
 A key is encrypted (RFC 7030 §4.4.1) for the key that a CSR names, if that is one
 of --server-keygen-kek and --server-keygen-rsa, and the CSR is refused if it is not.
 Each line of --record is a JSON object: time, kind (issuance, replay, idevid),
-operation, path, client_sha256, client_subject, csr_sha256, public_key_sha256,
+operation, path, client_sha256, client_subject, psk_identity, csr_sha256, public_key_sha256,
 serial, subject, certificate_sha256, faults.
 
 Faults (--fault, repeatable; "est-testserver fault" changes them while the server runs):
@@ -106,6 +109,9 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			if cfg.HTTPPassword, err = readPassword(password); err != nil {
 				return err
 			}
+			if cfg.PSKs, err = readPSKs(psks); err != nil {
+				return err
+			}
 			// Before the sockets exist: a signal from here on ends the server cleanly.
 			ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
@@ -126,6 +132,9 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			if uri := server.HTTPSURI(); uri != "" {
 				fmt.Fprintln(cmd.OutOrStdout(), "listening "+uri)
 			}
+			if uri := server.LinkedURI(); uri != "" {
+				fmt.Fprintln(cmd.OutOrStdout(), "linked "+uri)
+			}
 			select {
 			case <-ctx.Done():
 			case <-server.Done():
@@ -136,10 +145,12 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringVar(&cfg.Listen, "listen", "127.0.0.1:5684", "UDP `HOST:PORT`; port 0 takes a free one")
+	flags.StringVar(&cfg.ListenLinked, "listen-linked", "", "UDP `HOST:PORT` of a second CoAPs door, which the links of discovery lead to")
 	flags.StringVar(&cfg.ListenHTTPS, "listen-https", "", "TCP `HOST:PORT` of a second door, EST over HTTPS")
 	flags.BoolVar(&cfg.TLS12, "tls12", false, "speak TLS 1.2 only over HTTPS")
 	flags.StringVar(&cfg.HTTPUser, "http-user", "", "`USER` that a CSR over HTTPS needs, by HTTP Basic, with a client certificate or without")
 	flags.StringVar(&password, "http-password-file", "", "`FILE` with that user's password, in one line")
+	flags.StringVar(&psks, "psk-file", "", "`FILE` with pre-shared keys that stand for client certificates over CoAPs, lines of identity:hexadecimal as psktool writes them")
 	flags.BoolVar(&cfg.AllowNonLoopback, "allow-non-loopback", false, "permit addresses that other machines can reach")
 	flags.StringSliceVar(&cfg.Names, "name", nil, "DNS `NAME` or IP address in the server's certificate, beside localhost, 127.0.0.1 and ::1")
 	flags.StringVar(&writeDir, "write-dir", "", "write the CA certificates to this `DIR`, created if missing")
@@ -229,6 +240,27 @@ func readRSAKey(key *testserver.EnvelopeKey, data []byte) error {
 		return errors.New("not an RSA key")
 	}
 	return nil
+}
+
+// readPSKs reads lines of identity:key, the key in hexadecimal.
+func readPSKs(path string) (map[string][]byte, error) {
+	if path == "" {
+		return nil, nil
+	}
+	data, err := durable.ReadFile(path, 64<<10)
+	if err != nil {
+		return nil, fmt.Errorf("read pre-shared keys: %w", err)
+	}
+	keys := map[string][]byte{}
+	for n, line := range strings.Split(strings.TrimRight(string(data), "\r\n"), "\n") {
+		identity, text, found := strings.Cut(strings.TrimRight(line, "\r"), ":")
+		key, err := hex.DecodeString(text)
+		if !found || identity == "" || err != nil || len(key) == 0 {
+			return nil, fmt.Errorf("read pre-shared keys: %s: line %d: want identity:key, the key in hexadecimal", path, n+1)
+		}
+		keys[identity] = key
+	}
+	return keys, nil
 }
 
 // readAttributes reads DER, or the base64 of it that RFC 7030 and RFC 9908 print.

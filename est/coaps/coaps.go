@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"sync"
 	"time"
 
 	"estenroll/est"
@@ -33,9 +34,10 @@ type Config struct {
 	// Label is appended to URI's path, and chooses among what is discovered.
 	// Default: none.
 	Label est.Label
-	// Discovery asks the server for the paths of its resources when the session
-	// is opened (RFC 9148 §4.1), which costs a round trip; what it does not say is
-	// below URI's path. Default: all is.
+	// Discovery asks the server for its resources when the session is opened (RFC 9148
+	// §4.1), which costs a round trip; what it does not say is below URI's path. What is
+	// at another host or port costs a session there, see Session.For. Default: all is
+	// below URI's path.
 	Discovery bool
 	// Warn is told what discovery did not find or did not follow. Default: nobody.
 	Warn func(format string, args ...any)
@@ -44,12 +46,23 @@ type Config struct {
 	// presents a certificate for every function, crts too (RFC 9148 §3).
 	Certificate [][]byte
 	Key         crypto.Signer
+	// PSK authenticates both ends by a key that they share, which it returns when it is
+	// needed and which is cleared: in the place of Certificate and Key, and of the
+	// judgement of the server's certificate, for there is none (RFC 7030 §3.3.3).
+	// Discovery leads to no other server then. Default: certificates.
+	//
+	// Deviation: RFC 9148 §3 has both ends show certificates. It is for bootstrap servers
+	// that know a device by such a key, and for no session after that.
+	PSK func() ([]byte, error)
+	// PSKIdentity names that key to the server.
+	PSKIdentity string
 	// Trust judges the server, at the time of Now. Default of Now: time.Now.
 	Trust *est.TrustAnchors
 	Now   func() time.Time
 	// Provisional takes whatever certificate the server shows. Then nothing but
-	// cacerts is sent to it, which its caller judges by what it holds: a CSR, and
-	// the discovery of resources, are for a session that was judged (RFC 7030 §4.1.1).
+	// cacerts is sent to it, which its caller judges by what it holds: a CSR is for a
+	// session that was judged (RFC 7030 §4.1.1). With Discovery it is asked where cacerts
+	// is if that is not below URI's path, and can name no other server.
 	Provisional bool
 
 	// BlockSize in bytes, a power of two from 16 to 1024. Default: 512, half of
@@ -73,17 +86,21 @@ type Config struct {
 // use; exchanges go one after the other (NSTART 1, RFC 9148 §6).
 type Session struct {
 	conn *coap.Conn
-	uri  est.URI
-	// provisional is one whose server nobody has judged.
-	provisional bool
+	uri  est.URI // with the label
+	cfg  Config  // for sessions with other servers; the zero value of NewSession
+
+	mu sync.Mutex
 	// resources are what discovery found; others are below the URI's path, but for
 	// absent, which a server that supports discovery would have listed.
 	resources map[est.Operation]resource
 	absent    []est.Operation
+	// others are the sessions with other servers, by their authority.
+	others map[string]*Session
 }
 
 var (
 	_ est.Session             = (*Session)(nil)
+	_ est.Distributor         = (*Session)(nil)
 	_ est.ClientAuthenticator = (*Session)(nil)
 	_ est.KeyAccepter         = (*Session)(nil)
 )
@@ -92,23 +109,32 @@ var (
 // anything is sent to it, the question for its resources included.
 // est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
 // est.ErrNotValidNow; est.ErrHandshake; est.ErrCredentialRefused,
-// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable; est.ErrKeyMismatch for a Key
+// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable; est.ErrPSKRefused,
+// est.ErrPSKUnanswered; est.ErrKeyMismatch for a Key
 // that is not the Certificate's; and what the Key says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Warn == nil {
+		cfg.Warn = func(string, ...any) {}
+	}
+	session, err := open(ctx, cfg)
+	if err == nil && cfg.Discovery && !cfg.Provisional {
+		if err := session.discover(ctx); err != nil {
+			return nil, errors.Join(err, session.Close())
+		}
+	}
+	return session, err
+}
+
+func open(ctx context.Context, cfg Config) (*Session, error) {
 	conn, err := dial(ctx, cfg)
 	if err != nil {
 		return nil, fmt.Errorf("open session with %s: %w", cfg.URI, err)
 	}
 	session := NewSession(conn, cfg.URI.WithLabel(cfg.Label))
-	session.provisional = cfg.Provisional
-	if cfg.Discovery && !cfg.Provisional {
-		if cfg.Warn == nil {
-			cfg.Warn = func(string, ...any) {}
-		}
-		if err := session.discover(ctx, cfg.Label, cfg.Warn); err != nil {
-			return nil, errors.Join(err, session.Close())
-		}
-	}
+	session.cfg = cfg
 	return session, nil
 }
 
@@ -116,18 +142,18 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 	if cfg.Trust == nil {
 		return nil, fmt.Errorf("no trust anchors: %w", est.ErrNotTrusted)
 	}
-	own, err := est.OwnCertificate(cfg.Certificate, cfg.Key)
-	if err != nil {
-		return nil, err
-	}
-	if cfg.Now == nil {
-		cfg.Now = time.Now
+	var own *x509.Certificate
+	if cfg.PSK == nil {
+		var err error
+		if own, err = est.OwnCertificate(cfg.Certificate, cfg.Key); err != nil {
+			return nil, err
+		}
 	}
 	if cfg.BlockSize == 0 {
 		cfg.BlockSize = 512
 	}
 	conn, err := coap.Dial(ctx, cfg.URI.Address(), coap.Config{
-		Certificate: cfg.Certificate, Key: cfg.Key, ServerName: cfg.URI.ServerName(),
+		Certificate: cfg.Certificate, Key: cfg.Key, PSK: cfg.PSK, PSKIdentity: cfg.PSKIdentity, ServerName: cfg.URI.ServerName(),
 		Verify: func(peer []*x509.Certificate) error {
 			if cfg.Provisional {
 				return nil
@@ -138,6 +164,13 @@ func dial(ctx context.Context, cfg Config) (*coap.Conn, error) {
 		BlockSize: cfg.BlockSize, HandshakeTimeout: cfg.HandshakeTimeout, FlightInterval: cfg.FlightInterval,
 	})
 	var handshake *coap.HandshakeError
+	if errors.As(err, &handshake) && cfg.PSK != nil && handshake.Alert != nil {
+		return nil, fmt.Errorf("%w: %w", err, est.ErrPSKRefused)
+	}
+	if errors.As(err, &handshake) && cfg.PSK != nil && handshake.Answered && errors.Is(err, coap.ErrTimeout) && ctx.Err() == nil {
+		// A server with another key cannot read ours, and DTLS loses what it cannot read.
+		return nil, est.Unreachable(fmt.Errorf("%w: %w", err, est.ErrPSKUnanswered))
+	}
 	if errors.As(err, &handshake) && handshake.Alert != nil {
 		return nil, fmt.Errorf("%w: %w", err, est.AlertMeaning(uint8(*handshake.Alert), handshake.CertificateSent, own, cfg.Now()))
 	}
@@ -173,27 +206,84 @@ func classify(ctx context.Context, err error) error {
 	return err
 }
 
-// RoundTrip implements est.Session.
+// For implements est.Distributor. A link of discovery may name another host and port
+// (RFC 9148 §4.1): that server is held to the host of its link, by the same rules as this
+// one, and there is one session with it.
+func (s *Session) For(ctx context.Context, operation est.Operation, trust *est.TrustAnchors) (est.Session, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, found := s.resources[operation]
+	if !found || authority(at.uri) == authority(s.uri) {
+		return nil, nil
+	}
+	other := s.others[authority(at.uri)]
+	if other != nil {
+		return other, trust.VerifyServer(other.PeerChain(), at.uri.Host, s.cfg.Now())
+	}
+	cfg := s.cfg
+	cfg.URI, cfg.Trust, cfg.Label = at.uri, trust, ""
+	other, err := open(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	other.resources = s.resources // which does not change any more
+	if s.others == nil {
+		s.others = map[string]*Session{}
+	}
+	s.others[authority(at.uri)] = other
+	return other, nil
+}
+
+// RoundTrip implements est.Session. The server of another session that it needs is
+// judged by the anchors of this one.
 func (s *Session) RoundTrip(ctx context.Context, req *est.Request) (*est.Response, error) {
-	name := req.Operation.ShortPath()
-	if name == "" {
+	if req.Operation.ShortPath() == "" {
 		return nil, fmt.Errorf("%s over CoAPs: %w", req.Operation, errors.ErrUnsupported)
 	}
-	if s.provisional && req.Operation != est.CACerts {
+	if s.cfg.Provisional {
+		return s.provisional(ctx, req)
+	}
+	if other, err := s.For(ctx, req.Operation, s.cfg.Trust); err != nil {
+		return nil, err
+	} else if other != nil {
+		return other.RoundTrip(ctx, req)
+	}
+	return s.exchange(ctx, req)
+}
+
+// provisional asks for cacerts. A server that does not have it where every server must
+// is asked where else: what a stranger says to that is a path of its own.
+func (s *Session) provisional(ctx context.Context, req *est.Request) (*est.Response, error) {
+	if req.Operation != est.CACerts {
 		return nil, fmt.Errorf("%s over CoAPs: the server has not been judged: %w", req.Operation, est.ErrNotTrusted)
 	}
-	at, discovered := s.resources[req.Operation]
-	if !discovered {
-		at = resource{path: s.uri.Root + "/" + name, accept: formats(req.Operation)[0]}
+	response, err := s.exchange(ctx, req)
+	var status *est.StatusError
+	if !s.cfg.Discovery || !errors.As(err, &status) || !status.NotFound {
+		return response, err
 	}
-	whole := s.uri
-	whole.Root = at.path
-	server := whole.String()
-	if slices.Contains(s.absent, req.Operation) {
+	if err := s.discover(ctx); err != nil {
+		return nil, err
+	}
+	return s.exchange(ctx, req)
+}
+
+// exchange sends a request to the server of this session.
+func (s *Session) exchange(ctx context.Context, req *est.Request) (*est.Response, error) {
+	s.mu.Lock()
+	at, discovered := s.resources[req.Operation]
+	absent := slices.Contains(s.absent, req.Operation)
+	s.mu.Unlock()
+	if !discovered {
+		at = resource{uri: s.uri, accept: formats(req.Operation)[0]}
+		at.uri.Root += "/" + req.Operation.ShortPath()
+	}
+	server := at.uri.String()
+	if absent {
 		return nil, &est.StatusError{Operation: req.Operation, Server: server, Code: "not among the resources discovered", Class: 4, NotFound: true}
 	}
 	accept := uint16(at.accept)
-	request := &coap.Request{Method: codeGET, Path: at.path, Accept: &accept}
+	request := &coap.Request{Method: codeGET, Path: at.uri.Root, Accept: &accept}
 	if !req.Operation.Asks() {
 		format := uint16(est.ContentFormatPKCS10)
 		request.Method, request.ContentFormat, request.Body = codePOST, &format, req.Body
@@ -259,21 +349,32 @@ func codeText(code coap.Code) string {
 	return fmt.Sprintf("%d.%02d %s", code>>5, code&0x1f, code)
 }
 
-// PeerChain implements est.Session.
+// PeerChain implements est.Session: none where a pre-shared key stands for both ends.
 func (s *Session) PeerChain() []*x509.Certificate { return s.conn.PeerCertificates() }
 
 // ChannelBinding implements est.Session: tls-unique (RFC 9148 §3).
 func (s *Session) ChannelBinding() ([]byte, error) { return s.conn.ChannelBinding() }
 
-// ClientAuthenticated implements est.ClientAuthenticator. A server that nobody has
+// ClientAuthenticated implements est.ClientAuthenticator. A pre-shared key authenticates
+// too. A server that nobody has
 // judged authenticates nobody.
-func (s *Session) ClientAuthenticated() bool { return !s.provisional && s.conn.ClientAuthenticated() }
+func (s *Session) ClientAuthenticated() bool {
+	return !s.cfg.Provisional && s.conn.ClientAuthenticated()
+}
 
 // AcceptsKey implements est.KeyAccepter.
 func (s *Session) AcceptsKey(public crypto.PublicKey) bool { return s.conn.AcceptsKey(public) }
 
-// Close implements est.Session.
-func (s *Session) Close() error { return s.conn.Close() }
+// Close implements est.Session, for those with other servers too.
+func (s *Session) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for _, other := range s.others {
+		errs = append(errs, other.Close())
+	}
+	return errors.Join(append(errs, s.conn.Close())...)
+}
 
 // isNetwork reports an error of the socket: a refused port, no route.
 func isNetwork(err error) bool {

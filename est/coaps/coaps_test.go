@@ -71,6 +71,7 @@ type opaque struct{ crypto.Signer }
 
 // world is a CA, a client and a server that answers with a handler.
 type world struct {
+	ca     *party
 	trust  *est.TrustAnchors
 	client *party
 	uri    est.URI
@@ -80,11 +81,25 @@ type world struct {
 func newWorld(t *testing.T, verifyClient func([]*x509.Certificate) error, handler coap.Handler) *world {
 	t.Helper()
 	ca := newParty(t, nil, "ca", func(c *x509.Certificate) { c.IsCA, c.KeyUsage = true, x509.KeyUsageCertSign })
-	server := newParty(t, ca, "server", func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(127, 0, 0, 1)} })
-	if verifyClient == nil {
-		verifyClient = func([]*x509.Certificate) error { return nil }
+	trust, err := est.NewTrustAnchors([]*x509.Certificate{ca.cert})
+	if err != nil {
+		t.Fatal(err)
 	}
-	listening, err := coap.Listen("127.0.0.1:0", coap.Config{Certificate: [][]byte{server.cert.Raw}, Key: server.key, Verify: verifyClient, AckTimeout: 100 * time.Millisecond})
+	w := &world{ca: ca, trust: trust, client: newParty(t, ca, "client", nil)}
+	w.uri, w.stop = w.serve(t, coap.Config{Verify: verifyClient}, handler, net.IPv4(127, 0, 0, 1))
+	return w
+}
+
+// serve starts a server under the world's CA at the first of the addresses that its
+// certificate is for, and returns its URI and what ends it.
+func (w *world) serve(t *testing.T, cfg coap.Config, handler coap.Handler, addresses ...net.IP) (est.URI, func()) {
+	t.Helper()
+	server := newParty(t, w.ca, "server", func(c *x509.Certificate) { c.IPAddresses = addresses })
+	if cfg.Verify == nil {
+		cfg.Verify = func([]*x509.Certificate) error { return nil }
+	}
+	cfg.Certificate, cfg.Key, cfg.AckTimeout = [][]byte{server.cert.Raw}, server.key, 100*time.Millisecond
+	listening, err := coap.Listen(net.JoinHostPort(addresses[0].String(), "0"), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,11 +116,7 @@ func newWorld(t *testing.T, verifyClient func([]*x509.Certificate) error, handle
 	if err != nil {
 		t.Fatal(err)
 	}
-	trust, err := est.NewTrustAnchors([]*x509.Certificate{ca.cert})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &world{trust: trust, client: newParty(t, ca, "client", nil), uri: uri, stop: stop}
+	return uri, stop
 }
 
 func (w *world) config() coaps.Config {

@@ -2,11 +2,14 @@ package coaps_test
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode"
@@ -39,7 +42,8 @@ func (h *host) handle(_ context.Context, req *coap.Request) *coap.Response {
 	defer h.mu.Unlock()
 	h.asked = append(h.asked, note)
 	if req.Path == "/.well-known/core" {
-		return &h.discovery
+		answer := h.discovery
+		return &answer
 	}
 	return &coap.Response{Code: codes.Content, ContentFormat: number(281), Body: []byte(req.Path)}
 }
@@ -127,11 +131,21 @@ func TestDiscovery(t *testing.T) {
 		{name: "two that could be meant",
 			answer: links(`</x/crts>;rt=ace.est.crts,</y/crts>;rt=ace.est.crts,</x/sen>;rt=ace.est.sen,</x/sen2>;rt=ace.est.sen,</x/sren>;rt=ace.est.sren`),
 			want:   []string{wellKnown + "crts 281", wellKnown + "sen 281", "/x/sren 281"}, warnings: []string{"cacerts: 2 links, and which is meant only a label can tell; simpleenroll: 2 links"}},
-		{name: "elsewhere",
-			answer: links(fmt.Sprintf(`<coaps://127.0.0.2:%d/est/crts>;rt=ace.est.crts,<coaps://127.0.0.1:1/est/sen>;rt=ace.est.sen,<coap://127.0.0.1/x>;rt=ace.est.sren,<//evil:%[1]d/x>;rt=ace.est.sren`, w.uri.Port)),
+		{name: "by less than coaps",
+			answer: links(`<coap://127.0.0.1/x>;rt=ace.est.crts,<coap://[::1]:5683/x>;rt=ace.est.sen,<coaps+tcp://127.0.0.1/x>;rt=ace.est.sren,<https://127.0.0.1/x>;rt=ace.est.sren`),
 			want:   []string{wellKnown + "crts 281", wellKnown + "sen 281", wellKnown + "sren 281"},
-			warnings: []string{fmt.Sprintf(`not followed: "coaps://127.0.0.2:%d/est/crts" (another host or port), "coaps://127.0.0.1:1/est/sen" (another host or port), "coap://127.0.0.1/x" (another scheme), 1 more`, w.uri.Port),
+			warnings: []string{`not followed: "coap://127.0.0.1/x" (another scheme than coaps), "coap://[::1]:5683/x" (another scheme than coaps), "coaps+tcp://127.0.0.1/x" (another scheme than coaps), 1 more`,
 				"cacerts: no link; simpleenroll: no link; simplereenroll: no link: /.well-known/est is used"}},
+		{name: "elsewhere, and here as well",
+			answer: links(`<coaps://127.0.0.2:1/crts>;rt=ace.est.crts,</crts>;rt=ace.est.crts,</sen>;rt=ace.est.sen,<coaps://127.0.0.2:1/sen>;rt=ace.est.sen,</sren>;rt=ace.est.sren`),
+			want:   []string{"/crts 281", "/sen 281", "/sren 281"}},
+		{name: "at two other servers",
+			answer: links(`<coaps://127.0.0.2:1/crts>;rt=ace.est.crts,<coaps://127.0.0.3:1/crts>;rt=ace.est.crts,</sen>;rt=ace.est.sen,</sren>;rt=ace.est.sren`),
+			want:   []string{wellKnown + "crts 281", "/sen 281", "/sren 281"}, warnings: []string{"cacerts: 2 links, and which is meant only a label can tell"}},
+		{name: "at more servers than any has",
+			answer:   links(`</crts>;rt=ace.est.crts,</sen>;rt=ace.est.sen,</sren>;rt=ace.est.sren,<coaps://a/x>;rt=ace.est.att,<coaps://b/x>;rt=ace.est.att,<coaps://c/x>;rt=ace.est.att,<coaps://d/x>;rt=ace.est.att,<coaps://e/x>;rt=ace.est.att`),
+			want:     []string{"/crts 281", "/sen 281", "/sren 281"},
+			warnings: []string{`not followed: "coaps://e/x" (more than 4 other servers)`, "csrattrs: 4 links"}},
 		{name: "paths that are none of ours",
 			answer:   links(`</est/crts?x>;rt=ace.est.crts,</a%2fb>;rt=ace.est.crts,</a//b>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`),
 			want:     []string{wellKnown + "crts 281", "/a 281", "/b 281"},
@@ -139,7 +153,7 @@ func TestDiscovery(t *testing.T) {
 		{name: "with a user, a fragment, and no reference at all",
 			answer:   links(fmt.Sprintf(`<coaps://u@%s/x>;rt=ace.est.crts,</a#b>;rt=ace.est.crts,<%%zz>;rt=ace.est.crts,</a>;rt=ace.est.sen,</b>;rt=ace.est.sren`, w.uri.Address())),
 			want:     []string{wellKnown + "crts 281", "/a 281", "/b 281"},
-			warnings: []string{`(another host or port), "/a#b" (it has a query or a fragment), "%zz" (not a URI reference)`, "cacerts: no link:"}},
+			warnings: []string{`(it names a user), "/a#b" (it has a query or a fragment), "%zz" (not a URI reference)`, "cacerts: no link:"}},
 		{name: "about another resource",
 			answer: links(`</a>;rt=ace.est.crts;anchor="coaps://other.example/",</b>;rt="ace.est.crts ace.est.sen ace.est.sren"`),
 			want:   []string{"/b 281", "/b 281", "/b 281"}, warnings: []string{"not followed"}},
@@ -183,35 +197,189 @@ func TestDiscovery(t *testing.T) {
 	}
 }
 
-// What is this server: the name in any case, an address in brackets, the default
-// port said or not.
+// Where a link leads: to this server, whose name may be in any case, its address
+// written in any way, the default port said or not; to another one; or nowhere.
 func TestDiscoveryOrigin(t *testing.T) {
-	for _, c := range []struct {
-		server, target string
-		here           bool
-	}{
-		{"coaps://est.example", "coaps://est.example/x", true},
-		{"coaps://est.example", "coaps://EST.example:5684/x", true},
-		{"coaps://est.example", "COAPS://est.example/x", true},
-		{"coaps://est.example", "coaps://est.example:5685/x", false},
-		{"coaps://est.example:5685", "coaps://est.example/x", false},
-		{"coaps://est.example:5685", "//est.example:5685/x", true},
-		{"coaps://est.example", "coaps://est.example./x", false},
-		{"coaps://[2001:db8::1]", "coaps://[2001:db8::1]/x", true},
-		{"coaps://[2001:db8::1]", "coaps://[2001:db8::2]/x", false},
-		{"coaps://est.example", "x", true},
-		{"coaps://est.example", "coaps:x", false},
-		{"coaps://est.example", "", false},
-		{"coaps://est.example", "/" + strings.Repeat("x/", 600) + "x", false},
+	for _, c := range []struct{ server, target, want string }{
+		{"coaps://est.example", "coaps://est.example/x", "coaps://est.example:5684/x"},
+		{"coaps://est.example", "coaps://EST.example:5684/x", "coaps://est.example:5684/x"},
+		{"coaps://est.example", "COAPS://est.example/x", "coaps://est.example:5684/x"},
+		{"coaps://est.example", "coaps://est.example:5685/x", "coaps://est.example:5685/x"},
+		{"coaps://est.example:5685", "coaps://est.example/x", "coaps://est.example:5684/x"},
+		{"coaps://est.example:5685", "//est.example:5685/x", "coaps://est.example:5685/x"},
+		{"coaps://est.example", "//other.example/x", "coaps://other.example:5684/x"},
+		{"coaps://est.example", "coaps://est.example./x", ""},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8:0:0::1]/x", "coaps://[2001:db8::1]:5684/x"},
+		{"coaps://[2001:db8::1]", "x", "coaps://[2001:db8::1]:5684/x"},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8::2]/x", "coaps://[2001:db8::2]:5684/x"},
+		{"coaps://[2001:db8::1]", "coaps://[2001:db8:3::123]:61617/est/crts", "coaps://[2001:db8:3::123]:61617/est/crts"},
+		{"coaps://[2001:db8::1]", "coaps://[fe80::1%25eth0]/x", ""},
+		{"coaps://[2001:db8::1]", "coaps://2001:db8::2/x", ""},
+		{"coaps://est.example", "coaps://other.example:0/x", ""},
+		{"coaps://est.example", "coaps:///x", ""},
+		{"coaps://est.example", "coap://est.example/x", ""},
+		{"coaps://est.example", "x", "coaps://est.example:5684/x"},
+		{"coaps://est.example", "coaps:x", ""},
+		{"coaps://est.example", "", ""},
+		{"coaps://est.example", "/" + strings.Repeat("x/", 600) + "x", ""},
 	} {
 		uri, err := est.ParseURI(c.server)
 		if err != nil {
 			t.Fatal(err)
 		}
-		paths, ignored := coaps.Candidates(uri, []est.Link{{Target: c.target, Parameters: []est.LinkParameter{{Name: "rt", Value: "ace.est.crts"}}}})
-		if here := slices.Equal(paths, []string{"/x"}); here != c.here || here != (len(ignored) == 0) {
-			t.Errorf("%.60s at %s: got %q, ignored %q", c.target, c.server, paths, ignored)
+		found, ignored := coaps.Candidates(uri, []est.Link{{Target: c.target, Parameters: []est.LinkParameter{{Name: "rt", Value: "ace.est.crts"}}}})
+		var got string
+		if len(found) > 0 {
+			got = found[0].String()
 		}
+		if got != c.want || (got == "") != (len(ignored) == 1) {
+			t.Errorf("%.60s at %s: got %q, want %q, ignored %q", c.target, c.server, got, c.want, ignored)
+		}
+	}
+}
+
+// A link to another port (RFC 9148 §4.1) is followed to a server that the same anchors
+// judge, by the host of the link: one session with it, whatever is there, which
+// authenticates us and ends with the one that led to it.
+func TestDiscoveryElsewhere(t *testing.T) {
+	here, there := new(host), new(host)
+	w := newWorld(t, nil, here.handle)
+	var handshakes atomic.Int32
+	other, _ := w.serve(t, coap.Config{Verify: func([]*x509.Certificate) error { handshakes.Add(1); return nil }}, there.handle, net.IPv4(127, 0, 0, 1))
+	here.discovery = links(fmt.Sprintf(`</c>;rt=ace.est.crts,<coaps://%s/s>;rt="ace.est.sen ace.est.sren";ct=287,<//%[1]s/a>;rt=ace.est.att`, other.Address()))
+	cfg := w.config()
+	cfg.URI.Root, cfg.Discovery = est.DefaultRoot, true
+	cfg.Warn = func(format string, args ...any) { t.Errorf("warning: "+format, args...) }
+	session, err := coaps.Dial(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, operation := range []est.Operation{est.CACerts, est.SimpleEnroll, est.SimpleReenroll, est.SimpleEnroll} {
+		if _, err := session.RoundTrip(t.Context(), &est.Request{Operation: operation}); err != nil {
+			t.Errorf("%s: %v", operation, err)
+		}
+	}
+	if diff := cmp.Diff([]string{"GET /.well-known/core?rt=ace.est*", "GET /c 281"}, here.requests()); diff != "" {
+		t.Errorf("here (-want +got)\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"POST /s 287", "POST /s 287", "POST /s 287"}, there.requests()); diff != "" {
+		t.Errorf("there (-want +got)\n%s", diff)
+	}
+	if other, err := session.For(t.Context(), est.CACerts, w.trust); err != nil || other != nil {
+		t.Errorf("cacerts: %v, %v", other, err)
+	}
+	carrier, err := session.For(t.Context(), est.SimpleEnroll, w.trust)
+	if err != nil || carrier == nil || !carrier.(est.ClientAuthenticator).ClientAuthenticated() || carrier.PeerChain()[0].Equal(session.PeerChain()[0]) {
+		t.Errorf("simpleenroll: %v, %v", carrier, err)
+	}
+	if one, _ := session.ChannelBinding(); carrier != nil {
+		if two, err := carrier.ChannelBinding(); err != nil || len(two) != 12 || string(one) == string(two) {
+			t.Errorf("bindings %x and %x, %v", one, two, err)
+		}
+	}
+	// The anchors have changed since, as with cacerts: they judge it again.
+	stranger := newWorld(t, nil, here.handle).trust
+	if _, err := session.For(t.Context(), est.SimpleEnroll, stranger); !errors.Is(err, est.ErrServerCertificate) || !errors.Is(err, est.ErrNotTrusted) {
+		t.Errorf("judged by other anchors: %v", err)
+	}
+	if got := handshakes.Load(); got != 1 {
+		t.Errorf("%d handshakes there, want 1", got)
+	}
+	if err := session.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := carrier.RoundTrip(t.Context(), &est.Request{Operation: est.SimpleEnroll}); !errors.Is(err, est.ErrUnreachable) {
+		t.Errorf("closed: %v", err)
+	}
+}
+
+// The server of a link is held to what the one that named it is held to: its
+// certificate is for the host of the link, and the anchors lead to it. Else nothing is
+// sent there, and nothing in its place to the first one.
+func TestDiscoveryElsewhereRefused(t *testing.T) {
+	here, there := new(host), new(host)
+	w, stranger := newWorld(t, nil, here.handle), newWorld(t, nil, there.handle)
+	misnamed, _ := w.serve(t, coap.Config{}, there.handle, net.IPv4(127, 0, 0, 1))
+	misnamed.Host = "127.0.0.2" // another loopback address, where it does not listen
+	unnamed, _ := w.serve(t, coap.Config{}, there.handle, net.IPv6loopback, net.IPv4(127, 0, 0, 1))
+	for _, c := range []struct {
+		name string
+		at   string
+		want []error
+	}{
+		{"under another CA", stranger.uri.Address(), []error{est.ErrServerCertificate, est.ErrNoAnchor}},
+		{"for another host", fmt.Sprintf("localhost:%d", w.uri.Port), []error{est.ErrServerCertificate, est.ErrNotTrusted}},
+		{"not there", misnamed.Address(), []error{est.ErrUnreachable}},
+		{"at its IPv6 address", unnamed.Address(), nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			here.mu.Lock()
+			here.discovery = links(fmt.Sprintf(`</c>;rt=ace.est.crts,<coaps://%s/s>;rt="ace.est.sen ace.est.sren"`, c.at))
+			here.mu.Unlock()
+			cfg := w.config()
+			cfg.URI.Root, cfg.Discovery = est.DefaultRoot, true
+			session, err := coaps.Dial(t.Context(), cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer session.Close()
+			here.requests()
+			_, err = session.RoundTrip(t.Context(), &est.Request{Operation: est.SimpleEnroll, Body: []byte("csr")})
+			for _, want := range c.want {
+				if !errors.Is(err, want) {
+					t.Errorf("got %v, want %v", err, want)
+				}
+			}
+			if (err == nil) != (c.want == nil) || len(there.requests()) != 1-min(len(c.want), 1) || len(here.requests()) > 0 {
+				t.Errorf("got %v, and a request", err)
+			}
+		})
+	}
+}
+
+// A provisional session is told where cacerts is by the stranger itself, and is led to
+// nobody else: a device that slept while the CA changed has no other way to a server
+// whose only root is a discovered one.
+func TestDiscoveryProvisional(t *testing.T) {
+	asked := make(chan string, 8)
+	handler := func(_ context.Context, req *coap.Request) *coap.Response {
+		asked <- req.Path
+		switch req.Path {
+		case "/.well-known/core":
+			answer := links(`<coaps://127.0.0.1:1/crts>;rt=ace.est.crts,</odd/crts>;rt=ace.est.crts,</odd/sen>;rt=ace.est.sen,</odd/sren>;rt=ace.est.sren`)
+			return &answer
+		case "/odd/crts":
+			return &coap.Response{Code: codes.Content, ContentFormat: number(281), Body: []byte("roots")}
+		}
+		return &coap.Response{Code: codes.NotFound}
+	}
+	w := newWorld(t, nil, handler)
+	var warnings []string
+	cfg := w.config()
+	cfg.URI.Root, cfg.Discovery, cfg.Provisional = est.DefaultRoot, true, true
+	cfg.Warn = func(format string, args ...any) { warnings = append(warnings, fmt.Sprintf(format, args...)) }
+	session, err := coaps.Dial(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer session.Close()
+	response, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.CACerts})
+	if err != nil || string(response.Body) != "roots" {
+		t.Errorf("got %v, %v", response, err)
+	}
+	if _, err := session.RoundTrip(t.Context(), &est.Request{Operation: est.SimpleEnroll}); !errors.Is(err, est.ErrNotTrusted) {
+		t.Errorf("simpleenroll: %v", err)
+	}
+	for _, want := range []string{"/.well-known/est/crts", "/.well-known/core", "/odd/crts"} {
+		if got := <-asked; got != want {
+			t.Errorf("asked %s, want %s", got, want)
+		}
+	}
+	if len(asked) > 0 {
+		t.Errorf("asked %s too", <-asked)
+	}
+	if len(warnings) != 1 || !strings.Contains(warnings[0], `"coaps://127.0.0.1:1/crts" (another host or port)`) {
+		t.Errorf("warnings: %q", warnings)
 	}
 }
 
@@ -316,11 +484,11 @@ func TestDiscoveryUnanswered(t *testing.T) {
 	})
 }
 
-// Whatever a server lists: what is taken of it is a path that a URI of ours can
-// have, and what is said of it cannot steer a terminal.
+// Whatever a server lists: what is taken of it is a URI as an operator could give it, and what is said of it cannot steer a terminal.
 func FuzzDiscovery(f *testing.F) {
 	for _, seed := range []string{
 		`</est/crts>;rt="ace.est.crts",<coaps://est.example:5684/a>;rt="ace.est.sen",<a/../b>;rt=ace.est.sren`, `<//est.example/x>;rt=ace.est.crts`,
+		`<coaps://[2001:db8::2]:61617/est/crts>;rt=ace.est.crts,<//other.example/x>;rt=ace.est.sen,<coaps://[fe80::1%25eth0]/x>;rt=ace.est.att`,
 		`</a%2fb>;rt=ace.est.crts`, `<coap://[::1]/x>;rt=ace.est.crts;ct=287`, `<?x>;rt=ace.est.crts`,
 	} {
 		f.Add([]byte(seed))
@@ -334,10 +502,9 @@ func FuzzDiscovery(f *testing.F) {
 		if err != nil {
 			return
 		}
-		paths, ignored := coaps.Candidates(uri, links)
-		for _, path := range paths {
-			whole := est.URI{Scheme: uri.Scheme, Host: uri.Host, Port: uri.Port, Root: path}
-			if again, err := est.ParseURI(whole.String()); err != nil || again != whole {
+		found, ignored := coaps.Candidates(uri, links)
+		for _, whole := range found {
+			if again, err := est.ParseURI(whole.String()); err != nil || again != whole || whole.Scheme != est.SchemeCoAPs {
 				t.Errorf("%q: %s parses to %v, %v", document, whole, again, err)
 			}
 		}

@@ -2,13 +2,13 @@ package coaps
 
 import "estenroll/est"
 
-// Candidates are the paths that discovery would take, and what it ignores.
-func Candidates(of est.URI, links []est.Link) (paths, ignored []string) {
-	offered, ignored := candidates(of, links)
+// Candidates are the resources that discovery would take, and what it ignores.
+func Candidates(of est.URI, links []est.Link) (uris []est.URI, ignored []string) {
+	offered, ignored := candidates(of, links, true)
 	for _, resources := range offered {
 		for _, r := range resources {
-			paths = append(paths, r.path)
+			uris = append(uris, r.uri)
 		}
 	}
-	return paths, ignored
+	return uris, ignored
 }

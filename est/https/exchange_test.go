@@ -93,6 +93,30 @@ func TestPassword(t *testing.T) {
 	}
 }
 
+// A server may close the connection with its 401: the password is given on the next one,
+// and with each request after that.
+func TestPasswordOnAnotherConnection(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil, func(rw http.ResponseWriter, r *http.Request) {
+		if _, password, _ := r.BasicAuth(); password != "open sesame" {
+			rw.Header().Set("WWW-Authenticate", "Basic")
+			rw.Header().Set("Connection", "close")
+			rw.WriteHeader(http.StatusUnauthorized)
+		}
+	})
+	session := w.dial(t, func(c *https.Config) {
+		c.User, c.Password = "dev-17", func() ([]byte, error) { return []byte("open sesame"), nil }
+	})
+	for range 2 {
+		if _, err := ask(t, session, est.SimpleEnroll, []byte("csr")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if w.requests.Load() != 3 || w.listener.connections.Load() != 2 {
+		t.Errorf("%d requests on %d connections", w.requests.Load(), w.listener.connections.Load())
+	}
+}
+
 // A redirection is followed where it leads to the same server and to the same
 // request; another server gets no connection, so neither certificate nor password.
 func TestRedirection(t *testing.T) {
@@ -189,6 +213,8 @@ func TestTolerance(t *testing.T) {
 		"spaces":                 {certsOnlyType, " " + text[:10] + "\t " + text[10:], 200, est.ContentFormatPKCS7CertsOnly},
 		"no padding":             {certsOnlyType, strings.TrimRight(text, "="), 200, est.ContentFormatPKCS7CertsOnly},
 		"created":                {certsOnlyType, text, 201, est.ContentFormatPKCS7CertsOnly},
+		"by way of a proxy":      {certsOnlyType, text, 203, est.ContentFormatPKCS7CertsOnly},
+		"any other success":      {certsOnlyType, text, 299, est.ContentFormatPKCS7CertsOnly},
 		"accepted, and decided":  {certsOnlyType, text, 202, est.ContentFormatPKCS7CertsOnly},
 		"attributes":             {"application/csrattrs", text, 200, est.ContentFormatCSRAttrs},
 		"a generated key":        {"application/pkcs7-mime; smime-type=server-generated-key", text, 200, est.ContentFormatPKCS7ServerKey},
@@ -408,6 +434,7 @@ func TestHostileServer(t *testing.T) {
 		"a header without end": {endless("HTTP/1.1 200 OK\r\nX-Long: "), 0, "headers exceeded", false},
 		"interim without end":  {hijack(strings.Repeat("HTTP/1.1 103 Early Hints\r\nX-Long: "+strings.Repeat("x", 1000)+"\r\n\r\n", 100)), 0, "exceeded", false},
 		"nothing":              {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, 200 * time.Millisecond, "no answer in time", true},
+		"a slow header":        {slowHeader, 300 * time.Millisecond, "no answer in time", true},
 		"a slow body":          {slowly, 300 * time.Millisecond, "no answer in time", true},
 		"half a body":          {hijack("HTTP/1.1 200 OK\r\nContent-Type: application/pkcs7-mime\r\nContent-Length: 100\r\n\r\nQUJD"), 0, "unexpected EOF", true},
 		"no answer":            {hijack(""), 0, "EOF", true},
@@ -447,6 +474,20 @@ func TestHostileServer(t *testing.T) {
 				t.Errorf("not an answer: %T %v", err, err)
 			}
 		})
+	}
+}
+
+// slowHeader writes a header without an end, line by line.
+func slowHeader(rw http.ResponseWriter, _ *http.Request) {
+	conn, _, err := http.NewResponseController(rw).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for _, err = io.WriteString(conn, "HTTP/1.1 200 OK\r\n"); err == nil; <-tick.C {
+		_, err = io.WriteString(conn, "X: y\r\n")
 	}
 }
 

@@ -438,6 +438,8 @@ func (d *doctor) server(ctx context.Context, check *Check, c *estenroll.Credenti
 	}
 	contact, err := c.Contact(ctx)
 	switch {
+	case err == nil && contact.Server == nil:
+		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers the pre-shared key", cfg.ServerURI)
 	case err == nil:
 		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers %s, and its CA certificates vouch for it", cfg.ServerURI, contact.As)
 	case errors.Is(err, estenroll.ErrIDevID):
@@ -450,6 +452,8 @@ func (d *doctor) server(ctx context.Context, check *Check, c *estenroll.Credenti
 		check.fail("the handshake passes, and a larger answer does not: try a smaller block-size, and look at what lies between", fmt.Errorf("EST root: %w", err))
 	case contact.Connected:
 		check.fail("", fmt.Errorf("EST root: %w", err))
+	case errors.Is(err, est.ErrPSKUnanswered):
+		check.fail("", fmt.Errorf("handshake: %w", err))
 	case errors.Is(err, est.ErrFellSilent):
 		check.fail("small datagrams pass, so large ones do not (a firewall that loses fragments, an MTU), or the server does not like the certificate and says nothing: its log knows", fmt.Errorf("handshake: %w", err))
 	case errors.Is(err, est.ErrUnreachable):

@@ -39,6 +39,33 @@ const (
 	AlertInsufficientSecurity Alert = 71
 )
 
+// Suites with certificates and with pre-shared keys. RFC 9148 §3 makes
+// TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8 mandatory, RFC 7925 §4.2 its sister; the others are
+// for peers of another mind. All hash with SHA-256.
+var (
+	certificateSuites = []dtls.CipherSuiteID{
+		dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8,
+		dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM,
+		dtls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+	}
+	pskSuites = []dtls.CipherSuiteID{
+		dtls.TLS_PSK_WITH_AES_128_CCM_8,
+		dtls.TLS_PSK_WITH_AES_128_CCM,
+		dtls.TLS_PSK_WITH_AES_128_GCM_SHA256,
+	}
+)
+
+// suites are those that an end offers or accepts.
+func suites(cfg *Config) []dtls.CipherSuiteID {
+	switch {
+	case cfg.PSK != nil:
+		return pskSuites
+	case cfg.PSKs != nil:
+		return slices.Concat(certificateSuites, pskSuites)
+	}
+	return certificateSuites
+}
+
 // ErrKeyUnsuitable is a server that does not work with the kind of our key. It
 // accepts no signature that the key makes: measured, in DTLS 1.2 pion v3.1.15 has
 // an RSA key sign with PKCS #1 v1.5 only, never with PSS. Or it chose P-521 for the
@@ -77,6 +104,7 @@ type handshake struct {
 	signed atomic.Bool
 	// types of client certificates that the server asked for.
 	types []clientcertificate.Type
+	psk   []byte      // pion's callback gave it that
 	ours  atomic.Bool // Verify or our key ended it
 	// received counts the peer's datagrams.
 	received atomic.Int64
@@ -194,13 +222,7 @@ func (h *handshake) certificate(cfg *Config) *tls.Certificate {
 // dtlsOptions are common to both ends.
 func dtlsOptions(cfg *Config, verify func(*dtls.State) error) []dtls.Option {
 	return []dtls.Option{
-		// RFC 9148 §3: TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8 and secp256r1 are
-		// mandatory; the others are for peers of another mind.
-		dtls.WithCipherSuites(
-			dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM_8,
-			dtls.TLS_ECDHE_ECDSA_WITH_AES_128_CCM,
-			dtls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
-		),
+		dtls.WithCipherSuites(suites(cfg)...),
 		dtls.WithEllipticCurves(groups(cfg)...),
 		// RFC 9148 §3, RFC 7925 §16: extended master secret.
 		dtls.WithExtendedMasterSecret(dtls.RequireExtendedMasterSecret),
@@ -270,6 +292,9 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	}
 	shake := &handshake{recorder: newRecorder(), p521: slices.Contains(groups(&cfg), groupP521)}
 	options := dtlsOptions(&cfg, func(state *dtls.State) (err error) {
+		if cfg.PSK != nil {
+			return nil // the server has the key: its Finished says so
+		}
 		if shake.peer, err = parsePeer(state); err == nil {
 			err = cfg.Verify(shake.peer)
 			shake.ours.Store(err != nil)
@@ -278,10 +303,20 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	})
 	// Not WithCertificates: pion silently drops a certificate that the server's
 	// list of CAs does not name.
-	options = append(options, dtls.WithGetClientCertificate(func(asked *dtls.CertificateRequestInfo) (*tls.Certificate, error) {
-		shake.types = asked.CertificateTypes
-		return shake.certificate(&cfg), nil
-	}))
+	if cfg.PSK == nil {
+		options = append(options, dtls.WithGetClientCertificate(func(asked *dtls.CertificateRequestInfo) (*tls.Certificate, error) {
+			shake.types = asked.CertificateTypes
+			return shake.certificate(&cfg), nil
+		}))
+	} else {
+		options = append(options, dtls.WithPSKIdentityHint([]byte(cfg.PSKIdentity)), dtls.WithPSK(func([]byte) ([]byte, error) {
+			key, err := cfg.PSK()
+			shake.psk = key
+			shake.ours.Store(err != nil)
+			return key, err
+		}))
+		defer func() { clear(shake.psk) }() // of what pion copies, its garbage is the rest
+	}
 	options = append(options, dtls.WithKeyLogWriter(shake.recorder))
 	if cfg.ServerName != "" {
 		options = append(options, dtls.WithServerName(cfg.ServerName))
@@ -302,7 +337,7 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	}
 	shake.done.Store(true)
 	c := newConn(conn, cfg, nil)
-	c.peer, c.authenticated, c.keyTypes = shake.peer, shake.signed.Load(), shake.types
+	c.peer, c.authenticated, c.keyTypes = shake.peer, shake.signed.Load() || cfg.PSK != nil, shake.types
 	c.binding, c.unbound = shake.recorder.tlsUnique()
 	c.start()
 	return c, nil
@@ -383,12 +418,13 @@ func timedOut(err error) error {
 	return err
 }
 
-// PeerCertificates is the chain that the peer presented and Verify accepted, leaf first.
+// PeerCertificates is the chain that the peer presented and Verify accepted, leaf first;
+// none where a pre-shared key stands for both ends.
 func (c *Conn) PeerCertificates() []*x509.Certificate { return c.peer }
 
 // ClientAuthenticated reports whether the server of a dialled connection asked
-// for a certificate and ours was sent and proven in a full handshake. There is
-// no other kind of handshake here: sessions are not resumed.
+// for a certificate and ours was sent and proven in a full handshake, or Config.PSK
+// was. There is no other kind of handshake here: sessions are not resumed.
 func (c *Conn) ClientAuthenticated() bool { return c.authenticated }
 
 // AcceptsKey reports whether the server of a dialled connection would take a
@@ -416,7 +452,18 @@ func serverOptions(cfg *Config) []dtls.ServerOption {
 			return shake.certificate(cfg), nil
 		}),
 	}
+	if cfg.PSKs != nil {
+		options = append(options, dtls.WithPSK(func(identity []byte) ([]byte, error) {
+			if key, known := cfg.PSKs(string(identity)); known {
+				return key, nil
+			}
+			return nil, errUnknownPSK
+		}))
+	}
 	for _, option := range dtlsOptions(cfg, func(state *dtls.State) error {
+		if slices.Contains(pskSuites, state.CipherSuiteID) {
+			return nil
+		}
 		peer, err := parsePeer(state)
 		if err != nil {
 			return err
@@ -448,10 +495,15 @@ func accept(s *socket, options []dtls.ServerOption) (*accepted, error) {
 	return &accepted{conn, recorder}, nil
 }
 
-// client is who is at the other end of a server's connection.
+// errUnknownPSK is an identity that a server has no key for.
+var errUnknownPSK = errors.New("unknown PSK identity")
+
+// client is who is at the other end of a server's connection: a certificate's owner, or
+// that of a pre-shared key.
 type client struct {
-	chain   []*x509.Certificate
-	binding []byte // nil where it is not known
+	chain    []*x509.Certificate
+	identity string
+	binding  []byte // nil where it is not known
 }
 
 // shake completes a server's handshake.
@@ -465,7 +517,9 @@ func (a *accepted) shake(ctx context.Context, cfg *Config) (c client, err error)
 	if !ok {
 		return c, errors.New("DTLS handshake: no state")
 	}
-	if c.chain, err = parsePeer(&state); err != nil {
+	if slices.Contains(pskSuites, state.CipherSuiteID) {
+		c.identity = string(state.IdentityHint)
+	} else if c.chain, err = parsePeer(&state); err != nil {
 		return c, err
 	}
 	if c.binding, err = a.recorder.tlsUnique(); err != nil {

@@ -1,8 +1,8 @@
 // Package coap is one CoAP connection over DTLS 1.2: the handshake with a key
 // that may be in an HSM, confirmable exchanges (RFC 7252), and block-wise
 // transfer of a request and its response (RFC 7959, RFC 9175), for a client and
-// for a server. It knows nothing of EST. It refuses plain CoAP, pre-shared
-// keys, observation and proxies.
+// for a server. It knows nothing of EST. It refuses plain CoAP, observation and
+// proxies.
 //
 // Of go-coap it uses the message codec and not the connection. Measured with
 // go-coap v3.8.0: a request that is given up after its last retransmission, and
@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/plgd-dev/go-coap/v3/message"
 	"github.com/plgd-dev/go-coap/v3/message/codes"
@@ -40,6 +41,15 @@ type Config struct {
 	// ServerName is sent as SNI by a client. Empty sends none, which is right
 	// for an IP literal (RFC 6066 §3).
 	ServerName string
+
+	// PSK is a pre-shared key by which a client and its server know each other, in the
+	// place of certificates (RFC 4279): Verify is not asked then. It is called in the
+	// handshake, and what it returns is cleared. Default: certificates.
+	PSK         func() ([]byte, error)
+	PSKIdentity string // which key it is, for the server: at most 128 bytes of UTF-8
+	// PSKs has a server accept pre-shared keys too: it returns a copy of the key with an
+	// identity, which is cleared. Default: certificates alone.
+	PSKs func(identity string) (key []byte, known bool)
 
 	// Verify judges the peer's chain, leaf first: trust, name, key usage and
 	// time are all the caller's, because pion/dtls knows only the wall clock.
@@ -84,6 +94,9 @@ type Config struct {
 	Logger *slog.Logger
 }
 
+// maxPSKIdentity is what each implementation must support (RFC 4279 §5.3).
+const maxPSKIdentity = 128
+
 // maxConfigBody keeps a body's last block number within the 20 bits that an
 // option has at the smallest block size (RFC 7959 §2.2).
 const maxConfigBody = 16 << 20
@@ -91,6 +104,9 @@ const maxConfigBody = 16 << 20
 func (cfg Config) withDefaults() (Config, error) {
 	if cfg.Verify == nil {
 		return cfg, errors.New("configuration: Verify: missing")
+	}
+	if cfg.PSK != nil && (cfg.Key != nil || cfg.PSKIdentity == "" || len(cfg.PSKIdentity) > maxPSKIdentity || !utf8.ValidString(cfg.PSKIdentity)) {
+		return cfg, fmt.Errorf("configuration: PSK: want an identity of 1 to %d bytes of UTF-8, and no certificate", maxPSKIdentity)
 	}
 	if (len(cfg.Certificate) == 0) != (cfg.Key == nil) {
 		return cfg, errors.New("configuration: Certificate and Key: one without the other")
@@ -153,8 +169,10 @@ type Request struct {
 	Accept        *uint16
 	Body          []byte
 
-	// Peer is the client's verified chain, leaf first. A server sets it.
-	Peer []*x509.Certificate
+	// Peer is the client's verified chain, leaf first. A server sets it, or else
+	// PSKIdentity where the client has shown a pre-shared key.
+	Peer        []*x509.Certificate
+	PSKIdentity string
 	// ChannelBinding is the connection's tls-unique. A server sets it.
 	ChannelBinding []byte
 }

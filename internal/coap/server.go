@@ -268,7 +268,7 @@ func (r *responder) request(m *message.Message) {
 	r.handle(m, key, &Request{
 		Method: m.Code, Host: o.host, Port: o.port,
 		Path: "/" + strings.Join(o.path, "/"), Query: o.query,
-		ContentFormat: o.contentFormat, Accept: o.accept, Body: body, Peer: r.client.chain, ChannelBinding: r.client.binding,
+		ContentFormat: o.contentFormat, Accept: o.accept, Body: body, Peer: r.client.chain, PSKIdentity: r.client.identity, ChannelBinding: r.client.binding,
 	}, wanted, o.block1)
 }
 
