@@ -3,6 +3,7 @@ package estenroll
 import (
 	"context"
 	"crypto"
+	"crypto/sha256"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -285,6 +286,8 @@ func (c *Credential) securityWith(object *lwm2m.SecurityObject, key, cert engine
 		set(implicit[0].Raw, lwm2m.MatchExact, &usage)
 	case len(c.cfg.AnchorFingerprints) > 0:
 		set(c.cfg.AnchorFingerprints[0][:], lwm2m.MatchSHA256, &usage)
+	case c.cfg.PSK: // the server shows its certificate when the new one is proven: until then nobody's stands for it
+		set(make([]byte, sha256.Size), lwm2m.MatchSHA256, &usage)
 	}
 	next.Set(c.cfg.Security.Instance, instance)
 	return next

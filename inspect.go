@@ -330,7 +330,7 @@ func (ci *CredentialInspection) Contact(ctx context.Context) (*Contact, error) {
 	if err != nil {
 		return new(Contact), err
 	}
-	contact := &Contact{As: auth.String()}
+	contact := &Contact{As: ci.c.showing(auth)}
 	defer ci.c.asksAnew()()
 	session, err := ci.c.dial(ctx, auth)
 	if err != nil {

@@ -69,7 +69,7 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 		}
 		return c.fallBack(ctx, cause, unproven) // the token has lost the old one: nobody accepts it
 	}
-	if old.leaf() == nil {
+	if old.leaf() == nil && !c.byPSK(old) {
 		// There is no other pair to be accepted: until it expires, or the operator
 		// cancels, this one may be.
 		return &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w", ErrUnproven, why)}
@@ -79,10 +79,10 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 		return ctx.Err()
 	}
 	if verdictOnOld == accepted {
-		c.say(StepProve, "the server accepts the %s certificate: the new one is removed", old.name)
+		c.say(StepProve, "the server accepts %s: the new one is removed", c.showing(old))
 		return c.discard(ctx, cause)
 	}
-	unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; the %s certificate is %s too: %w", ErrUnproven, why, old.name, verdictOnOld, whyOld)}
+	unproven := &StepError{Step: StepProve, Err: fmt.Errorf("%w: %w; %s is %s too: %w", ErrUnproven, why, c.showing(old), verdictOnOld, whyOld)}
 	if verdictOnOld == undecided || op.Kind == KindEnroll || c.cfg.NoFallback {
 		return unproven
 	}

@@ -92,7 +92,7 @@ type Session interface {
 	// answer an error for which errors.Is(err, ErrUnreachable) holds, an operation that
 	// the transport does not have one that wraps errors.ErrUnsupported. It MUST NOT
 	// send the request again on its own, other than as the transport's own
-	// retransmission of one message.
+	// retransmission of one message, or when the answer says that nothing was done with it.
 	RoundTrip(ctx context.Context, req *Request) (*Response, error)
 	// PeerChain returns the chain the server sent in this session, leaf first; none where
 	// it has shown a pre-shared key in its place.

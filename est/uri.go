@@ -59,6 +59,10 @@ func ParseURI(s string) (URI, error) {
 		return wrong("it has no host")
 	}
 	result := URI{Scheme: u.Scheme, Host: u.Hostname(), Port: defaultPorts[u.Scheme], Root: strings.TrimSuffix(u.Path, "/")}
+	if address, err := netip.ParseAddr(result.Host); err == nil && address.Zone() != "" {
+		// Which link it is means something to one machine alone, and to no certificate.
+		return wrong("its address has a zone, as link-local addresses need: give the server a name, or an address without")
+	}
 	if !validHost(result.Host) {
 		return wrong("its host is neither a DNS name nor an IP address")
 	}

@@ -17,6 +17,17 @@ import (
 	"estenroll/testserver"
 )
 
+// taken is the address of a UDP port that somebody has.
+func taken(t *testing.T) string {
+	t.Helper()
+	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn.LocalAddr().String()
+}
+
 func TestNewRefuses(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
@@ -34,6 +45,10 @@ func TestNewRefuses(t *testing.T) {
 		{"negative backdate", testserver.Config{Backdate: -time.Second}, "whole seconds"},
 		{"a password without a door for it", testserver.Config{HTTPUser: "dev"}, "no HTTPS door"},
 		{"a link that a raw server does not know", testserver.Config{Raw: true, RequirePoP: true}, "does not know what links a CSR"},
+		{"a pre-shared key that a raw server does not ask for", testserver.Config{Raw: true, PSKs: map[string][]byte{"dev": []byte("key")}}, "a raw server wants certificates"},
+		{"a second door of a raw server", testserver.Config{Raw: true, ListenLinked: "127.0.0.1:0"}, "a raw server has one"},
+		{"a second door for everybody", testserver.Config{ListenLinked: "0.0.0.0:0"}, "not a loopback address"},
+		{"a port in use", testserver.Config{ListenLinked: taken(t)}, "address already in use"},
 		{"faults that contradict", testserver.Config{Faults: testserver.Faults{Expired: true, NotYetValid: true}}, "cannot be both"},
 		{"too many other CAs", testserver.Config{OtherCAs: 33}, "not from 0 to 32"},
 		{"a label that is an operation", testserver.Config{Labels: []string{"sen"}}, "that is no operation"},

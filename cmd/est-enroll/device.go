@@ -144,8 +144,9 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 // idevid is the factory credential, or none: then there must be what takes its place.
 func (s *settings) idevid() (at estenroll.IDevID, err error) {
 	if s.noIDevID {
-		if !strings.HasPrefix(s.server, est.SchemeHTTPS+":") || s.httpUser == "" || s.subject == "" {
-			return at, errors.New("no-idevid: it wants a server of https://, http-user and subject")
+		byPassword := strings.HasPrefix(s.server, est.SchemeHTTPS+":") && s.httpUser != ""
+		if !byPassword && !s.bootstraps() || s.subject == "" {
+			return at, errors.New("no-idevid: it wants subject, and a server of https:// with http-user or of coaps:// with psk-identity")
 		}
 		return at, nil
 	}
@@ -168,6 +169,9 @@ var requiredSettings = []string{"engine", "server", "trust-anchors"}
 func (s *settings) required() error {
 	var missing []string
 	for name, value := range map[string]string{"engine": s.engine, "server": s.server, "trust-anchors": s.trustAnchors} {
+		if name == "trust-anchors" && s.noIDevID && s.bootstraps() {
+			continue // the server that knows the key says whom to trust, and nothing refers to an anchor before
+		}
 		if value == "" && (name != "trust-anchors" || len(s.anchorFingerprints) == 0) { // which vouch for a root too
 			missing = append(missing, name)
 		}
@@ -176,6 +180,11 @@ func (s *settings) required() error {
 		return fmt.Errorf("missing settings: %s", strings.Join(slices.Sorted(slices.Values(missing)), ", "))
 	}
 	return nil
+}
+
+// bootstraps reports whether a pre-shared key authenticates the first boot.
+func (s *settings) bootstraps() bool {
+	return strings.HasPrefix(s.server, est.SchemeCoAPs+":") && s.pskIdentity != ""
 }
 
 // inRange refuses numbers that would only fail later, or that mean nothing.

@@ -91,9 +91,13 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitRefused, "EST is not at that path: check label and the path in server"}
 	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts:
 		return judgement{exitRefused, "EST is not at that path: check label and the path in server; --discovery on asks the server where it is"}
+	case errors.As(err, &status) && status.NotFound && status.Operation == est.ServerKeyGen:
+		return judgement{exitRefused, "this server makes no keys: leave server-keygen out, and the token generates them"}
 	case errors.As(err, &response) && response.Operation == est.CSRAttrs:
 		return judgement{exitRefused, "ask the people of the server about its CSR attributes; --csr-attributes off asks for what is configured"}
-	case errors.As(err, &status) && !status.Temporary(), errors.As(err, &response):
+	case errors.As(err, &status) && status.Temporary():
+		return judgement{exitTryLater, "the server has a problem of its own, which its log knows: the key and the request are kept for the next run"}
+	case errors.As(err, &status), errors.As(err, &response):
 		return judgement{exitRefused, "ask the people of the EST server; the record of the attempt is in est-enroll status"}
 	case errors.Is(err, agent.ErrExport):
 		return judgement{exitTryLater, "the token and the state are right: make export-dir a directory that this user can write to, with room, and move away what else has the credential's name there; the next run puts the files right"}
@@ -196,7 +200,8 @@ var judgements = []struct {
 	{engine.ErrLocked, judgement{exitTryLater, "wait for the other program, or give it longer with --lock-timeout"}},
 	{estenroll.ErrKeyNamed, judgement{exitUsage, "leave key out, and rekey generates one and leaves this one alone; without --rekey its certificate is renewed"}},
 	{estenroll.ErrKeyWanted, judgement{exitRefused, "ask the people of the server for a kind of key that this device has, or insist on key-type with --csr-attributes off"}},
-	{csr.ErrNoValue, judgement{exitRefused, "set subject, with what the server leaves to the device; --csr-attributes off asks for what is configured"}},
+	{csr.ErrNoValue, judgement{exitRefused, "set subject and san, with what the server leaves to the device; --csr-attributes off asks for what is configured"}},
+	{csr.ErrSignature, judgement{exitRefused, "ask the people of the server for a signature that this token makes: pkcs11-tool --module MODULE --list-mechanisms; --csr-attributes off signs as it is configured"}},
 	{estenroll.ErrNoPoP, judgement{exitRefused, "this transport cannot link a CSR to its session: --pop off, if the server does without"}},
 	{estenroll.ErrKeyPolicy, judgement{exitToken, "leave key out, and a key that is not extractable is generated; or insist on this one with --allow-extractable"}},
 	{estenroll.ErrKey, judgement{exitToken, "check key against: pkcs11-tool --module MODULE --login --list-objects"}},

@@ -154,7 +154,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	flags.StringVar(&s.idevidKey, "idevid-key", "pkcs11:object=idevid;type=private", "engine `address` of the factory key (IDevID)")
 	flags.StringVar(&s.idevidCert, "idevid-certificate", "pkcs11:object=idevid;type=cert", "engine `address` of the factory certificate")
 	flags.StringVar(&s.idevidChain, "idevid-chain", "", "`file` with the certificates to send after the factory certificate")
-	flags.BoolVar(&s.noIDevID, "no-idevid", false, "the device has no factory credential: to an https:// server http-user and its password alone authenticate the first boot, and the way back from an expired certificate; it wants a subject")
+	flags.BoolVar(&s.noIDevID, "no-idevid", false, "the device has no factory credential: to an https:// server http-user and its password, to a coaps:// server psk-identity and its key, alone authenticate the first boot, and the way back from an expired certificate; it wants a subject")
 	flags.StringVar(&s.subject, "subject", "", "Subject to ask for, RFC 4514: CN=dev-17,O=Example (default: the IDevID's)")
 	flags.StringArrayVar(&s.san, "san", nil, "SAN to ask for, repeatable: DNS:…, IP:…, URI:…, hwModuleName:<oid>;<hex serial>")
 	flags.StringArrayVar(&s.keyUsage, "key-usage", nil, "key usage to ask for, `names` with commas, repeatable: digitalSignature, contentCommitment, keyEncipherment, dataEncipherment, keyAgreement, encipherOnly, decipherOnly")

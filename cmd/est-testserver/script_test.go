@@ -94,5 +94,12 @@ func serve(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Setenv("HTTPS_URI", strings.TrimSpace(uri))
 		line += second
 	}
+	if slices.Contains(args, "--listen-linked") {
+		linked, err := lines.ReadString('\n')
+		if err != nil {
+			ts.Fatalf("est-testserver serve: %q, %v\n%s", linked, err, stderr.String())
+		}
+		line += linked
+	}
 	fmt.Fprintf(ts.Stdout(), "%s", line)
 }

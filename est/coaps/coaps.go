@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -24,7 +25,10 @@ const (
 	codeGET                coap.Code = 0x01
 	codePOST               coap.Code = 0x02
 	codeUnauthorized       coap.Code = 4<<5 | 1
+	codeBadOption          coap.Code = 4<<5 | 2
 	codeNotFound           coap.Code = 4<<5 | 4
+	codeNotAcceptable      coap.Code = 4<<5 | 6
+	codeTooManyRequests    coap.Code = 4<<5 | 29 // RFC 8516 §3
 	codeServiceUnavailable coap.Code = 5<<5 | 3
 )
 
@@ -289,6 +293,9 @@ func (s *Session) exchange(ctx context.Context, req *est.Request) (*est.Response
 		request.Method, request.ContentFormat, request.Body = codePOST, &format, req.Body
 	}
 	response, err := s.conn.Do(ctx, request)
+	if err == nil && otherwise(request, formats(req.Operation), response.Code) {
+		response, err = s.conn.Do(ctx, request)
+	}
 	if isWrongAnswer(err) {
 		return nil, &est.ResponseError{Operation: req.Operation, Err: err}
 	}
@@ -296,6 +303,27 @@ func (s *Session) exchange(ctx context.Context, req *est.Request) (*est.Response
 		return nil, fmt.Errorf("%s at %s: %w", req.Operation, server, classify(ctx, err))
 	}
 	return interpret(req.Operation, server, response)
+}
+
+// otherwise has a request ask for the answer in another way, once, after a server has
+// said that it has none in this one, so that it has done nothing: 4.06 in the other
+// format, and without Accept, which then is left to it, if that is an option that it does
+// not know (4.02; RFC 7252 §5.4.1, §5.10.4). RFC 9148 §4.3 wants 281 of each server; older
+// ones have 287 alone.
+func otherwise(request *coap.Request, formats []est.ContentFormat, code coap.Code) bool {
+	switch {
+	case code == codeBadOption:
+		request.Accept = nil
+		return true
+	case code == codeNotAcceptable && len(formats) > 1:
+		other := uint16(formats[1])
+		if *request.Accept == other {
+			other = uint16(formats[0])
+		}
+		request.Accept = &other
+		return true
+	}
+	return false
 }
 
 // formats are those that an answer may have, the one to ask for without a choice
@@ -321,7 +349,7 @@ func isWrongAnswer(err error) bool {
 // interpret maps a CoAP response to EST (RFC 9148 §4.5, §4.7).
 func interpret(operation est.Operation, server string, response *coap.Response) (*est.Response, error) {
 	switch class := int(response.Code) >> 5; {
-	case response.Code == codeServiceUnavailable:
+	case response.Code == codeServiceUnavailable, response.Code == codeTooManyRequests:
 		pending := est.NewPendingError(operation, server, retryAfter(response.MaxAge))
 		pending.Detail = est.NewDetail(response.Body)
 		return nil, pending
@@ -344,9 +372,14 @@ func retryAfter(maxAge *uint32) time.Duration {
 	return time.Duration(*maxAge) * time.Second
 }
 
-// codeText prints a code as the RFC does: "4.03 Forbidden".
+// codeText prints a code as the RFC does: "4.03 Forbidden". go-coap v3.8.0 has no name for
+// those of later RFCs, such as 4.08.
 func codeText(code coap.Code) string {
-	return fmt.Sprintf("%d.%02d %s", code>>5, code&0x1f, code)
+	number, name := fmt.Sprintf("%d.%02d", code>>5, code&0x1f), code.String()
+	if strings.HasPrefix(name, "Code(") {
+		return number
+	}
+	return number + " " + name
 }
 
 // PeerChain implements est.Session: none where a pre-shared key stands for both ends.

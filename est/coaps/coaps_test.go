@@ -94,12 +94,18 @@ func newWorld(t *testing.T, verifyClient func([]*x509.Certificate) error, handle
 // certificate is for, and returns its URI and what ends it.
 func (w *world) serve(t *testing.T, cfg coap.Config, handler coap.Handler, addresses ...net.IP) (est.URI, func()) {
 	t.Helper()
+	return w.serveAt(t, net.JoinHostPort(addresses[0].String(), "0"), cfg, handler, addresses...)
+}
+
+// serveAt is serve at another address.
+func (w *world) serveAt(t *testing.T, at string, cfg coap.Config, handler coap.Handler, addresses ...net.IP) (est.URI, func()) {
+	t.Helper()
 	server := newParty(t, w.ca, "server", func(c *x509.Certificate) { c.IPAddresses = addresses })
 	if cfg.Verify == nil {
 		cfg.Verify = func([]*x509.Certificate) error { return nil }
 	}
 	cfg.Certificate, cfg.Key, cfg.AckTimeout = [][]byte{server.cert.Raw}, server.key, 100*time.Millisecond
-	listening, err := coap.Listen(net.JoinHostPort(addresses[0].String(), "0"), cfg)
+	listening, err := coap.Listen(at, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

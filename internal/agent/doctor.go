@@ -288,7 +288,7 @@ func (d *doctor) pair(ctx context.Context, check *Check, c *estenroll.Credential
 	case never && status.Pending != nil:
 		check.Text = "the first boot has begun"
 	case never:
-		check.Text = "the password is for the first boot, there is no IDevID"
+		check.Text = "what the server knows of it is for the first boot, there is no IDevID"
 		if idevid != nil {
 			check.Text = fmt.Sprintf("the IDevID, valid until %s, is there for the first boot", stamp(idevid.NotAfter))
 		}
@@ -439,7 +439,7 @@ func (d *doctor) server(ctx context.Context, check *Check, c *estenroll.Credenti
 	contact, err := c.Contact(ctx)
 	switch {
 	case err == nil && contact.Server == nil:
-		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers the pre-shared key", cfg.ServerURI)
+		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers %s", cfg.ServerURI, contact.As)
 	case err == nil:
 		check.Text = fmt.Sprintf("path, handshake and EST root: %s answers %s, and its CA certificates vouch for it", cfg.ServerURI, contact.As)
 	case errors.Is(err, estenroll.ErrIDevID):

@@ -11,8 +11,10 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/pion/dtls/v3"
 	"github.com/pion/dtls/v3/pkg/crypto/clientcertificate"
@@ -276,7 +278,8 @@ func parsePeer(state *dtls.State) ([]*x509.Certificate, error) {
 }
 
 // Dial connects to addr, "host:port", and completes the handshake. A failure of
-// it is a *HandshakeError.
+// it is a *HandshakeError. Of a host with several addresses, such as one of each version
+// of IP, the next is tried where one answers nothing: datagrams do not show it sooner.
 func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -284,9 +287,56 @@ func Dial(ctx context.Context, addr string, cfg Config) (*Conn, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, cfg.HandshakeTimeout)
 	defer cancel()
+	addresses, err := resolve(ctx, addr)
+	if err != nil {
+		return nil, &HandshakeError{Addr: addr, Err: timedOut(err)}
+	}
+	return dialEach(ctx, addr, addresses, cfg)
+}
 
+// dialEach tries the addresses of a host, each for its share of the time that is left.
+func dialEach(ctx context.Context, addr string, addresses []string, cfg Config) (*Conn, error) {
+	deadline, _ := ctx.Deadline()
+	for i := 0; ; i++ {
+		share := time.Until(deadline) / time.Duration(len(addresses)-i)
+		conn, err := dial(ctx, addr, addresses[i], share, cfg)
+		var handshake *HandshakeError
+		if err == nil || i == len(addresses)-1 || ctx.Err() != nil || !errors.As(err, &handshake) || handshake.Answered {
+			return conn, err
+		}
+	}
+}
+
+// maxAddresses bounds those of a host that are tried.
+const maxAddresses = 4
+
+// resolve returns the addresses of a "host:port", at least one, in the order in which the
+// system prefers them (RFC 6724).
+func resolve(ctx context.Context, addr string) ([]string, error) {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := netip.ParseAddr(host); err == nil {
+		return []string{addr}, nil
+	}
+	hosts, err := net.DefaultResolver.LookupHost(ctx, host)
+	if err != nil {
+		return nil, err
+	}
+	addresses := make([]string, min(len(hosts), maxAddresses))
+	for i := range addresses {
+		addresses[i] = net.JoinHostPort(hosts[i], port)
+	}
+	return addresses, nil
+}
+
+// dial connects to one address of a host.
+func dial(ctx context.Context, addr, at string, timeout time.Duration, cfg Config) (*Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
 	var dialer net.Dialer
-	udp, err := dialer.DialContext(ctx, "udp", addr)
+	udp, err := dialer.DialContext(ctx, "udp", at)
 	if err != nil {
 		return nil, &HandshakeError{Addr: addr, Err: timedOut(err)}
 	}

@@ -73,3 +73,14 @@ func Recorded(datagram []byte, client bool) int {
 	_, _ = r.tlsUnique() // of one datagram: never whole
 	return kept
 }
+
+// DialEach connects to a host that has these addresses.
+func DialEach(ctx context.Context, addr string, addresses []string, cfg Config) (*Conn, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, cfg.HandshakeTimeout)
+	defer cancel()
+	return dialEach(ctx, addr, addresses, cfg)
+}
