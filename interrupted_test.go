@@ -36,8 +36,9 @@ var stories = []story{
 	// The server wants another key than the one that is there when it is asked, and a
 	// CSR that is linked to its session: the key is replaced, the CSR made in each.
 	{"wanted", nil, (*device).enroll, 1, 1, 2, testserver.Config{CSRAttributes: wanting(csr.WantChallengePassword(), wantedKey("EC", "P-384")), RequirePoP: true}},
-	// The server makes the key.
-	{"skg", nil, (*device).enrollWithServerKey, 1, 1, 1, testserver.Config{ServerKeyGen: true}},
+	// The server makes the key. Most points are those of the others, and TestCrash has
+	// them all.
+	{"skg", nil, (*device).enrollWithServerKey, 1, 1, 3, testserver.Config{ServerKeyGen: true}},
 	// A renewal through a rollover that the device has slept through, with the trust
 	// anchors in the token. It is the last: the others' devices trust the first root.
 	{"rollover", []func(*device) (*estenroll.Result, error){(*device).newRoot, (*device).enroll, (*device).sleepThroughRollover}, (*device).renew, 2, 2, 2, testserver.Config{}},

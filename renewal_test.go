@@ -43,7 +43,7 @@ type renewing struct {
 func newRenewing(t *testing.T, name string, lifetime time.Duration, configure func(*device)) *renewing {
 	t.Helper()
 	r := &renewing{clock: newStopped()}
-	r.device = newSite(t, testserver.Config{Lifetime: lifetime, Now: func() time.Time { return r.clock.now().Add(-time.Duration(r.behind.Load())) }}).device(t, name)
+	r.device = newSite(t, testserver.Config{Lifetime: lifetime, ServerKeyGen: true, Now: func() time.Time { return r.clock.now().Add(-time.Duration(r.behind.Load())) }}).device(t, name)
 	r.device.now = r.clock.now
 	r.hook = func(when, call string) error {
 		if call != "Dial" || when != "before" {

@@ -125,9 +125,8 @@ func (c *Credential) keyOfAnswer(session est.Session, request *x509.CertificateR
 }
 
 // importKey puts the key that the server has made into the token, at the address that
-// the journal names beside its certificate, and clears it.
+// the journal names beside its certificate.
 func (c *Credential) importKey(ctx context.Context, made *est.ServerKey) error {
-	defer made.Clear()
 	op := c.journal.Operation
 	err := c.timed(StepImport, func() (string, error) {
 		importer, err := c.importer()

@@ -97,6 +97,30 @@ func TestServerKey(t *testing.T) {
 	}
 }
 
+// A rekey that the policy chooses, and an enrolment after the end of the certificate,
+// are with a key of the server too; where the token takes none any more, the current key
+// is renewed.
+func TestServerKeyByPolicy(t *testing.T) {
+	r := newRenewing(t, "policy", 90*day, func(d *device) { d.cfg.ServerKeyGen, d.cfg.Policy.RekeyEvery = true, 1 })
+	made := func(kind estenroll.Kind, operation string) {
+		t.Helper()
+		if result := must(t, r.renewDue); result.Kind != kind || !slices.Contains(r.operations(), operation) {
+			t.Errorf("%s, asked %q, want %s with %s", result.Kind, r.operations(), kind, operation)
+		}
+		r.tidy(2)
+	}
+	r.dueNow()
+	made(estenroll.KindRekey, "skg")
+	r.clock.advance(100 * day)
+	made(estenroll.KindEnroll, "skg")
+	r.dueNow()
+	r.hook = after(1, "before CanImportKey", func() error { return &engine.Error{Op: "import key", Err: engine.ErrUnsupported} })
+	made(estenroll.KindRenew, "sren")
+	if status := r.status(); !status.Current.ServerMade || status.FailedRekey == nil {
+		t.Errorf("status %+v", status)
+	}
+}
+
 // Whatever was configured, the type of key in the CSR is what the server makes, and
 // what it wants itself stands before it. It is linked to the session like any other.
 func TestServerKeyType(t *testing.T) {
@@ -104,7 +128,6 @@ func TestServerKeyType(t *testing.T) {
 		configured, want engine.Algorithm
 		server           testserver.Config
 	}{
-		"the default":                 {"", engine.ECP256, testserver.Config{}},
 		"a configured curve":          {engine.ECP384, engine.ECP384, testserver.Config{}},
 		"a configured modulus":        {engine.RSA2048, engine.RSA2048, testserver.Config{}},
 		"what the server wants":       {engine.ECP256, engine.ECP521, testserver.Config{CSRAttributes: wanting(wantedKey("EC", "P-521"))}},
@@ -358,6 +381,32 @@ func TestServerKeyHalfImported(t *testing.T) {
 		t.Errorf("issued %d, events %v", d.issued(), d.events)
 	}
 	d.tidy(1)
+}
+
+// What a person ends between the answer and the certificate's place in the token leaves
+// nothing, whether the key was there already or not.
+func TestServerKeyCancelled(t *testing.T) {
+	site := newSite(t, testserver.Config{ServerKeyGen: true})
+	for _, point := range []string{"before ImportKey", "after ImportKey"} {
+		d := site.serverKeyDevice(t, "cancelled")
+		d.hook = func(when, call string) error {
+			if when+" "+call == point {
+				panic(killed{point})
+			}
+			return nil
+		}
+		if _, err := d.enroll(); err == nil {
+			t.Fatal("not killed")
+		}
+		d.hook = nil
+		var ended *estenroll.Cancellation
+		if err := d.run(func(c *estenroll.Credential) (err error) { ended, err = c.Cancel(d.ctx); return err }); err != nil || ended.Step != estenroll.StepImport {
+			t.Errorf("%s: %+v, %v", point, ended, err)
+		}
+		if len(d.objects()) != 0 || d.journal().Operation != nil {
+			t.Errorf("%s: left %q and %+v", point, d.objects(), d.journal().Operation)
+		}
+	}
 }
 
 // The setting is changed while a request is pending: it is begun anew as it is set.

@@ -190,7 +190,8 @@ type CertificateStore interface {
 	// key's identifier and the key's label plus a short fingerprint; a chain
 	// certificate's never carries the key's identifier, and is that of the same
 	// certificate where the token holds it already. It writes nothing, and the
-	// same input gives the same answer after a crash.
+	// same input gives the same answer after a crash. A key of NewKeyAddress need not
+	// be there yet.
 	CertificateAddresses(ctx context.Context, key Address, chain []*x509.Certificate) ([]Address, error)
 
 	// StoreCertificates creates the certificates that the token does not hold

@@ -48,7 +48,7 @@ func TestWithoutCgo(t *testing.T) {
 		args []string
 	}{
 		{"enrolled: ", []string{"enroll"}}, {"nothing to do: ", []string{"enroll"}}, {"renewed: ", []string{"renew", "--force"}},
-		{"rekeyed: ", []string{"renew", "--force", "--rekey", "--key-type", "ec-p384"}}, {"renewed: ", []string{"renew", "--force"}}, {"state: +enrolled", []string{"status"}},
+		{"rekeyed: ", []string{"renew", "--force", "--rekey", "--key-type", "ec-p384"}}, {"rekeyed: ", []string{"renew", "--force", "--rekey", "--server-keygen"}}, {"renewed: ", []string{"renew", "--force"}}, {"state: +enrolled", []string{"status"}},
 	} {
 		cmd := exec.CommandContext(t.Context(), program, append(step.args, "--state-dir", filepath.Join(dir, "state"), "--server", server.HTTPSURI(), "--trust-anchors", anchors,
 			"--engine", "file:"+keys, "--idevid-key", "file:object=idevid;type=private", "--idevid-certificate", "file:object=idevid;type=cert")...)
@@ -60,8 +60,8 @@ func TestWithoutCgo(t *testing.T) {
 			t.Errorf("%q: no warning:\n%s", step.args, out)
 		}
 	}
-	if got := len(server.Issuances()); got != 4 {
-		t.Errorf("issued %d, want 4", got)
+	if got := len(server.Issuances()); got != 5 {
+		t.Errorf("issued %d, want 5", got)
 	}
 	// The key before the last is retired, and the IDevID's stays.
 	left, err := filepath.Glob(filepath.Join(keys, "*.key"))
@@ -73,7 +73,7 @@ func TestWithoutCgo(t *testing.T) {
 // fileIDevID starts a test server and makes an IDevID in a directory.
 func fileIDevID(t *testing.T, dir string) *testserver.Server {
 	t.Helper()
-	server, err := testserver.New(testserver.Config{ListenHTTPS: "127.0.0.1:0"})
+	server, err := testserver.New(testserver.Config{ListenHTTPS: "127.0.0.1:0", ServerKeyGen: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -32,7 +32,7 @@ import (
 // A prime, so that the sample of "make test" is spread over both sides of all calls.
 var (
 	crashEvery = flag.Int("crash.every", 23, "test each n-th point of the crash matrix; 1 tests all")
-	crashOnly  = flag.String("crash.story", "", "test only the story of this name: enroll, renew, rekey, rollover or reset")
+	crashOnly  = flag.String("crash.story", "", "test only the story of this name: enroll, renew, rekey, rollover, server-key or reset")
 	crashLimit = flag.Int("crash.module", 2, "test so many points inside the module's own writes, of each story")
 	crashWrite = flag.Bool("crash.write", false, "write the figures of the stories to testdata/crash.json and to README.md")
 )
@@ -45,6 +45,7 @@ var crashStories = []crashStory{
 	{name: "renew", flow: "renewal", args: []string{"renew", "--force"}, leaves: 2, keys: 1, before: [][]string{{"enroll"}}},
 	{name: "rekey", flow: "rekey", args: crashRekey, leaves: 2, keys: 2, before: [][]string{{"enroll"}, crashRekey}},
 	{name: "rollover", flow: "renewal at a CA with a new root", args: []string{"renew", "--force"}, leaves: 2, keys: 1, before: [][]string{{"enroll"}}, rollover: true, anchors: 2},
+	{name: "server-key", flow: "first boot with a key of the server", args: []string{"enroll", "--server-keygen"}, leaves: 1, keys: 1},
 	// Once it is begun, the next run goes on with it, and an enrolment is a first
 	// boot then; before that nothing is changed.
 	{name: "reset", flow: "reset", args: []string{"reset", "--yes"}, before: [][]string{{"enroll"}, {"renew", "--force"}}, leaves: 1, keys: 1, offline: true, judged: (*crashDevice).resetAgain, covers: coversResets},
@@ -87,7 +88,7 @@ func killStory(t *testing.T, story crashStory) crashFlow {
 	workers, supervisor := runtime.GOMAXPROCS(0), filecrash.Build(t)
 	devices := make([]*matrix, max(workers, 2))
 	for i := range devices {
-		devices[i] = newMatrix(t)
+		devices[i] = newMatrix(t, "--server-keygen")
 		devices[i].supervisor = supervisor
 		devices[i].prepare(t, story)
 	}
@@ -198,7 +199,7 @@ func (m *matrix) crash(t *testing.T, story crashStory, point crashPoint) *findin
 func (d *crashDevice) again(t *testing.T, story crashStory, wrong *findings) string {
 	// A renewal that was complete when it was killed is followed by another one.
 	want := 1
-	if story.before != nil && d.complete(t) {
+	if story.before != nil && d.complete(t) || d.lostKey(t) {
 		want = 2
 	}
 	out, err := d.run(t, story.args...)
@@ -212,6 +213,38 @@ func (d *crashDevice) again(t *testing.T, story crashStory, wrong *findings) str
 		wrong.add("the server issued %d certificates, want %d", len(issued), want)
 	}
 	return out
+}
+
+// lostKey reports whether a key that the server had made was lost with the killed run,
+// in part or as a whole.
+func (d *crashDevice) lostKey(t *testing.T) bool {
+	t.Helper()
+	var op struct{ Step, Key string }
+	journal, err := d.journal()
+	if errors.Is(err, fs.ErrNotExist) || err == nil && journal.Operation == nil {
+		return false
+	}
+	if err == nil {
+		err = json.Unmarshal(journal.Operation, &op)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if op.Step != "import" {
+		return false
+	}
+	objects, err := d.list(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, id := attributes(t, op.Key)
+	halves := 0
+	for _, object := range objects {
+		if object.id == id {
+			halves++
+		}
+	}
+	return halves < 2
 }
 
 // resetAgain runs a reset once more, or a first boot after each second one that was begun.

@@ -91,6 +91,8 @@ func judge(err error, interrupted bool) judgement {
 		return judgement{exitRefused, "EST is not at that path: check label and the path in server"}
 	case errors.As(err, &status) && status.NotFound && status.Operation == est.CACerts:
 		return judgement{exitRefused, "EST is not at that path: check label and the path in server; --discovery on asks the server where it is"}
+	case errors.As(err, &status) && status.NotFound && status.Operation == est.ServerKeyGen:
+		return judgement{exitRefused, "this server makes no keys: leave server-keygen out, and the token generates them"}
 	case errors.As(err, &response) && response.Operation == est.CSRAttrs:
 		return judgement{exitRefused, "ask the people of the server about its CSR attributes; --csr-attributes off asks for what is configured"}
 	case errors.As(err, &status) && status.Temporary():

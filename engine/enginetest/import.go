@@ -9,6 +9,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"slices"
 
 	"estenroll/engine"
 )
@@ -113,6 +114,22 @@ var importRules = []rule{
 				s.Errorf("it shows what it read: %v", err)
 			}
 			s.holds(e, 0, 0, 0)
+		}
+	}},
+	{"the place of a certificate is known before its key is there", func(s *suite) {
+		e := s.open()
+		root := s.newCA("root", nil)
+		key, err := e.NewKeyAddress("name")
+		if err != nil {
+			s.Fatal(err)
+		}
+		chain := []*x509.Certificate{s.leaf(root, root.key.Public()), root.cert}
+		before := s.place(e, key, chain...)
+		if _, err := e.GenerateKey(s.Context(), key, engine.KeySpec{}); err != nil {
+			s.Fatal(err)
+		}
+		if after := s.place(e, key, chain...); !slices.Equal(before, after) {
+			s.Errorf("%s, and %s when it is there", before, after)
 		}
 	}},
 	{"a key that is refused as it is comes in wrapped", func(s *suite) {

@@ -33,9 +33,11 @@ func (e *Engine) CertificateAddresses(ctx context.Context, key engine.Address, c
 		if err != nil {
 			return err
 		}
-		o, err := e.one(a, true)
-		if err != nil {
-			return err
+		o := object{label: a.Label, id: a.ID}
+		if a.Label == "" || a.ID == "" { // the directory knows
+			if o, err = e.one(a, true); err != nil {
+				return err
+			}
 		}
 		all, err := e.objects()
 		if err != nil {

@@ -635,3 +635,12 @@ func TestReadBody(t *testing.T) {
 		}
 	}
 }
+
+// The certificate as it is, beside a key, is CoAP's: no such thing is asked for here.
+func TestServerKeyGenCert(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil, func(http.ResponseWriter, *http.Request) { t.Error("something was asked for") })
+	if _, err := w.dial(t, nil).RoundTrip(t.Context(), &est.Request{Operation: est.ServerKeyGenCert, Body: []byte("csr")}); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("got %v", err)
+	}
+}
