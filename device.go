@@ -249,7 +249,7 @@ type Credential struct {
 	sent      bool            // the CSR of the operation may have reached a server
 	idevid    *pair           // once it is opened
 	opened    *pair           // the enrolled one that was opened last
-	warned    map[string]bool // what was said of sessions
+	told      map[string]bool // what was said of sessions
 	// explicitTA is the Explicit TA, explicitName the file that it is in.
 	explicitTA   *est.TrustAnchors
 	explicitName string
@@ -588,19 +588,32 @@ func (c *Credential) warn(format string, args ...any) {
 
 // warnOnce says what each session would say again.
 func (c *Credential) warnOnce(format string, args ...any) {
-	text := fmt.Sprintf(format, args...)
-	if c.warned[text] {
-		return
+	if text := fmt.Sprintf(format, args...); c.isNew(text) {
+		c.warn("%s", text)
 	}
-	if c.warned == nil {
-		c.warned = map[string]bool{}
+}
+
+// isNew reports a text that was not said yet.
+func (c *Credential) isNew(text string) bool {
+	if c.told[text] {
+		return false
 	}
-	c.warned[text] = true
-	c.warn("%s", text)
+	if c.told == nil {
+		c.told = map[string]bool{}
+	}
+	c.told[text] = true
+	return true
 }
 
 func (c *Credential) say(step Step, format string, args ...any) {
 	c.cfg.Progress(Event{Credential: c.Name(), Step: step, Message: fmt.Sprintf(format, args...)})
+}
+
+// sayOnce is warnOnce of what is no warning.
+func (c *Credential) sayOnce(step Step, format string, args ...any) {
+	if text := fmt.Sprintf(format, args...); c.isNew(text) {
+		c.say(step, "%s", text)
+	}
 }
 
 // timed does one step and tells of it when it is done.

@@ -240,8 +240,8 @@ func TestRefusedAnswer(t *testing.T) {
 	}
 }
 
-// What is no answer to the CSR does not end it: the key and the CSR stay, and
-// the next run sends the same bytes.
+// What is no answer to the CSR does not end it: the key and the CSR, which is made in
+// the session, stay, and the next run sends the same bytes.
 func TestRequestKept(t *testing.T) {
 	status := &est.StatusError{Operation: est.SimpleEnroll, Code: "5.00 Internal Server Error", Class: 5}
 	for name, c := range map[string]struct {
@@ -262,14 +262,14 @@ func TestRequestKept(t *testing.T) {
 			_, err := d.enroll()
 			wantError(t, err, c.cause)
 			op := d.journal().Operation
-			if op == nil || op.Step != "request" || len(op.CSR) == 0 {
+			if op == nil || op.Step != "request" || (len(op.CSR) > 0) == strings.HasSuffix(c.at, "Dial") {
 				t.Fatalf("operation %+v", op)
 			}
 			d.hook = nil
 			if result := d.mustEnroll(); !result.Recovered || result.Key.String() != op.Key {
 				t.Errorf("result %+v", result)
 			}
-			if csrs := d.csrs(); len(csrs) != 1 || csrs[0] != string(op.CSR) {
+			if csrs := d.csrs(); len(csrs) != 1 || len(op.CSR) > 0 && csrs[0] != string(op.CSR) {
 				t.Errorf("%d requests, or other bytes", len(csrs))
 			}
 			d.tidy(1)

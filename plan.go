@@ -3,12 +3,13 @@ package estenroll
 import (
 	"context"
 	"crypto"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"time"
 
+	"estenroll/csr"
 	"estenroll/engine"
+	"estenroll/est"
 )
 
 // Plan is what a run would do to a credential.
@@ -25,6 +26,9 @@ type Plan struct {
 	NewKey engine.Algorithm `json:"new_key,omitempty"`
 	// ServerMade says that the server makes it.
 	ServerMade bool `json:"server_made,omitempty"`
+	// Wants is what the server wants of the request (CSR attributes), as DryRun has
+	// learned it, a few words each; nil where it is not known.
+	Wants []string `json:"wants,omitzero"`
 }
 
 // PlanRenewDue says what RenewDue would do. It asks no server and changes nothing.
@@ -148,9 +152,11 @@ func (c *Credential) assumeRestored(ctx context.Context) (func(), error) {
 
 // DryRun does for a plan what the run would do before it asks for a certificate, and
 // changes nothing: it opens the pair that authenticates the request, has the server
-// answer crts and judges it by them, and has the token sign the CSR where its key is
-// there already, or say whether it takes in the one that the server makes. The errors are those of the run: a *PendingError too, where the
-// server has not decided and the time to ask again has not come.
+// answer crts and judges it by them, asks what it wants of the request, which it adds to
+// the plan, and has the token sign the CSR where its key is there already, or say whether
+// it takes in the one that the server makes. The errors are those of the run: a
+// *PendingError too, where the server has not decided and the time to ask again has not
+// come.
 func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 	restore, err := c.assumeRestored(ctx)
 	if err != nil {
@@ -168,17 +174,20 @@ func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 	if err != nil {
 		return &StepError{Step: StepPrepare, Err: err}
 	}
-	if p.ServerMade {
+	if p.ServerMade { // of the type that is configured: the server may want another one
 		if err := c.checkImport(ctx, p.NewKey); err != nil {
 			return &StepError{Step: StepGenerate, Err: err}
 		}
 	}
 	err = c.timed(StepRequest, func() (string, error) {
-		key, err := c.rehearseCSR(ctx, p, op, auth)
+		at, err := c.rehearsedKey(ctx, p, op, auth)
+		if err == nil && at != nil {
+			err = c.checkPadding(ctx, at, c.cfg.Request.PSS)
+		}
 		if err != nil {
 			return "", err
 		}
-		_, err = retry(ctx, c, func() (struct{}, error) { return struct{}{}, c.rehearse(ctx, auth, key) })
+		_, err = retry(ctx, c, func() (struct{}, error) { return struct{}{}, c.rehearse(ctx, p, op, auth, at) })
 		return fmt.Sprintf("%s answers %s, and is the server that it should be", c.cfg.ServerURI, auth), err
 	})
 	if err != nil || op == nil || op.Step != StepRequest {
@@ -216,52 +225,81 @@ func (c *Credential) authenticates(ctx context.Context, p *Plan) (*pair, error) 
 	return current, nil
 }
 
-// rehearseCSR has the token sign the CSR that is sent, and returns its key: nil where
-// that is yet to be generated, or there is none to send.
-func (c *Credential) rehearseCSR(ctx context.Context, p *Plan, op *operation, auth *pair) (crypto.PublicKey, error) {
-	var at engine.Address
+// rehearsedKey is the key that a certificate is asked for: nil where that is yet to be
+// generated, or there is no request to send.
+func (c *Credential) rehearsedKey(ctx context.Context, p *Plan, op *operation, auth *pair) (engine.Address, error) {
 	switch {
 	case p.NewKey != "", op != nil && (op.Step != StepRequest || op.asksForKey()):
 		return nil, nil
 	case op != nil:
-		at = op.Key.Address
+		return op.Key.Address, nil
 	case p.Kind == KindEnroll:
-		var err error
-		if at, err = c.existingKey(ctx); err != nil {
-			return nil, err
-		}
-	default:
-		at = auth.key
+		return c.existingKey(ctx)
 	}
-	wanted, err := c.wanted(op)
-	if err != nil {
-		return nil, err
-	}
-	template, err := c.template(p.Kind, auth, wanted)
-	if err != nil {
-		return nil, err
-	}
-	der, err := c.signCSR(ctx, at, template)
-	if err != nil {
-		return nil, err
-	}
-	request, err := x509.ParseCertificateRequest(der)
-	if err != nil {
-		return nil, err
-	}
-	return request.PublicKey, request.CheckSignature()
+	return auth.key, nil
 }
 
 // rehearse is an exchange that ends before sen or sren.
-func (c *Credential) rehearse(ctx context.Context, auth *pair, key crypto.PublicKey) error {
+func (c *Credential) rehearse(ctx context.Context, p *Plan, op *operation, auth *pair, at engine.Address) error {
 	defer c.asksAnew()()
 	session, err := c.dial(ctx, auth)
 	if err != nil {
 		return err
 	}
 	defer c.closeSession(session)
-	_, _, err = c.meet(ctx, session, auth, key)
+	var key crypto.PublicKey
+	if at != nil {
+		signer, err := c.signer(ctx, at)
+		if err != nil {
+			return err
+		}
+		key = signer.Public()
+	}
+	anchors, _, err := c.meet(ctx, session, auth, key)
+	if err != nil || op != nil && op.Step != StepRequest && op.Step != StepGenerate {
+		return err
+	}
+	wanted, err := c.rehearseAttributes(ctx, p, op, session, anchors, key)
+	if err != nil {
+		return err
+	}
+	template, err := c.template(p.Kind, auth, wanted)
+	if err != nil {
+		return &est.ResponseError{Operation: est.CSRAttrs, Err: err}
+	}
+	if c.links(wanted) {
+		if template.ChallengePassword, err = c.link(session); err != nil {
+			return err
+		}
+	}
+	if at == nil || p.NewKey != "" {
+		return nil
+	}
+	_, err = c.signCSR(ctx, at, template, wanted)
 	return err
+}
+
+// rehearseAttributes adds to the plan what the server wants, or has said that it
+// wants, and the key that is generated because of that.
+func (c *Credential) rehearseAttributes(ctx context.Context, p *Plan, op *operation, session est.Session, anchors *est.TrustAnchors, key crypto.PublicKey) (csr.Wanted, error) {
+	wanted, err := c.wanted(op)
+	if err == nil && c.asksAttributes(op) {
+		_, wanted, err = c.wishes(ctx, session, anchors)
+	}
+	if err != nil || c.cfg.IgnoreAttributes {
+		return wanted, err
+	}
+	p.Wants = append([]string{}, wanted.Describe()...)
+	if key != nil {
+		err = c.checkWantedKey(p.Kind, op != nil && op.NewKey, wanted, engine.AlgorithmOf(key))
+	}
+	if p.NewKey != "" || errors.Is(err, errAnotherKey) {
+		p.NewKey, err = c.keyTypeFor(wanted)
+	}
+	if err == nil && p.ServerMade {
+		err = c.checkImport(ctx, p.NewKey)
+	}
+	return wanted, err
 }
 
 // asksAnew has the server asked for crts whenever it was last, for a look at it. The

@@ -3,13 +3,17 @@ package estenroll_test
 import (
 	"context"
 	"crypto"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"slices"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"estenroll"
+	"estenroll/csr"
 	"estenroll/engine"
 	"estenroll/est"
 	"estenroll/testserver"
@@ -18,7 +22,7 @@ import (
 type planner func(*estenroll.Credential, context.Context) (*estenroll.Plan, error)
 
 // dryRun holds a dry run to changing nothing, not even the journal, and to asking for
-// nothing but crts; what it generated it would have left.
+// nothing but crts and att; what it generated it would have left.
 func (d *device) dryRun(plan planner) (p *estenroll.Plan, err error) {
 	d.t.Helper()
 	before, journal, issued := d.snapshot(), d.read("journal.json"), d.issued()
@@ -33,7 +37,7 @@ func (d *device) dryRun(plan planner) (p *estenroll.Plan, err error) {
 	if d.read("journal.json") != journal {
 		d.t.Error("the journal was written")
 	}
-	if csrs := slices.DeleteFunc(requests, func(r sent) bool { return r.operation == est.CACerts }); len(csrs) > 0 || d.issued() != issued {
+	if csrs := slices.DeleteFunc(requests, func(r sent) bool { return r.operation.Asks() }); len(csrs) > 0 || d.issued() != issued {
 		d.t.Errorf("a certificate was asked for: %d, %d issued", len(csrs), d.issued()-issued)
 	}
 	return p, err
@@ -147,8 +151,12 @@ func TestDryRun(t *testing.T) {
 			if at := p.At; c.want.Acts != at.Equal(r.clock.now()) || !c.want.Acts && !at.Equal(next.NextAttempt) {
 				t.Errorf("at %s, of %+v", at, next)
 			}
-			if p.At = (time.Time{}); *p != c.want {
-				t.Errorf("plan %+v, want %+v", *p, c.want)
+			p.At = time.Time{}
+			if c.want.Step != estenroll.StepProve {
+				c.want.Wants = []string{} // it was asked
+			}
+			if diff := cmp.Diff(c.want, *p); diff != "" {
+				t.Errorf("plan (-want +got)\n%s", diff)
 			}
 			if c.run == nil {
 				r.idle(next.State)
@@ -206,6 +214,60 @@ func TestDryRunRefused(t *testing.T) {
 			c.before(r)
 			_, err := r.dryRun(c.plan)
 			wantError(t, err, c.want)
+		})
+	}
+}
+
+// A dry run says what the server wants and what comes of it, and what stands against
+// it, before there is a request.
+func TestDryRunWanted(t *testing.T) {
+	template, err := csr.WantRequest(csr.RequestTemplate{Subject: &csr.NameTemplate{{{Type: asn1.ObjectIdentifier{2, 5, 4, 4}}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	linked := []csr.Attribute{wantedKey("EC", "P-384"), csr.WantChallengePassword(), wantedOID("2.5.4.5")}
+	wants := []string{"key of type EC P-384", "link to the session", "serialNumber in the Subject"}
+	ofKey := func(d *device) {
+		d.cfg.Key, d.cfg.AllowExtractable = d.site.owned(d.t, "EC:prime256v1", "owned", "77"), true
+	}
+	for name, c := range map[string]struct {
+		attributes []csr.Attribute
+		configure  func(*device)
+		newKey     engine.Algorithm
+		wants      []string
+		warned     string
+		signatures int // of the handshake, the CSR, and that of a key that is named
+		err        error
+	}{
+		"another key":    {linked, nil, engine.ECP384, wants, "serialNumber in the Subject", 1, nil},
+		"not asked":      {linked, func(d *device) { d.cfg.IgnoreAttributes = true }, engine.ECP256, nil, "", 1, nil},
+		"nothing":        {[]csr.Attribute{}, ofKey, "", []string{}, "", 3, nil},
+		"a linked CSR":   {linked[1:2], ofKey, "", wants[1:2], "", 3, nil},
+		"no link":        {linked[1:2], func(d *device) { d.cfg.PoP = estenroll.PoPOff }, engine.ECP256, wants[1:2], "linked to their session", 1, nil},
+		"the key named":  {linked, ofKey, "", wants, "", 2, estenroll.ErrKeyWanted},
+		"no value":       {[]csr.Attribute{template}, nil, engine.ECP256, []string{"Subject 2.5.4.4="}, "", 1, csr.ErrNoValue},
+		"contradictory":  {[]csr.Attribute{wantedKey("RSA", "2048"), linked[0]}, nil, engine.ECP256, nil, "", 1, csr.ErrContradictory},
+		"no such key":    {[]csr.Attribute{wantedKey("EC", "1.3.36.3.3.2.8.1.1.11")}, nil, engine.ECP256, nil, "", 1, estenroll.ErrKeyWanted},
+		"no such signer": {[]csr.Attribute{wantedOID("1.2.840.10045.4.3.4")}, func(d *device) { ofKey(d); d.lacks = crypto.SHA512 }, "", []string{"key of type EC", "signature with SHA-512"}, "", 2, csr.ErrSignature},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newSite(t, testserver.Config{CSRAttributes: wanting(c.attributes...)}).device(t, "dry")
+			if c.configure != nil {
+				c.configure(d)
+			}
+			if err := d.run(func(*estenroll.Credential) error { return nil }); err != nil { // which makes the directory
+				t.Fatal(err)
+			}
+			p, err := d.dryRun((*estenroll.Credential).PlanEnroll)
+			if !errors.Is(err, c.err) || p == nil || p.NewKey != c.newKey {
+				t.Fatalf("plan %+v, %v, want %v", p, err, c.err)
+			}
+			if diff := cmp.Diff(c.wants, p.Wants); diff != "" {
+				t.Errorf("wants (-want +got)\n%s", diff)
+			}
+			if c.warned != "" && !d.warned(c.warned) || d.signatures != c.signatures {
+				t.Errorf("%d signatures, want %d; events %v", d.signatures, c.signatures, d.events)
+			}
 		})
 	}
 }

@@ -66,7 +66,16 @@ func (c *Credential) ask(ctx context.Context) (*Result, error) {
 	if err := c.askAnew(auth); err != nil {
 		return nil, &StepError{Step: StepRequest, Err: err}
 	}
-	if err := c.buildCSR(ctx, auth, nil); err != nil {
+	if len(op.CSR) == 0 && c.asksAttributes(op) && !op.asksForKey() {
+		// It is made when the server has said what it wants of it: once.
+		err = c.checkPadding(ctx, op.Key.Address, c.cfg.Request.PSS)
+	} else {
+		err = c.buildCSR(ctx, auth, nil)
+	}
+	switch {
+	case err != nil && isAnswer(err): // of an earlier run's server
+		return nil, c.discard(ctx, inStep(StepRequest, err))
+	case err != nil:
 		return nil, c.giveUpRekey(ctx, inStep(StepRequest, err))
 	}
 	if err := c.stillPending(ctx, auth); err != nil {
@@ -203,16 +212,17 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Sessi
 		}
 	}
 	return c.timed(StepRequest, func() (_ string, err error) {
-		message := "built the CSR, signed in the token"
+		message, der := "built the CSR, signed in the token", []byte(nil)
 		if op.asksForKey() {
 			message = "built the CSR, signed with a key that is made for it and forgotten"
-			op.CSR, err = c.signForServerKey(op.keyType(), template)
+			der, err = c.signForServerKey(op.keyType(), template)
 		} else {
-			op.CSR, err = c.signCSR(ctx, op.Key.Address, template)
+			der, err = c.signCSR(ctx, op.Key.Address, template, wanted)
 		}
 		if err != nil {
 			return "", err
 		}
+		op.CSR = der
 		return message, c.save()
 	})
 }
@@ -234,12 +244,18 @@ func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Tem
 	if leaf := auth.leaf(); leaf != nil {
 		own = leaf.RawSubject
 	}
-	template, replaced, err := wanted.Apply(template, own)
+	template, outcome, err := wanted.Apply(template, own)
 	if err != nil {
 		return template, err
 	}
-	for _, what := range replaced {
+	for _, what := range outcome.Replaced {
 		c.warnOnce("the server wants something else than the configuration: %s", shown(what))
+	}
+	for _, what := range outcome.Missing {
+		c.warnOnce("the server wants what the configuration does not have, and the CSR is without: %s", shown(what))
+	}
+	for _, what := range outcome.Ignored {
+		c.sayOnce(StepRequest, "the server wants what this device does not have or know, and the CSR is without: %s", shown(what))
 	}
 	if len(template.RawSubject) == 0 {
 		template.RawSubject = own
@@ -247,18 +263,34 @@ func (c *Credential) template(kind Kind, auth *pair, wanted csr.Wanted) (csr.Tem
 	return template, nil
 }
 
-// signCSR has the token sign a CSR.
-func (c *Credential) signCSR(ctx context.Context, key engine.Address, template csr.Template) ([]byte, error) {
+// checkPadding has an RSA key that shall sign CSRs with PSS sign as a handshake does,
+// which the CSR alone does not show.
+func (c *Credential) checkPadding(ctx context.Context, key engine.Address, pss bool) error {
+	if !pss {
+		return nil
+	}
+	signer, err := c.signer(ctx, key)
+	if err != nil {
+		return err
+	}
+	if _, isRSA := signer.Public().(*rsa.PublicKey); !isRSA {
+		return nil
+	}
+	return signsHandshakes(signer)
+}
+
+// signCSR has the token sign a CSR. A signature that the server wants and the token
+// does not make is one that no repetition makes.
+func (c *Credential) signCSR(ctx context.Context, key engine.Address, template csr.Template, wanted csr.Wanted) ([]byte, error) {
 	signer, err := c.signer(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	if _, isRSA := signer.Public().(*rsa.PublicKey); isRSA && template.PSS { // which the CSR alone does not show
-		if err := signsHandshakes(signer); err != nil {
-			return nil, err
-		}
+	der, err := csr.Build(c.cfg.Rand, template, signer)
+	if what := wanted.Signature(); what != "" && errors.Is(err, engine.ErrUnsupported) {
+		return nil, fmt.Errorf("the server wants a %s by a key of type %s: %w: %w", what, engine.AlgorithmOf(signer.Public()), csr.ErrSignature, err)
 	}
-	return csr.Build(c.cfg.Rand, template, signer)
+	return der, err
 }
 
 func (op *operation) request() (*x509.CertificateRequest, error) {
@@ -518,6 +550,8 @@ func (c *Credential) requestFailed(ctx context.Context, err error) error {
 		return op.pending()
 	case ctx.Err() != nil, errors.Is(err, ErrClock), errors.Is(err, ErrState):
 		return err
+	case errors.Is(err, csr.ErrSignature):
+		return c.discard(ctx, err) // it was the server's wish, of which the next run asks anew
 	case isEngineError(err):
 		return c.giveUpRekey(ctx, err)
 	case op.Kind == KindRekey && c.cfg.Now().After(op.Deadline):
@@ -550,7 +584,8 @@ func isAnswer(err error) bool {
 	var status *est.StatusError
 	var response *est.ResponseError
 	return errors.As(err, &status) || errors.As(err, &response) || errors.Is(err, est.ErrKeyMismatch) ||
-		errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow) || errors.Is(err, ErrOtherNames) || errors.Is(err, errNoUse)
+		errors.Is(err, est.ErrNotTrusted) || errors.Is(err, est.ErrNotValidNow) || errors.Is(err, ErrOtherNames) || errors.Is(err, errNoUse) ||
+		errors.Is(err, csr.ErrSignature)
 }
 
 func isEngineError(err error) bool {

@@ -158,6 +158,8 @@ type device struct {
 	opened, closed int           // sessions
 	open           []est.Session // what the process would lose in a kill
 	requests       []sent
+	signatures     int
+	lacks          crypto.Hash // that the token does not sign
 	events         []estenroll.Event
 }
 
@@ -258,10 +260,24 @@ func (e spied) Signer(ctx context.Context, at engine.Address) (crypto.Signer, er
 	return around(e.d, "Signer", func() (crypto.Signer, error) {
 		signer, err := e.Engine.Signer(ctx, at)
 		if err == nil && e.d.pssOnly {
-			return pssSigner{signer}, nil
+			signer = pssSigner{signer}
 		}
-		return signer, err
+		return counted{signer, e.d}, err
 	})
+}
+
+// counted counts the signatures that the token makes, which may lack one of a hash.
+type counted struct {
+	crypto.Signer
+	d *device
+}
+
+func (s counted) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if s.d.lacks != 0 && opts.HashFunc() == s.d.lacks {
+		return nil, &engine.Error{Op: "sign with", Err: engine.ErrUnsupported}
+	}
+	s.d.signatures++
+	return s.Signer.Sign(random, digest, opts)
 }
 
 type pssSigner struct{ crypto.Signer }
@@ -394,7 +410,7 @@ func (s watched) Close() error {
 // run is one run of the program; a panic of the hook is a kill.
 func (d *device) run(do func(*estenroll.Credential) error) (err error) {
 	d.t.Helper()
-	d.events, d.requests = nil, nil
+	d.events, d.requests, d.signatures = nil, nil, 0
 	before := d.opened - d.closed
 	var dev *estenroll.Device
 	defer func() {

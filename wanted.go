@@ -39,58 +39,64 @@ func (c *Credential) askAttributes(ctx context.Context, session est.Session, anc
 	if !c.asksAttributes(op) {
 		return nil
 	}
-	carrier, err := carrying(ctx, session, est.CSRAttrs, anchors)
+	der, wanted, err := c.wishes(ctx, session, anchors)
 	if err != nil {
 		return err
 	}
+	op.Attributes = der
+	if err := c.checkWantedKey(op.Kind, op.NewKey, wanted, cmp.Or(engine.AlgorithmOf(key), op.keyType())); err != nil || len(op.CSR) == 0 {
+		return err // they are saved with the key that takes its place, or with the CSR
+	}
+	return c.save() // before what it wants is sent
+}
+
+// wishes asks what the server wants, and whether it is something that can be had.
+func (c *Credential) wishes(ctx context.Context, session est.Session, anchors *est.TrustAnchors) (der []byte, wanted csr.Wanted, err error) {
+	carrier, err := carrying(ctx, session, est.CSRAttrs, anchors)
+	if err != nil {
+		return nil, wanted, err
+	}
 	client := est.Client{Session: carrier}
-	der, err := client.CSRAttrs(ctx)
+	der, err = client.CSRAttrs(ctx)
 	var status *est.StatusError
 	switch {
 	case errors.As(err, &status) && !status.Unauthorized:
 		// What the server wants is for it to say: it may do without.
 		c.warnOnce("%v: the CSR is what the configuration says", err)
 	case err != nil:
-		return err
+		return nil, wanted, err
 	}
 	if der == nil {
 		der = noAttributes
 	}
 	attributes, err := csr.ParseAttributes(der)
-	if err != nil {
-		return &est.ResponseError{Operation: est.CSRAttrs, Err: err}
+	if err == nil {
+		wanted, err = attributes.Wanted()
 	}
-	wanted, err := attributes.Wanted()
 	if err == nil {
 		_, err = c.keyTypeFor(wanted)
 	}
 	if err != nil {
-		return &est.ResponseError{Operation: est.CSRAttrs, Err: err}
+		return nil, wanted, &est.ResponseError{Operation: est.CSRAttrs, Err: err}
 	}
-	op.Attributes = der
-	if err := c.checkWantedKey(wanted, key); err != nil || len(attributes) == 0 {
-		return err
-	}
-	return c.save() // before what it wants is sent
+	return der, wanted, nil
 }
 
-// asksAttributes reports an operation of which the server has not said yet what it
-// wants. What is under decision is repeated as it is.
+// asksAttributes reports an operation, nil for one that is yet to begin, of which the
+// server has not said yet what it wants. What is under decision is repeated as it is.
 func (c *Credential) asksAttributes(op *operation) bool {
-	return !c.cfg.IgnoreAttributes && len(op.Attributes) == 0 && op.AskedAt.IsZero()
+	return !c.cfg.IgnoreAttributes && (op == nil || len(op.Attributes) == 0 && op.AskedAt.IsZero())
 }
 
-// checkWantedKey compares the key of the operation with the one that is wanted. A key
+// checkWantedKey compares the key of an operation with the one that is wanted. A key
 // that was made for the operation gives way; a renewal is for the key that it is for.
-func (c *Credential) checkWantedKey(wanted csr.Wanted, key crypto.PublicKey) error {
-	op := c.journal.Operation
-	has := cmp.Or(engine.AlgorithmOf(key), op.keyType())
+func (c *Credential) checkWantedKey(kind Kind, newKey bool, wanted csr.Wanted, has engine.Algorithm) error {
 	switch {
 	case wanted.Key.Allows(string(has)):
 		return nil
-	case op.NewKey:
+	case newKey:
 		return errAnotherKey
-	case op.Kind == KindRenew:
+	case kind == KindRenew:
 		c.warnOnce("the server wants a key of type %s, and this one is of type %s: a rekey gets it", wanted.Key, has)
 		return nil
 	}

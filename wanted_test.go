@@ -2,6 +2,7 @@ package estenroll_test
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
@@ -73,8 +74,8 @@ func TestWantedKey(t *testing.T) {
 	if got := engine.AlgorithmOf(first.Certificate.PublicKey); got != engine.ECP384 {
 		t.Errorf("a key of type %s", got)
 	}
-	if got, want := d.operations(), []string{"crts", "att", "crts", "sen", "crts"}; !slices.Equal(got, want) {
-		t.Errorf("asked %q, want %q", got, want)
+	if got, want := d.operations(), []string{"crts", "att", "crts", "sen", "crts"}; !slices.Equal(got, want) || d.signatures != 4 {
+		t.Errorf("asked %q, want %q; %d signatures: of three handshakes and one CSR", got, want, d.signatures)
 	}
 	d.tidy(1)
 	renewed := d.mustRenew()
@@ -170,6 +171,102 @@ func TestWantedExistingKey(t *testing.T) {
 	}
 	d.cfg.IgnoreAttributes = true
 	d.mustEnroll()
+}
+
+// The CSR is signed as the server wants, by a key of each kind, whatever is configured.
+func TestWantedSignature(t *testing.T) {
+	const ecdsaWithSHA512, sha384WithRSA, rsassaPSS, sha384 = "1.2.840.10045.4.3.4", "1.2.840.113549.1.1.12", "1.2.840.113549.1.1.10", "2.16.840.1.101.3.4.2.2"
+	for name, c := range map[string]struct {
+		wants []csr.Attribute
+		key   engine.Algorithm
+		pss   bool
+		want  x509.SignatureAlgorithm
+	}{
+		"SHA-512 by P-256":    {[]csr.Attribute{wantedOID(ecdsaWithSHA512)}, "", false, x509.ECDSAWithSHA512},
+		"PKCS1, not PSS":      {[]csr.Attribute{wantedOID(sha384WithRSA)}, engine.RSA2048, true, x509.SHA384WithRSA},
+		"PSS, not PKCS1":      {[]csr.Attribute{wantedOID(rsassaPSS), wantedOID(sha384)}, engine.RSA2048, false, x509.SHA384WithRSAPSS},
+		"SHA-384 for PSS":     {[]csr.Attribute{wantedOID(sha384)}, engine.RSA2048, true, x509.SHA384WithRSAPSS},
+		"a key that signs so": {[]csr.Attribute{wantedOID(sha384WithRSA)}, "", false, x509.SHA384WithRSA},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d := newSite(t, testserver.Config{CSRAttributes: wanting(c.wants...)}).device(t, "signed")
+			d.cfg.KeySpec.Algorithm, d.cfg.Request.PSS = c.key, c.pss
+			d.mustEnroll()
+			request, err := x509.ParseCertificateRequest([]byte(d.csrs()[0]))
+			if err != nil || request.SignatureAlgorithm != c.want {
+				t.Errorf("signed with %v, %v", request.SignatureAlgorithm, err)
+			}
+			d.tidy(1)
+		})
+	}
+}
+
+// A signature that the server wants and the token does not make is said to be that;
+// the next run asks anew.
+func TestWantedSignatureUnsupported(t *testing.T) {
+	d := newSite(t, testserver.Config{CSRAttributes: wanting(wantedOID("1.2.840.10045.4.3.4"))}).device(t, "unsigned")
+	d.lacks = crypto.SHA512
+	for range 2 {
+		_, err := d.enroll()
+		wantError(t, err, csr.ErrSignature)
+		wantError(t, err, engine.ErrUnsupported)
+		if !strings.Contains(err.Error(), "the server wants a signature with SHA-512 by a key of type EC P-256") {
+			t.Errorf("got %v", err)
+		}
+		if got, want := d.operations(), []string{"crts", "att"}; !slices.Equal(got, want) || len(d.objects()) != 0 || d.journal().Operation != nil {
+			t.Errorf("asked %q, want %q; left %q and %+v", got, want, d.objects(), d.journal().Operation)
+		}
+	}
+	d.cfg.IgnoreAttributes = true
+	d.mustEnroll()
+	d.tidy(1)
+}
+
+// What the server leaves to the device is said to be missing where a setting has it,
+// at the request that could have had it, and else told to whom wants to know.
+func TestWantedMissing(t *testing.T) {
+	const serialNumber, macAddress, subjectAltName = "2.5.4.5", "1.3.6.1.1.1.1.22", "2.5.29.17"
+	const missing, ignored = "what the configuration does not have, and the CSR is without: ", "what this device does not have or know, and the CSR is without: "
+	d := newSite(t, testserver.Config{CSRAttributes: wanting(wantedOID(serialNumber), wantedOID(macAddress), wantedOID(subjectAltName))}).device(t, "missing")
+	d.mustEnroll()
+	for _, what := range []string{"serialNumber in the Subject", "SAN"} {
+		if !d.warned(missing + what) {
+			t.Errorf("no warning of %s: %v", what, d.events)
+		}
+	}
+	told := func(e estenroll.Event) bool { return !e.Warning && strings.HasSuffix(e.Message, ignored+macAddress) }
+	if n := len(slices.DeleteFunc(slices.Clone(d.events), func(e estenroll.Event) bool { return !told(e) })); n != 1 {
+		t.Errorf("told %d times of %s: %v", n, macAddress, d.events)
+	}
+	if d.mustRenew(); d.warned(missing) || !slices.ContainsFunc(d.events, told) {
+		t.Errorf("at a renewal, whose names are the certificate's: %v", d.events)
+	}
+}
+
+// An attribute that the server wants with its value is in the CSR as it is, at a
+// renewal too.
+func TestWantedAttribute(t *testing.T) {
+	unstructuredName := wantedOID("1.2.840.113549.1.9.2")
+	unstructuredName.Values = [][]byte{append([]byte{asn1.TagPrintableString, 7}, "pump 17"...)}
+	d := newSite(t, testserver.Config{CSRAttributes: wanting(unstructuredName)}).device(t, "attribute")
+	for _, run := range []func() *estenroll.Result{d.mustEnroll, d.mustRenew} {
+		run()
+		request, err := x509.ParseCertificateRequest([]byte(d.csrs()[0]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := csr.RequestAttributes(request); len(got) != 1 || !got[0].Type.Equal(unstructuredName.Type) || string(got[0].Values[0]) != string(unstructuredName.Values[0]) {
+			t.Errorf("got %v", got)
+		}
+	}
+}
+
+func wantedOID(text string) csr.Attribute {
+	oid, err := x509.ParseOID(text)
+	if err != nil {
+		panic(err)
+	}
+	return csr.Attribute{Type: oid}
 }
 
 // The certificate is for what the server wants instead of the configuration; at a
@@ -270,8 +367,8 @@ func TestProofOfPossession(t *testing.T) {
 		for _, run := range []func() *estenroll.Result{d.mustEnroll, d.mustRenew, d.mustRekey} {
 			run()
 			challenges := d.challenges()
-			if len(challenges) != 1 || seen[challenges[0]] {
-				t.Errorf("challengePasswords %q after %v", challenges, seen)
+			if len(challenges) != 1 || seen[challenges[0]] || d.signatures != 3 {
+				t.Errorf("challengePasswords %q after %v; %d signatures: of two handshakes and one CSR", challenges, seen, d.signatures)
 			}
 			seen[challenges[0]] = true
 		}

@@ -40,14 +40,28 @@ func (t Template) Describes(request *x509.CertificateRequest) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	own, err := t.ownAttributes()
+	if err != nil {
+		return false, err
+	}
 	algorithm, err := t.signature(request.PublicKey)
 	if err != nil {
 		return false, nil // it was made by another template
 	}
 	return bytes.Equal(t.subject(), request.RawSubject) && request.SignatureAlgorithm == algorithm.name && ChallengePassword(request) == t.ChallengePassword &&
+		own.describe(request) &&
 		slices.EqualFunc(extensions, request.Extensions, func(a, b pkix.Extension) bool {
 			return a.Id.Equal(b.Id) && a.Critical == b.Critical && bytes.Equal(a.Value, b.Value)
 		}), nil
+}
+
+// describe reports whether a request has these attributes and no others, but for those
+// that have a place of their own in a template; their order means nothing.
+func (a Attributes) describe(request *x509.CertificateRequest) bool {
+	others := slices.DeleteFunc(RequestAttributes(request), func(one Attribute) bool { return one.is(oidExtensionRequest) || one.is(oidChallengePassword) })
+	return equalSets(a, others, func(x, y Attribute) bool {
+		return x.Type.Equal(y.Type) && slices.EqualFunc(x.Values, y.Values, bytes.Equal)
+	})
 }
 
 // EqualSubject compares two names in DER: their bytes, or else RDN by RDN in

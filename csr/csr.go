@@ -40,11 +40,14 @@ type Template struct {
 	// v1.5. The key in the request is an RSA key all the same (rsaEncryption), whose
 	// certificate may be used with either.
 	PSS bool
-	// Hash of the signature, SHA-256, SHA-384 or SHA-512, but for PSS. Default: as
-	// strong as the key's curve, SHA-256 for an RSA key.
+	// Hash of the signature, SHA-256, SHA-384 or SHA-512. Default: as strong as the
+	// key's curve, SHA-256 for an RSA key.
 	Hash crypto.Hash
 	// Others are extensions to ask for as they are, none of those above. Default: none.
 	Others []pkix.Extension
+	// Attributes of the request beside extensionRequest and challengePassword, with
+	// their values. Default: none.
+	Attributes Attributes
 	// ChallengePassword links the request to the session that it is sent in (RFC 7030
 	// §3.5). Default: none.
 	ChallengePassword string
@@ -135,25 +138,54 @@ var signatureAlgorithms = []signatureAlgorithm{
 	{x509.SHA512WithRSA, asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 13}, asn1.NullRawValue, familyRSA, crypto.SHA512},
 }
 
-// pss is RSASSA-PSS with SHA-256, MGF1 of it and a salt of 32 bytes (RFC 4055 §3.1).
-var pss = signatureAlgorithm{
-	x509.SHA256WithRSAPSS, asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 10}, asn1.RawValue{FullBytes: []byte{
-		0x30, 0x34,
-		0xa0, 0x0f, 0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00,
-		0xa1, 0x1c, 0x30, 0x1a, 0x06, 0x09, 0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x08,
-		0x30, 0x0d, 0x06, 0x09, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03, 0x04, 0x02, 0x01, 0x05, 0x00,
-		0xa2, 0x03, 0x02, 0x01, 0x20,
-	}}, familyRSA, crypto.SHA256,
+// pssAlgorithms are RSASSA-PSS with a hash, MGF1 of it and a salt of its length
+// (RFC 4055 §3.1).
+var pssAlgorithms = []signatureAlgorithm{
+	{x509.SHA256WithRSAPSS, oidRSASSAPSS, pssParametersOf(crypto.SHA256), familyRSA, crypto.SHA256},
+	{x509.SHA384WithRSAPSS, oidRSASSAPSS, pssParametersOf(crypto.SHA384), familyRSA, crypto.SHA384},
+	{x509.SHA512WithRSAPSS, oidRSASSAPSS, pssParametersOf(crypto.SHA512), familyRSA, crypto.SHA512},
+}
+
+var (
+	oidRSASSAPSS = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 10} // RFC 4055 §3.1
+	oidMGF1      = asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 8}  // RFC 4055 §2.2
+)
+
+// hashOIDs are those of RFC 4055 §2.1.
+var hashOIDs = map[crypto.Hash]asn1.ObjectIdentifier{
+	crypto.SHA256: {2, 16, 840, 1, 101, 3, 4, 2, 1},
+	crypto.SHA384: {2, 16, 840, 1, 101, 3, 4, 2, 2},
+	crypto.SHA512: {2, 16, 840, 1, 101, 3, 4, 2, 3},
+}
+
+// pssParameters is RSASSA-PSS-params without its trailer field, whose default is all
+// that there is (RFC 4055 §3.1).
+type pssParameters struct {
+	Hash pkix.AlgorithmIdentifier `asn1:"optional,explicit,tag:0"`
+	MGF  pkix.AlgorithmIdentifier `asn1:"optional,explicit,tag:1"`
+	Salt int                      `asn1:"optional,explicit,tag:2"`
+}
+
+func pssParametersOf(hash crypto.Hash) asn1.RawValue {
+	of := pkix.AlgorithmIdentifier{Algorithm: hashOIDs[hash], Parameters: asn1.NullRawValue}
+	der, err := asn1.Marshal(of)
+	if err == nil {
+		der, err = asn1.Marshal(pssParameters{of, pkix.AlgorithmIdentifier{Algorithm: oidMGF1, Parameters: asn1.RawValue{FullBytes: der}}, hash.Size()})
+	}
+	if err != nil {
+		panic(err) // OIDs of a table
+	}
+	return asn1.RawValue{FullBytes: der}
 }
 
 // signature is how a key signs the request: with the hash that is wanted, else the
 // one that is as strong as its curve, else SHA-256.
 func (t Template) signature(public crypto.PublicKey) (signatureAlgorithm, error) {
-	family, hash := "", crypto.SHA256
+	family, hash, algorithms := "", crypto.SHA256, signatureAlgorithms
 	switch key := public.(type) {
 	case *rsa.PublicKey:
 		if family = familyRSA; t.PSS {
-			return pss, nil
+			algorithms = pssAlgorithms
 		}
 	case *ecdsa.PublicKey:
 		switch family = familyEC; key.Curve.Params().BitSize {
@@ -166,12 +198,12 @@ func (t Template) signature(public crypto.PublicKey) (signatureAlgorithm, error)
 	if t.Hash != 0 {
 		hash = t.Hash
 	}
-	for _, algorithm := range signatureAlgorithms {
+	for _, algorithm := range algorithms {
 		if algorithm.family == family && algorithm.hash == hash {
 			return algorithm, nil
 		}
 	}
-	return signatureAlgorithm{}, fmt.Errorf("no signature of a %T with %s", public, hash)
+	return signatureAlgorithm{}, fmt.Errorf("a %T with %s: %w", public, hash, ErrSignature)
 }
 
 // Build returns the DER of a CSR that asks for what the template says, signed by
@@ -192,7 +224,7 @@ func Build(random io.Reader, template Template, signer crypto.Signer) ([]byte, e
 		return nil, err
 	}
 	var opts crypto.SignerOpts = algorithm.hash
-	if algorithm.name == pss.name {
+	if algorithm.oid.Equal(oidRSASSAPSS) {
 		opts = &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash, Hash: algorithm.hash}
 	}
 	signature, err := crypto.SignMessage(signer, random, info, opts)
@@ -243,6 +275,18 @@ func (t Template) requestInfo(public crypto.PublicKey) ([]byte, error) {
 			return nil, fmt.Errorf("csr: %w", err)
 		}
 	}
+	own, err := t.ownAttributes()
+	if err != nil {
+		return nil, err
+	}
+	for _, attribute := range own {
+		if attribute.is(oidExtensionRequest) || attribute.is(oidChallengePassword) || len(attribute.Values) == 0 {
+			return nil, fmt.Errorf("csr: attribute %s: without a value, or one that has a place of its own", attribute.Type)
+		}
+		if attributes, err = appendAttribute(attributes, attribute); err != nil {
+			return nil, fmt.Errorf("csr: %w", err)
+		}
+	}
 	if t.ChallengePassword != "" {
 		password, err := asn1.MarshalWithParams(t.ChallengePassword, "printable")
 		challenge := WantChallengePassword()
@@ -254,21 +298,22 @@ func (t Template) requestInfo(public crypto.PublicKey) ([]byte, error) {
 			return nil, fmt.Errorf("csr: challengePassword: %w", err)
 		}
 	}
-	if t.Protection != nil {
-		protection, err := t.Protection.attributes()
-		for _, attribute := range protection {
-			if err == nil {
-				attributes, err = appendAttribute(attributes, attribute)
-			}
-		}
-		if err != nil {
-			return nil, fmt.Errorf("csr: protection of the key: %w", err)
-		}
-	}
 	slices.SortFunc(attributes, bytes.Compare) // X.690 §11.6: a SET OF is in the order of its encodings
 	version := []byte{asn1.TagInteger, 1, 0}
 	set := wrapAs(asn1.ClassContextSpecific, 0, true, slices.Concat(attributes...))
 	return wrap(asn1.TagSequence, slices.Concat(version, t.subject(), key, set)), nil
+}
+
+// ownAttributes are those beside extensionRequest and challengePassword.
+func (t Template) ownAttributes() (Attributes, error) {
+	if t.Protection == nil {
+		return t.Attributes, nil
+	}
+	protection, err := t.Protection.attributes()
+	if err != nil {
+		return nil, fmt.Errorf("csr: protection of the key: %w", err)
+	}
+	return slices.Concat(t.Attributes, protection), nil
 }
 
 func appendAttribute(attributes [][]byte, attribute Attribute) ([][]byte, error) {
@@ -279,7 +324,7 @@ func appendAttribute(attributes [][]byte, attribute Attribute) ([][]byte, error)
 // ChallengePassword returns the challengePassword of a request (RFC 2985 §5.4.1),
 // "" if it has none or one that is no text.
 func ChallengePassword(request *x509.CertificateRequest) string {
-	for _, attribute := range requestAttributes(request) {
+	for _, attribute := range RequestAttributes(request) {
 		if attribute.is(oidChallengePassword) && len(attribute.Values) == 1 {
 			var password string
 			if _, err := asn1.Unmarshal(attribute.Values[0], &password); err == nil {
@@ -290,9 +335,9 @@ func ChallengePassword(request *x509.CertificateRequest) string {
 	return ""
 }
 
-// requestAttributes reads the attributes of a request, which crypto/x509 has parsed
-// but for those that it does not know.
-func requestAttributes(request *x509.CertificateRequest) Attributes {
+// RequestAttributes returns the attributes of a request, extensionRequest too; nil
+// where they do not parse.
+func RequestAttributes(request *x509.CertificateRequest) Attributes {
 	var info struct {
 		Version            int
 		Subject, PublicKey asn1.RawValue
@@ -301,6 +346,9 @@ func requestAttributes(request *x509.CertificateRequest) Attributes {
 	if _, err := asn1.Unmarshal(request.RawTBSCertificateRequest, &info); err != nil {
 		return nil
 	}
-	attributes, _ := readAttributes(info.Attributes.Bytes)
+	attributes, err := readAttributes(info.Attributes.Bytes)
+	if err != nil {
+		return nil
+	}
 	return attributes
 }

@@ -74,7 +74,7 @@ func (p *KeyProtection) attributes() ([]Attribute, error) {
 // RequestedProtection returns what a request says of the encryption of the key that a
 // server makes for it, nil if nothing.
 func RequestedProtection(request *x509.CertificateRequest) (*KeyProtection, error) {
-	p, err := requestedProtection(requestAttributes(request))
+	p, err := requestedProtection(RequestAttributes(request))
 	if err != nil {
 		return nil, fmt.Errorf("protection of the key: %w", err)
 	}

@@ -16,10 +16,17 @@ type SAN struct{ der []byte }
 
 // Tags of GeneralName (RFC 5280 §4.2.1.6).
 const (
-	tagDNSName   = 2
-	tagURI       = 6
-	tagIPAddress = 7
+	tagRFC822Name    = 1
+	tagDNSName       = 2
+	tagDirectoryName = 4
+	tagURI           = 6
+	tagIPAddress     = 7
 )
+
+// generalNames are the names of those whose content can be left out of a template.
+var generalNames = map[int]string{
+	tagRFC822Name: "rfc822Name", tagDNSName: "dNSName", tagDirectoryName: "directoryName", tagURI: "uniformResourceIdentifier", tagIPAddress: "iPAddress",
+}
 
 // id-on-hardwareModuleName (RFC 4108 §5).
 var oidHardwareModuleName = asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 8, 4}

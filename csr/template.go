@@ -216,7 +216,7 @@ func parseKeyTemplate(content []byte) (key WantedKey, err error) {
 	case algorithm.Algorithm.Equal(oidECPublicKey):
 		return WantedKey{Family: familyEC}, nil
 	case !algorithm.Algorithm.Equal(oidRSAEncryption):
-		return WantedKey{Family: algorithm.Algorithm.String()}, nil
+		return WantedKey{Family: familyOf(algorithm.Algorithm)}, nil
 	}
 	if len(parts) == 1 {
 		return WantedKey{Family: familyRSA}, nil

@@ -10,10 +10,11 @@ import (
 	"strings"
 )
 
-// The extensions of usages (RFC 5280 §4.2.1.3, §4.2.1.12).
+// The extensions of usages (RFC 5280 §4.2.1.3, §4.2.1.9, §4.2.1.12).
 var (
-	oidKeyUsage    = asn1.ObjectIdentifier{2, 5, 29, 15}
-	oidExtKeyUsage = asn1.ObjectIdentifier{2, 5, 29, 37}
+	oidKeyUsage         = asn1.ObjectIdentifier{2, 5, 29, 15}
+	oidBasicConstraints = asn1.ObjectIdentifier{2, 5, 29, 19}
+	oidExtKeyUsage      = asn1.ObjectIdentifier{2, 5, 29, 37}
 )
 
 const maxExtKeyUsage = 16 // purposes

@@ -15,6 +15,7 @@ import (
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
 	"estenroll/csr"
+	"estenroll/est"
 )
 
 // Faults are the ways in which the server misbehaves on purpose. The zero
@@ -70,6 +71,8 @@ type Faults struct {
 	Message string
 	// HTTP makes the answer to a CSR over HTTPS wrong. "http=slow-body"
 	HTTP string
+	// At has Message and HTTP be of the answers of this operation instead. "at=crts"
+	At string
 	// RetryAfter is the Retry-After of HTTPS's deferrals, as it stands.
 	// "retry-after=Fri, 31 Dec 9999 23:59:59 GMT"
 	RetryAfter string
@@ -115,7 +118,26 @@ var choices = []choice{
 	{"server-key", "the answer of skg, skc and serverkeygen is (--server-keygen)", serverKeyFaults, func(f *Faults) *string { return &f.ServerKey }},
 	{"message", "over CoAP the messages that answer a CSR (--raw)", messageFaults, func(f *Faults) *string { return &f.Message }},
 	{"http", "the answer to a CSR over HTTPS is", httpFaults, func(f *Faults) *string { return &f.HTTP }},
+	{"at", "http and message are not of the answer to a CSR but", atFaults, func(f *Faults) *string { return &f.At }},
 	{"server-certificate", "the server's certificate is", serverCertificateFaults, func(f *Faults) *string { return &f.ServerCertificate }},
+}
+
+// atFaults are the operations beside those with a CSR whose answers can be wrong in
+// their transport.
+var atFaults = map[string]string{
+	"crts": "of that of crts and cacerts",
+	"att":  "of that of att and csrattrs",
+}
+
+// garbles reports whether Message and HTTP are for the answers of an operation.
+func (f Faults) garbles(operation est.Operation) bool {
+	switch f.At {
+	case "crts":
+		return operation == est.CACerts
+	case "att":
+		return operation == est.CSRAttrs
+	}
+	return !operation.Asks()
 }
 
 // FaultsHelp is a line for each fault, for a program's help text.
@@ -269,6 +291,8 @@ func (f Faults) validate() error {
 		return errors.New("fault defer: max-age is more than a Max-Age option holds") // RFC 7252 §5.10.5
 	case f.NoDiscovery && f.Links != "":
 		return errors.New("faults no-discovery and links: there is an answer or there is none")
+	case f.At != "" && f.HTTP == "" && f.Message == "":
+		return errors.New("fault at: there is neither http nor message")
 	case f.NotYetValid && f.Expired:
 		return errors.New("faults not-yet-valid and expired: a certificate cannot be both")
 	case f.RefuseCode != "" && f.RefuseCode != "4.01" && f.RefuseCode != "4.03":

@@ -49,6 +49,8 @@ func TestParseFaults(t *testing.T) {
 		{"defer=1,max-age=1193046h28m16s", testserver.Faults{}, "more than a Max-Age"},
 		{"body=two-leaves ca-flag crts=leaf", testserver.Faults{Body: "two-leaves", CAFlag: true, CRTS: "leaf"}, ""},
 		{"message=block-etag server-certificate=expired", testserver.Faults{Message: "block-etag", ServerCertificate: "expired"}, ""},
+		{"at=crts http=bare", testserver.Faults{At: "crts", HTTP: "bare"}, ""},
+		{"at=crts", testserver.Faults{}, "neither http nor message"},
 		{"body=three-leaves", testserver.Faults{}, "is none of"},
 		{"message", testserver.Faults{}, "is none of"},
 		{"drop=1", testserver.Faults{}, "no such fault"},

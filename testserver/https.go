@@ -18,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"net/textproto"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -233,7 +234,8 @@ func (ca httpsCA) ServerKeyGen(ctx context.Context, request *x509.CertificateReq
 		return nil, nil, &httpError{http.StatusNotFound, "there is no serverkeygen"}
 	}
 	made, err := ca.issueOnce(ctx, est.ServerKeyGen, peerOf(r), request, label, r)
-	if err == nil && ca.server.Faults().ServerKey != "" {
+	// The handler has one certificate only.
+	if err == nil && (ca.server.Faults().ServerKey != "" || len(ca.server.answered(nil)) > 1) {
 		err = answerOf(r).keyed(ca.server.serverKey(est.ServerKeyGen, made))
 	}
 	return made.cert, made.pkcs8, err
@@ -374,7 +376,7 @@ func (a *httpsAnswer) send(w http.ResponseWriter, r *http.Request) {
 	if _, typed := a.header["Content-Type"]; !typed {
 		w.Header()["Content-Type"] = nil // or net/http would guess
 	}
-	if r.Method == http.MethodPost && a.faults.HTTP != "" {
+	if a.faults.HTTP != "" && a.faults.garbles(est.Operation(path.Base(r.URL.Path))) {
 		a.sendWrong(a.faults.HTTP, w, r)
 		return
 	}

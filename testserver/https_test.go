@@ -3,6 +3,7 @@ package testserver_test
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
@@ -363,7 +364,10 @@ func TestProofOfPossessionOpenSSL(t *testing.T) {
 			writeFile(t, filepath.Join(dir, "key.pem"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key}))
 			writeFile(t, filepath.Join(dir, "idevid.pem"), pemOf(device.cert))
 			writeFile(t, filepath.Join(dir, "ca.pem"), pemOf(server.Root()))
-			cmd := exec.CommandContext(t.Context(), "openssl", append([]string{"s_client", "-connect", strings.TrimPrefix(server.HTTPSURI(), "https://"),
+			const patience = 30 * time.Second // with an openssl that does not say what is waited for
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, "openssl", append([]string{"s_client", "-connect", strings.TrimPrefix(server.HTTPSURI(), "https://"),
 				"-CAfile", "ca.pem", "-verify_return_error", "-cert", "idevid.pem", "-key", "key.pem", "-nocommands"}, c.flags...)...)
 			cmd.Dir = dir
 			input, err := cmd.StdinPipe()
@@ -390,7 +394,7 @@ func TestProofOfPossessionOpenSSL(t *testing.T) {
 					}
 					line, err := output.ReadString('\n')
 					if err != nil {
-						t.Fatalf("openssl s_client: %v\n%s", err, text)
+						t.Fatalf("openssl s_client, within %s: %v\n%s", patience, err, text)
 					}
 					text += line
 				}

@@ -233,8 +233,9 @@ func (c *rawConn) handle(m *message.Message, body []byte, block1 *uint32) []byte
 		req.Accept = new(uint16(accept))
 	}
 	c.answer, c.wrong = c.handler(c.door.ctx, req), ""
-	if operation, _ := c.door.server.operationAt(req.Path, false); !operation.Asks() && c.answer.Code>>5 == 2 {
-		c.wrong = c.door.server.Faults().Message
+	faults := c.door.server.Faults()
+	if operation, found := c.door.server.operationAt(req.Path, false); found && faults.garbles(operation) && c.answer.Code>>5 == 2 {
+		c.wrong = faults.Message
 	}
 	szx := uint32(6)
 	if block, err := m.Options.GetUint32(message.Block2); err == nil {

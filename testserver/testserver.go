@@ -68,10 +68,10 @@ type Config struct {
 	Backdate time.Duration
 	// SingleCA leaves the intermediate CA out: the root issues.
 	SingleCA bool
-	// AnswerChain adds the intermediate CA to the answer of sen and sren.
+	// AnswerChain adds the intermediate CA to the answer of sen, sren and skg.
 	// RFC 7030 §4.2.3 wants the issued certificate alone, and that is the default.
 	AnswerChain bool
-	// AnswerRoot adds the root to the answer of sen and sren.
+	// AnswerRoot adds the root to the answer of sen, sren and skg.
 	AnswerRoot bool
 	// OtherCAs adds so many CAs that have nothing to do with this server to crts,
 	// a root and an intermediate of each; this server's own come last.

@@ -57,8 +57,17 @@ func (o *output) plan(c *estenroll.Credential, p *estenroll.Plan, err error) {
 	case p.NewKey != "":
 		o.result("key:          a new one of type %s", p.NewKey)
 	}
+	for _, what := range p.Wants {
+		o.result("server wants: %s", what)
+	}
 	var pending *estenroll.PendingError
 	if p.Kind != estenroll.KindReset && (err == nil || errors.As(err, &pending)) {
 		o.result("server:       %s answers, and is the one that it should be", c.ServerURI())
+		switch {
+		case p.Wants == nil:
+			o.result("server wants: not known, it was not asked")
+		case len(p.Wants) == 0:
+			o.result("server wants: nothing of the request")
+		}
 	}
 }

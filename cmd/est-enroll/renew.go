@@ -38,9 +38,10 @@ names (key) is not replaced.
 
 With --dry-run it changes nothing and asks for no certificate, but does all that
 comes before: it opens the token and the pair that is used, has the server answer
-crts and judges it, and has the token sign the request; a key is not generated. It
-says what a run would do and when, also where nothing is due, and exits as a run
-would that comes so far. A wrong PIN costs a try and is remembered.
+crts and judges it, asks it what it wants of the request (att), and has the token
+sign that; a key is not generated. It says what a run would do and when, and what
+the server wants, also where nothing is due, and exits as a run would that comes so
+far. A wrong PIN costs a try and is remembered.
 
 With --json it prints one object, whatever the run comes to, unless a flag is not
 understood:
@@ -54,7 +55,8 @@ understood:
   next_attempt  when a run does something again
   hooks         those that were called: hook, path, error
   plan          of a dry run: kind, now, at, step (of what was begun), new_key,
-                server_made
+                server_made, wants (of the server, in words; missing where it was
+                not asked)
 
 Where the configuration has "credentials:", it is an object by their names.
 

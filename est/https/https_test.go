@@ -351,6 +351,37 @@ func TestNotTLS(t *testing.T) {
 	}
 }
 
+// Each session is a full handshake, which the key signs, and has a value of its own,
+// though the server would let it resume the one before.
+func TestNoResumption(t *testing.T) {
+	t.Parallel()
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		t.Run(tls.VersionName(version), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, func(c *tls.Config) { c.MaxVersion = version }, func(_ http.ResponseWriter, r *http.Request) {
+				if r.TLS.Version != version || r.TLS.DidResume {
+					t.Errorf("version %x, resumed %t", r.TLS.Version, r.TLS.DidResume)
+				}
+			})
+			values := map[string]bool{}
+			for range 3 {
+				session := w.dial(t, nil)
+				if _, err := ask(t, session, est.CSRAttrs, nil); err != nil {
+					t.Fatal(err)
+				}
+				value, err := session.ChannelBinding()
+				if err != nil {
+					t.Fatal(err)
+				}
+				values[string(value)] = true
+			}
+			if n := w.key.signatures.Load(); n != 3 || len(values) != 3 {
+				t.Errorf("%d signatures, %d values", n, len(values))
+			}
+		})
+	}
+}
+
 // No cipher suite is offered that does without secrecy or authentication, or with DES or
 // what was for export.
 func TestCipherSuites(t *testing.T) {

@@ -6,11 +6,13 @@ import (
 	"context"
 	"crypto"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"math/big"
 	"os"
 	"os/exec"
@@ -38,6 +40,7 @@ func TestEstserver(t *testing.T) {
 	t.Attr("shows", "RFC 7030 §3.1 (2)")
 	t.Attr("shows", "RFC 7030 §3.1 (3)")
 	t.Attr("shows", "RFC 7030 §4.1.2 (1)")
+	t.Attr("shows", "RFC 7030 §4.1.3 (1)")
 	t.Attr("shows", "RFC 7030 §4.2.2 (1)")
 	dir := t.TempDir()
 	now := func(c *x509.Certificate) {
@@ -302,7 +305,7 @@ func TestChannelBindingOpenSSL(t *testing.T) {
 			for text := ""; ; {
 				line, err := output.ReadString('\n')
 				if err != nil {
-					t.Fatalf("openssl s_server shows no value: %v\n%s", err, text)
+					t.Fatalf("openssl s_server shows no value, within %s: %v\n%s", patience, err, text)
 				}
 				text += line
 				if found := c.shown.FindStringSubmatch(text); found != nil {
@@ -315,6 +318,54 @@ func TestChannelBindingOpenSSL(t *testing.T) {
 		})
 	}
 }
+
+// A connection that resumes a session is one of its own where the two ends say so
+// (extended master secret, RFC 7627), and has else no value: it is then that of whom a
+// man in the middle chooses. We never resume one ourselves.
+func TestChannelBindingResumed(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		options string
+		bound   bool
+	}{"extended master secret": {"ExtendedMasterSecret", true}, "without": {"-ExtendedMasterSecret", false}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t, nil, nil)
+			config := filepath.Join(t.TempDir(), "openssl.cnf")
+			text := "openssl_conf = top\n[top]\nssl_conf = ssl\n[ssl]\nsystem_default = default\n[default]\nOptions = " + c.options + "\n"
+			if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			uri, _ := startOpenSSLWith(t, w, epoch, []string{"OPENSSL_CONF=" + config}, "-www", "-tls1_2")
+			client := &tls.Config{
+				MaxVersion: tls.VersionTLS12, ClientSessionCache: tls.NewLRUClientSessionCache(1), InsecureSkipVerify: true, Time: func() time.Time { return epoch },
+				Certificates: []tls.Certificate{{Certificate: [][]byte{w.client.cert.Raw}, PrivateKey: w.client.key}},
+			}
+			var values [][]byte
+			for _, resumed := range []bool{false, true} {
+				conn, err := tls.Dial("tcp", fmt.Sprintf("%s:%d", uri.Host, uri.Port), client)
+				if err != nil {
+					t.Fatal(err)
+				}
+				state := conn.ConnectionState()
+				value, err := est.TLSBinding(state)
+				if state.DidResume != resumed || (err == nil) != (c.bound || !resumed) || err != nil && !errors.Is(err, errors.ErrUnsupported) {
+					t.Errorf("resumed %t: %x, %v", state.DidResume, value, err)
+				}
+				values = append(values, value)
+				if err := conn.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+			if bytes.Equal(values[0], values[1]) {
+				t.Errorf("two connections with %x", values[0])
+			}
+		})
+	}
+}
+
+// patience ends an openssl that does not say what is waited for.
+const patience = 30 * time.Second
 
 var accepts = regexp.MustCompile(`^ACCEPT .*:(\d+)$`)
 
@@ -329,6 +380,12 @@ func openSSLServer(t *testing.T, w *world, clock time.Time, flags ...string) est
 // prints after that.
 func startOpenSSL(t *testing.T, w *world, clock time.Time, flags ...string) (est.URI, *bufio.Reader) {
 	t.Helper()
+	return startOpenSSLWith(t, w, clock, nil, flags...)
+}
+
+// startOpenSSLWith is startOpenSSL with more in its environment.
+func startOpenSSLWith(t *testing.T, w *world, clock time.Time, env []string, flags ...string) (est.URI, *bufio.Reader) {
+	t.Helper()
 	dir := t.TempDir()
 	key, err := x509.MarshalPKCS8PrivateKey(w.server.key)
 	if err != nil {
@@ -339,10 +396,10 @@ func startOpenSSL(t *testing.T, w *world, clock time.Time, flags ...string) (est
 	writePEM(t, filepath.Join(dir, "other.pem"), "CERTIFICATE", other.cert.Raw)
 	writePEM(t, filepath.Join(dir, "cert.pem"), "CERTIFICATE", w.server.cert.Raw)
 	writePEM(t, filepath.Join(dir, "key.pem"), "PRIVATE KEY", key)
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	cmd := exec.CommandContext(ctx, "openssl", append([]string{"s_server", "-accept", "127.0.0.1:0", "-cert", "cert.pem", "-key", "key.pem", "-CAfile", "ca.pem",
 		"-Verify", "3", "-verify_return_error", "-attime", strconv.FormatInt(clock.Unix(), 10)}, flags...)...)
-	cmd.Dir = dir
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), env...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()

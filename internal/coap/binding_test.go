@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/plgd-dev/go-coap/v3/message/codes"
 
@@ -145,7 +146,12 @@ func TestChannelBindingOpenSSLClient(t *testing.T) {
 			if _, err := input.Write(get); err != nil {
 				t.Error(err)
 			}
-			got := <-handled
+			var got []byte
+			select {
+			case got = <-handled:
+			case <-time.After(20 * time.Second):
+				t.Errorf("openssl s_client has not asked\n%s", output)
+			}
 			if err := input.Close(); err != nil {
 				t.Error(err)
 			}

@@ -36,8 +36,8 @@ func module(t *testing.T, requirements, tests string) {
 }
 
 func TestConform(t *testing.T) {
-	module(t, "# RFC 1\n\nRFC 1 §1 (1): One.\nRFC 1 §2 (1): Two | three.\n\tno: not needed.\n",
-		"func TestA(t *testing.T) { t.Run(\"b c\", func(t *testing.T) { "+shows("RFC 1 §1 (1)")+" }) }\n")
+	module(t, "# RFC 1\n\nRFC 1 §1 (1): One.\nRFC 1 §2 (1): Two | three.\n\tno: not needed.\nRFC 1 §2 (2): Four.\n\tbut: not on Sundays.\n",
+		"func TestA(t *testing.T) { "+shows("RFC 1 §2 (2)")+"; t.Run(\"b c\", func(t *testing.T) { "+shows("RFC 1 §1 (1)")+" }) }\n")
 	if err := conform(t.Output(), []string{"./..."}); err == nil || !strings.Contains(err.Error(), "+| §1 (1) | One. | a: `TestA/b_c` |") {
 		t.Errorf("without a page: %v", err)
 	}
@@ -45,7 +45,7 @@ func TestConform(t *testing.T) {
 		t.Fatal(err)
 	}
 	page, err := os.ReadFile(pageName)
-	if err != nil || !bytes.Contains(page, []byte("\n| §2 (1) | Two \\| three. | no: not needed. |\n")) {
+	if err != nil || !bytes.Contains(page, []byte("\n| §2 (1) | Two \\| three. | no: not needed. |\n| §2 (2) | Four. | a: `TestA`; but not on Sundays. |\n")) {
 		t.Errorf("%v: the page is\n%s", err, page)
 	}
 	if err := conform(t.Output(), []string{"./..."}); err != nil {
@@ -111,7 +111,7 @@ func TestConformFailed(t *testing.T) {
 func TestParseListRefused(t *testing.T) {
 	for _, text := range []string{
 		"RFC 1 §1 (1): Before a chapter.\n", "# RFC 1\nno id\n", "# RFC 1\n\tno: nothing\n", "# RFC 1\n  a: b\n",
-		"# RFC 1\na: b\na: c\n", "# RFC 1\na: b\n\tno: c\n\tno: d\n",
+		"# RFC 1\na: b\na: c\n", "# RFC 1\na: b\n\tno: c\n\tno: d\n", "# RFC 1\na: b\n\tno: c\n\tbut: d\n", "# RFC 1\na: b\n\tyes: c\n",
 	} {
 		if _, err := parseList(text); err == nil {
 			t.Errorf("read %q", text)

@@ -17,6 +17,7 @@ type requirement struct {
 	id   string // such as RFC 9148 §4.6 (1)
 	text string
 	no   string   // why no test shows it, and what is so instead
+	but  string   // where a test shows it: when it is not so
 	by   []string // the tests that show it, PACKAGE TEST
 }
 
@@ -34,8 +35,8 @@ type list struct {
 }
 
 // parseList reads the list. Its lines are a chapter's "# TITLE", a requirement's "ID: TEXT",
-// the indented "no: REASON" of the one above, or a line of the introduction, which begins
-// with "> "; other lines are empty.
+// the indented "no: REASON" or "but: EXCEPTION" of the one above, or a line of the
+// introduction, which begins with "> "; other lines are empty.
 func parseList(text string) (*list, error) {
 	l := &list{}
 	known := map[string]bool{}
@@ -58,11 +59,20 @@ func parseList(text string) (*list, error) {
 			}
 		case strings.HasPrefix(line, "# "):
 			l.chapters = append(l.chapters, &chapter{title: line[len("# "):]})
-		case strings.HasPrefix(line, "\tno: "):
-			if current == nil || len(current.requirements) == 0 || current.requirements[len(current.requirements)-1].no != "" {
+		case strings.HasPrefix(line, "\t"):
+			if current == nil || len(current.requirements) == 0 {
 				return nil, fail("a reason without its requirement")
 			}
-			current.requirements[len(current.requirements)-1].no = line[len("\tno: "):]
+			above := current.requirements[len(current.requirements)-1]
+			kind, reason, _ := strings.Cut(line[1:], ": ")
+			switch {
+			case reason == "" || kind != "no" && kind != "but" || above.no+above.but != "":
+				return nil, fail("want one reason, no: or but:")
+			case kind == "no":
+				above.no = reason
+			default:
+				above.but = reason
+			}
 		default:
 			id, text, found := strings.Cut(line, ": ")
 			switch {
@@ -193,9 +203,12 @@ func (l *list) page() []byte {
 		paragraph(c.introduction)
 		out.WriteString("| | requirement | shown by |\n|---|---|---|\n")
 		for _, r := range c.requirements {
-			by := "no: " + r.no
-			if r.no == "" {
-				by = byPackage(r.by)
+			by := byPackage(r.by)
+			switch {
+			case r.no != "":
+				by = "no: " + r.no
+			case r.but != "":
+				by += "; but " + r.but
 			}
 			fmt.Fprintf(&out, "| %s | %s | %s |\n", strings.TrimPrefix(r.id, c.title+" "), cell(r.text), cell(by))
 		}
