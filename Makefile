@@ -19,6 +19,8 @@ demo:
 	@$(MAKE) --no-print-directory build
 	@examples/demo
 
+# Without GORACE each program with the race detector sleeps for a second before it exits.
+test: export GORACE = atexit_sleep_ms=0
 test: deps lint
 	$(GO) run ./internal/conformance -race -timeout 15m ./...
 

@@ -288,3 +288,14 @@ func TestServerText(t *testing.T) {
 		t.Errorf("the next run says %v, want %v", again, pending)
 	}
 }
+
+// A certificate that begins while the server decides is valid by the time that its
+// answer is there.
+func TestSlowDecision(t *testing.T) {
+	c := new(clock)
+	d := newSite(t, testserver.Config{Now: c.now}).device(t, "slow")
+	d.now = c.now
+	d.hook = after(1, "before simpleenroll", func() error { c.advance(10 * time.Minute); return nil })
+	d.mustEnroll()
+	d.tidy(1)
+}

@@ -352,7 +352,7 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 	if err != nil {
 		return nil, err
 	}
-	anchors, now, err := c.meet(ctx, session, auth, key)
+	anchors, _, err := c.meet(ctx, session, auth, key)
 	if err != nil {
 		return nil, err
 	}
@@ -378,6 +378,11 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 		return nil, err
 	}
 	request, err := op.request()
+	if err != nil {
+		return nil, err
+	}
+	// The server may have taken its time, and a certificate can begin when it is issued.
+	now, err := c.verificationTime()
 	if err != nil {
 		return nil, err
 	}

@@ -414,10 +414,12 @@ var httpFaults = map[string]string{
 	"not-base64":         "a body that is not base64",
 	"slow-body":          "a byte of its body each second",
 	"endless-body":       "a body without an end",
+	"1-gib":              "a body of 1 GiB, as it says before",
 	"long-header":        "a header of 1 MiB",
 	"not-http":           "bytes that are not HTTP",
 	"redirect-loop":      "a redirection to itself",
 	"redirect-elsewhere": "a redirection to another server",
+	"redirect-http":      "a redirection to itself without TLS",
 }
 
 // oddBoundary has each kind of character that a boundary may have.
@@ -449,7 +451,10 @@ func (a *httpsAnswer) sendWrong(kind string, w http.ResponseWriter, r *http.Requ
 		}
 	case "not-base64":
 		body = []byte("<html>Enrolled.</html>")
-	case "slow-body", "endless-body":
+	case "slow-body", "endless-body", "1-gib":
+		if kind == "1-gib" {
+			header.Set("Content-Length", strconv.Itoa(1<<30))
+		}
 		w.WriteHeader(status)
 		trickle(kind == "slow-body", body, w, r)
 		return
@@ -460,6 +465,9 @@ func (a *httpsAnswer) sendWrong(kind string, w http.ResponseWriter, r *http.Requ
 		status = http.StatusTemporaryRedirect
 	case "redirect-elsewhere":
 		header.Set("Location", "https://elsewhere.example"+r.URL.Path)
+		status = http.StatusTemporaryRedirect
+	case "redirect-http":
+		header.Set("Location", "http://"+r.Host+r.URL.Path)
 		status = http.StatusTemporaryRedirect
 	}
 	w.WriteHeader(status)

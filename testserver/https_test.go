@@ -157,8 +157,8 @@ func TestFaultsOverHTTPS(t *testing.T) {
 		"body=pkcs7-truncated": isAnswer, "body=wrong-format": isAnswer, "body=empty": isAnswer, "body=swapped-format": isAnswer, "body=pkix-trailing": isAnswer,
 		"body=no-format": none, "body=two-leaves": none, // which a client judges
 		"http=bare": none, "http=created": none, "http=close": none,
-		"http=cut": is(est.ErrUnreachable), "http=wrong-type": isAnswer, "http=not-base64": isAnswer, "http=endless-body": isAnswer, "http=long-header": isAnswer,
-		"http=not-http": isAnswer, "http=redirect-loop": isAnswer, "http=redirect-elsewhere": isAnswer,
+		"http=cut": is(est.ErrUnreachable), "http=wrong-type": isAnswer, "http=not-base64": isAnswer, "http=endless-body": isAnswer, "http=1-gib": isAnswer, "http=long-header": isAnswer,
+		"http=not-http": isAnswer, "http=redirect-loop": isAnswer, "http=redirect-elsewhere": isAnswer, "http=redirect-http": isAnswer,
 		"server-certificate=expired": is(est.ErrNotValidNow), "server-certificate=not-yet-valid": is(est.ErrNotValidNow), "server-certificate=other-name": is(est.ErrNotTrusted),
 		"server-certificate=foreign": is(est.ErrNotTrusted), "server-certificate=client": is(est.ErrNotTrusted), "server-certificate=truncated": is(est.ErrHandshake), "server-certificate=trailing": is(est.ErrNotTrusted),
 	} {

@@ -210,6 +210,12 @@ func (c *rawConn) reply(m *message.Message) []byte {
 		if c.answer == nil {
 			return c.encode(m, &rawAnswer{code: codes.RequestEntityIncomplete})
 		}
+		if c.wrong == "block-slow" {
+			select {
+			case <-time.After(rawPause):
+			case <-c.door.ctx.Done():
+			}
+		}
 		return c.encode(m, c.block(int(block>>4), block&7))
 	}
 	return c.handle(m, m.Payload, nil)
@@ -274,24 +280,26 @@ var messageFaults = map[string]string{
 	"reset":             "are a Reset",
 	"silent":            "do not come",
 	"acknowledged-only": "are an empty ACK, and nothing follows",
-	"block-1-mib":       "announce 1 MiB",
+	"block-1-gib":       "announce 1 GiB",
 	"block-endless":     "have always one more block",
 	"block-etag":        "change their ETag after the first block",
 	"block-order":       "leave a block out",
 	"block-format":      "change their content-format after the first block",
 	"block-missing":     "have no Block2 after the first block",
 	"block-short":       "have fewer bytes than their block says",
+	"block-slow":        "come half a second after their request, from the second block on",
 }
 
-const rawMiB = 1 << 20
+const (
+	rawGiB   = 1 << 30
+	rawPause = 500 * time.Millisecond
+)
 
 // block is the block of the answer with this number, or what the fault makes of it.
 func (c *rawConn) block(num int, szx uint32) *rawAnswer {
 	size := 16 << szx
 	body := c.answer.Body
 	switch c.wrong {
-	case "block-1-mib":
-		body = make([]byte, rawMiB)
 	case "block-endless":
 		body = make([]byte, (num+2)*size)
 	case "block-order":
@@ -313,8 +321,8 @@ func (c *rawConn) block(num int, szx uint32) *rawAnswer {
 	}
 	answer.block2 = &value
 	switch {
-	case c.wrong == "block-1-mib":
-		answer.size2 = new(uint32(len(body)))
+	case c.wrong == "block-1-gib":
+		answer.size2 = new(uint32(rawGiB))
 	case c.wrong == "block-etag":
 		answer.etag = []byte{byte(min(num, 1))}
 	case c.wrong == "block-format" && num > 0:

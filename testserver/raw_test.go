@@ -78,7 +78,7 @@ func TestWrongMessages(t *testing.T) {
 	for kind, want := range map[string]string{
 		"truncated": "malformed messages", "trailing": "malformed messages", "wrong-token": "another token", "critical-option": "critical and unknown",
 		"reset": "reset by the peer", "silent": "no answer", "acknowledged-only": "acknowledged: no answer",
-		"block-1-mib": "response of 1048576 bytes", "block-endless": "body too large", "block-etag": "ETag 01 after 00", "block-order": "got 2/1/64 at offset 64",
+		"block-1-gib": "response of 1073741824 bytes", "block-endless": "body too large", "block-etag": "ETag 01 after 00", "block-order": "got 2/1/64 at offset 64",
 		"block-format": "another content-format", "block-missing": "missing at offset 64", "block-short": "63 bytes",
 	} {
 		t.Run(kind, func(t *testing.T) {

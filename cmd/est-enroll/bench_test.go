@@ -269,7 +269,7 @@ func (b *bench) timeColdParts(t *testing.T) []lap {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), "bare-enrolment", string(argument))
-	cmd.Env = []string{softHSMConf(d)}
+	cmd.Env = []string{softHSMConf(d), "GORACE=" + withoutSleep}
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	out, err := cmd.Output()

@@ -4,12 +4,9 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -94,64 +91,15 @@ func (b *bench) countHTTPS(t *testing.T, f *figures) {
 			b.runEstclient(t, d, b.matrix.module.Path, server, env)
 		},
 	} {
-		counter := newCounter(t, strings.TrimPrefix(b.https, "https://"))
+		relay := newRelay(t, b.https)
 		d := b.device(t)
 		log := filepath.Join(d.dir, "calls")
-		run(d, "https://"+counter.listener.Addr().String(), b.matrix.module.Env(b.matrix.token.ModulePath, log, p11crash.Point{}))
-		work.Connections, work.Bytes = counter.close(t)
+		run(d, relay.uri(), b.matrix.module.Env(b.matrix.token.ModulePath, log, p11crash.Point{}))
+		work.Connections, work.Bytes = relay.close(t)
 		for _, point := range p11crash.ReadLog(t, log) {
 			if point.Function == "C_SignInit" && point.When == p11crash.Before {
 				work.Signatures++
 			}
 		}
 	}
-}
-
-// counter hands TCP connections on to a server, and counts them and their bytes.
-type counter struct {
-	listener    net.Listener
-	done        sync.WaitGroup
-	connections int
-	bytes       atomic.Int64
-}
-
-func newCounter(t *testing.T, server string) *counter {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &counter{listener: listener}
-	c.done.Go(func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return // closed
-			}
-			c.connections++
-			server, err := net.Dial("tcp", server)
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			for _, way := range [][2]net.Conn{{client, server}, {server, client}} {
-				c.done.Go(func() {
-					n, _ := io.Copy(way[1], way[0]) // whoever ends it, the other is told
-					c.bytes.Add(n)
-					_ = way[1].(*net.TCPConn).CloseWrite()
-				})
-			}
-		}
-	})
-	return c
-}
-
-// close waits for the connections to end, which both sides have closed.
-func (c *counter) close(t *testing.T) (connections, bytes int) {
-	t.Helper()
-	if err := c.listener.Close(); err != nil {
-		t.Error(err)
-	}
-	c.done.Wait()
-	return c.connections, int(c.bytes.Load())
 }

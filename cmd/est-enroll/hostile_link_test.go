@@ -172,6 +172,24 @@ func withoutExtendedMasterSecret() tamper {
 	})
 }
 
+// chosen is a ServerHello of TLS 1.2 or before (RFC 5246 §7.4.1.3), in a record, by
+// somebody who chooses in the server's place what it would not.
+func chosen(version, suite uint16, random [32]byte) []byte {
+	body := binary.BigEndian.AppendUint16(nil, version)
+	body = append(body, random[:]...)
+	body = append(body, 0) // no session to resume
+	body = binary.BigEndian.AppendUint16(body, suite)
+	body = append(body, 0) // no compression
+	message := append([]byte{serverHello, 0, 0, byte(len(body))}, body...)
+	return append([]byte{handshakeRecord, 3, 3, 0, byte(len(message))}, message...)
+}
+
+// downgraded is how a server of TLS 1.3 marks a handshake of TLS 1.2 (RFC 8446 §4.1.3).
+func downgraded() (random [32]byte) {
+	copy(random[24:], "DOWNGRD\x01")
+	return random
+}
+
 // onServer makes a tamper of a proxy that changes what the server sends.
 func onServer(current func() tamper) func(coaptest.Datagram) ([][]byte, bool) {
 	return func(d coaptest.Datagram) ([][]byte, bool) {

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -52,8 +53,10 @@ type hostileCase struct {
 	name   string
 	https  bool     // it is met at the HTTPS door
 	faults []string // of the server
-	link   tamper   // of the network
+	link   tamper   // of the network, over CoAPs
+	hello  []byte   // what the network answers in the server's place, over HTTPS
 	effect effect
+	only   situation // the one to meet it in. Default: those of the effect
 	code   int
 	says   string // a regular expression for the line with the error
 	// issued is what the server issues for it; the honest run after it gets one
@@ -62,7 +65,11 @@ type hostileCase struct {
 	again  bool
 	// traffic is how many KiB the server may send at most. Default: 16.
 	traffic int
+	waits   time.Duration // what the journal has the device wait then, at most maxWait
 }
+
+// maxWait is the longest that a device waits, whatever a server asks for.
+const maxWait = 30 * 24 * time.Hour
 
 // effect is what a case does to the request.
 type effect string
@@ -80,6 +87,13 @@ const (
 // situations are those to meet a case in, after which the token is as before.
 func (e effect) situations() []situation {
 	return map[effect][]situation{final: {firstBoot, renewal}, open: {underWay, renewal}, forged: {firstBoot, underWay, renewal}}[e]
+}
+
+func (c hostileCase) situations() []situation {
+	if c.only != "" {
+		return []situation{c.only}
+	}
+	return c.effect.situations()
 }
 
 // keeps reports whether the journal has the request afterwards.
@@ -127,16 +141,22 @@ var hostileCases = []hostileCase{
 	{name: "an error with a hostile text", faults: []string{"answer=4.00", "long-detail"}, effect: final, code: exitRefused,
 		says: `sr?en: 4\.00 BadRequest: "\.\[2J\.\.est-enroll: enrolled\.\.\. `},
 	{name: "Max-Age of 136 years", faults: []string{"defer=1,max-age=1193046h28m15s"}, effect: open, code: exitPending,
-		says: `asks for 1193046h28m15s of patience: after 720h0m0s the device asks again$`},
-	{name: "crts of a foreign CA", faults: []string{"crts=foreign"}, effect: open, code: exitRefused,
+		says: `asks for 1193046h28m15s of patience: after 720h0m0s the device asks again$`, waits: maxWait},
+	{name: "Max-Age of nothing", faults: []string{"defer=1,max-age=0s"}, effect: open, code: exitPending,
+		says: `^the server has not decided yet: come back at [0-9TZ:-]+: "not decided yet, come again"$`},
+	{name: "crts of a foreign CA", faults: []string{"crts=foreign"}, effect: open, only: underWay, code: exitRefused,
 		says: `judge the server by its own cacerts: server certificate .* signed by unknown authority: not trusted$`},
+	{name: "crts of a foreign CA, later", faults: []string{"crts=foreign"}, effect: final, only: renewal, code: exitRefused,
+		says: `the server publishes the root .*, for which neither an anchor of this device nor the operator vouches: it is not trusted$`, issued: 1},
 	{name: "crts without a CA", faults: []string{"crts=leaf"}, effect: final, code: exitRefused,
 		says: `trust anchors: "CN=TEST ONLY EST server" is not a CA certificate: not trusted$`},
 	// The messages and the blocks.
-	{name: "1 MiB", faults: []string{"message=block-1-mib"}, effect: final, code: exitRefused,
-		says: `answer: .*: response of 1048576 bytes: body too large: the limit is 65536$`, issued: 1},
+	{name: "1 GiB", faults: []string{"message=block-1-gib"}, effect: final, code: exitRefused,
+		says: `answer: .*: response of 1073741824 bytes: body too large: the limit is 65536$`, issued: 1},
 	{name: "endless blocks", faults: []string{"message=block-endless"}, effect: final, code: exitRefused,
 		says: `answer: .*: response: body too large: the limit is 65536$`, issued: 1, traffic: 256},
+	{name: "slow blocks", faults: []string{"message=block-slow"}, effect: open, code: exitTryLater,
+		says: `sr?en: the block at offset \d+: no answer$`, issued: 1, again: true},
 	{name: "ETag change", faults: []string{"message=block-etag"}, effect: final, code: exitRefused,
 		says: `answer: .*: Block2: ETag 01 after 00$`, issued: 1},
 	{name: "block out of order", faults: []string{"message=block-order"}, effect: final, code: exitRefused,
@@ -223,9 +243,11 @@ var hostileCases = []hostileCase{
 	{name: "HTTPS: half a body", https: true, faults: []string{"http=cut"}, effect: open, code: exitTryLater,
 		says: `enroll: unexpected EOF$`, issued: 1, again: true},
 	{name: "HTTPS: a body without an end", https: true, faults: []string{"http=endless-body"}, effect: final, code: exitRefused,
-		says: `enroll: answer: a body of more than 262144 bytes$`, issued: 1},
+		says: `enroll: answer: a body of more than 262144 bytes$`, issued: 1, traffic: 16 << 10},
+	{name: "HTTPS: a body of 1 GiB", https: true, faults: []string{"http=1-gib"}, effect: final, code: exitRefused,
+		says: `enroll: answer: a body of more than 262144 bytes$`, issued: 1, traffic: 16 << 10},
 	{name: "HTTPS: a header of 1 MiB", https: true, faults: []string{"http=long-header"}, effect: final, code: exitRefused,
-		says: `enroll: answer: .*headers exceeded 32768 bytes`, issued: 1},
+		says: `enroll: answer: .*headers exceeded 32768 bytes`, issued: 1, traffic: 16 << 10},
 	{name: "HTTPS: not HTTP", https: true, faults: []string{"http=not-http"}, effect: final, code: exitRefused,
 		says: `enroll: answer: .*malformed HTTP`, issued: 1},
 	{name: "HTTPS: HTML", https: true, faults: []string{"http=wrong-type"}, effect: final, code: exitRefused,
@@ -236,8 +258,22 @@ var hostileCases = []hostileCase{
 		says: `enroll: answer: more than 5 redirections$`, issued: 1},
 	{name: "HTTPS: a redirection to another server", https: true, faults: []string{"http=redirect-elsewhere"}, effect: final, code: exitRefused,
 		says: `enroll: answer: a redirection to another server, "https://elsewhere\.example/`, issued: 1},
+	{name: "HTTPS: a redirection to HTTP", https: true, faults: []string{"http=redirect-http"}, effect: final, code: exitRefused,
+		says: `enroll: answer: a redirection to another protocol, "http://127\.0\.0\.1:\d+/.*": it is not followed$`, issued: 1},
+	{name: "HTTPS: Retry-After in the past", https: true, faults: []string{"defer=1", "retry-after=Thu, 01 Jan 1970 00:00:00 GMT"}, effect: open, code: exitPending,
+		says: `^the server has not decided yet: come back at [0-9TZ:-]+: "not decided yet, come again"$`},
 	{name: "HTTPS: Retry-After in the year 9999", https: true, faults: []string{"defer=1", "retry-after=Fri, 31 Dec 9999 23:59:59 GMT"}, effect: open, code: exitPending,
-		says: `asks for 2562047h47m16\.[0-9]+s of patience: after 720h0m0s the device asks again$`},
+		says: `asks for 2562047h47m16\.[0-9]+s of patience: after 720h0m0s the device asks again$`, waits: maxWait},
+	{name: "HTTPS: TLS 1.0", https: true, hello: chosen(tls.VersionTLS10, tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA, [32]byte{}), effect: forged, code: exitRefused,
+		says: `unsupported protocol version 301: no secure session$`},
+	{name: "HTTPS: TLS 1.1", https: true, hello: chosen(tls.VersionTLS11, tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA, [32]byte{}), effect: forged, code: exitRefused,
+		says: `unsupported protocol version 302: no secure session$`},
+	{name: "HTTPS: TLS 1.2 in the place of 1.3", https: true, hello: chosen(tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, downgraded()), effect: forged, code: exitRefused,
+		says: `downgrade attempt detected, .*: no secure session$`},
+	{name: "HTTPS: RC4", https: true, hello: chosen(tls.VersionTLS12, tls.TLS_ECDHE_ECDSA_WITH_RC4_128_SHA, [32]byte{}), effect: forged, code: exitRefused,
+		says: `unconfigured cipher suite: no secure session$`},
+	{name: "HTTPS: no encryption", https: true, hello: chosen(tls.VersionTLS12, 0xc006, [32]byte{}), effect: forged, code: exitRefused,
+		says: `unconfigured cipher suite: no secure session$`},
 	{name: "HTTPS: refused in the place of the first answer", https: true, faults: []string{"refuse-all"}, effect: forged, code: exitRefused,
 		says: `cacerts: the server's alert 42: the server refuses our certificate$`},
 }
@@ -268,8 +304,8 @@ func TestHostile(t *testing.T) {
 		})
 	}
 	for i, c := range hostileCases {
-		for j, in := range c.effect.situations() {
-			if *hostileAll || j == i%len(c.effect.situations()) { // the others are with make hostile
+		for j, in := range c.situations() {
+			if *hostileAll || j == i%len(c.situations()) { // the others are with make hostile
 				jobs <- hostileJob{c, in}
 			}
 		}
@@ -296,6 +332,7 @@ type hostileSite struct {
 	server    *testserver.Server
 	proxy     *coaptest.Proxy
 	link      atomic.Pointer[tamper]
+	relay     *relay
 	uri       string // through the proxy
 	anchors   string
 	templates map[situation]*snapshot
@@ -316,7 +353,8 @@ func newHostileSite(t *testing.T) *hostileSite {
 			t.Error(err)
 		}
 	})
-	s.server = server
+	s.server, s.relay = server, newRelay(t, server.HTTPSURI())
+	t.Cleanup(func() { s.relay.close(t) })
 	s.proxy = coaptest.NewProxy(t, server.Addr().String(), coaptest.Faults{Tamper: onServer(func() tamper {
 		if change := s.link.Load(); change != nil {
 			return *change
@@ -385,7 +423,7 @@ func (s *hostileSite) began(t *testing.T, uri string, faults []string, link tamp
 func (s *hostileSite) before(t *testing.T, c hostileJob) *snapshot {
 	switch {
 	case c.situation == underWay && c.https:
-		return s.began(t, s.server.HTTPSURI(), []string{"answer=5.00"}, nil, exitTryLater)
+		return s.began(t, s.relay.uri(), []string{"answer=5.00"}, nil, exitTryLater)
 	case c.situation == underWay:
 		return s.began(t, s.uri, nil, silence(ofFlight(2)), exitTryLater)
 	}
@@ -403,6 +441,11 @@ func (s *hostileSite) turn(t *testing.T, texts []string, link tamper) {
 		t.Fatal(err)
 	}
 	s.link.Store(&link)
+}
+
+// sent is how many bytes the server has sent at both doors.
+func (s *hostileSite) sent() int {
+	return s.proxy.Counters().ToClient.Bytes + int(s.relay.toClient.Load())
 }
 
 // hostileDevice is a copy of a device.
@@ -438,10 +481,10 @@ type hostileRun struct {
 
 func (r hostileRun) String() string { return fmt.Sprintf("exit code %d:\n%s", r.code, r.output) }
 
-// said is the line with the error, or with the warning of a server that is pending.
+// said is the line with the error, or with what a pending server has said.
 func (r hostileRun) said() string {
 	for line := range strings.Lines(r.output) {
-		for _, kind := range []string{"est-enroll: error: ", "est-enroll: warning: "} {
+		for _, kind := range []string{"est-enroll: error: ", "est-enroll: warning: ", "est-enroll: "} {
 			if text, found := strings.CutPrefix(strings.TrimSpace(line), kind); found {
 				return text
 			}
@@ -603,21 +646,25 @@ func (s *hostileSite) meet(t *testing.T, c hostileJob, report *hostileReport) {
 	before := s.before(t, c)
 	d := s.copyOf(t, before.dir)
 	if c.https {
-		d.uri = s.server.HTTPSURI()
+		d.uri = s.relay.uri()
 	}
 	command := []string{"enroll"}
 	if c.situation == renewal {
 		command = []string{"renew", "--force"}
 	}
-	issued, sent := len(s.server.Issuances()), s.proxy.Counters().ToClient.Bytes
+	issued, sent := len(s.server.Issuances()), s.sent()
 	s.turn(t, c.faults, c.link)
+	if c.hello != nil {
+		s.relay.instead.Store(&c.hello)
+	}
 	settings := once
 	if c.code == exitTryLater {
 		settings = impatient
 	}
 	run := d.run(t, settings, command...)
 	s.turn(t, nil, nil)
-	sent = s.proxy.Counters().ToClient.Bytes - sent
+	s.relay.instead.Store(nil)
+	sent = s.sent() - sent
 
 	var wrong []string
 	complain := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
@@ -651,7 +698,7 @@ func (s *hostileSite) meet(t *testing.T, c hostileJob, report *hostileReport) {
 	report.add(c, run, before, after, len(changes) > 0)
 
 	if c.code == exitPending {
-		d.wait(t)
+		d.wait(t, c.waits)
 	}
 	if again := d.run(t, honest, command...); again.code != exitDone {
 		complain("then, at the honest server: %s", again)
@@ -671,8 +718,8 @@ func (s *hostileSite) meet(t *testing.T, c hostileJob, report *hostileReport) {
 	}
 }
 
-// wait makes the journal's wait one that is over.
-func (d *hostileDevice) wait(t *testing.T) {
+// wait makes the journal's wait, which is so long, one that is over.
+func (d *hostileDevice) wait(t *testing.T, want time.Duration) {
 	t.Helper()
 	path := filepath.Join(d.dir, "state", "journal.json")
 	data, err := os.ReadFile(path)
@@ -688,9 +735,8 @@ func (d *hostileDevice) wait(t *testing.T) {
 		t.Fatal(err)
 	}
 	operation := journal.Credentials["device"]["operation"].(map[string]any)
-	// The cap: 30 days, whatever the server asks for.
-	if got, want := operation["retry_after"], float64(30*24*time.Hour); got != want {
-		t.Errorf("the journal waits for %v, want %v", got, want)
+	if got, _ := operation["retry_after"].(float64); got != float64(want) {
+		t.Errorf("the journal waits for %v, want %s", operation["retry_after"], want)
 	}
 	delete(operation, "retry_after")
 	if data, err = json.Marshal(journal); err != nil {

@@ -16,6 +16,10 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
+// withoutSleep is for programs that are this test binary: the race detector has each
+// sleep for a second before it exits.
+const withoutSleep = "atexit_sleep_ms=0"
+
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"est-testserver": main})
 }
@@ -36,6 +40,7 @@ func TestScripts(t *testing.T) {
 			"block": guideBlock,
 		},
 		Setup: func(env *testscript.Env) error {
+			env.Setenv("GORACE", withoutSleep)
 			env.Setenv("TEMPLATES", filepath.Join(sourceDir, "../../testdata/rfc9908"))
 			env.Values[portsOf{}] = map[string]string{}
 			return nil
@@ -60,7 +65,7 @@ func serve(ts *testscript.TestScript, neg bool, args []string) {
 	signal := signals[args[0]]
 	cmd := exec.Command("est-testserver", append([]string{"serve", "--listen", "127.0.0.1:0"}, args[1:]...)...)
 	cmd.Dir = ts.MkAbs(".")
-	cmd.Env = []string{"PATH=" + ts.Getenv("PATH"), "TMPDIR=" + ts.Getenv("TMPDIR")}
+	cmd.Env = []string{"PATH=" + ts.Getenv("PATH"), "TMPDIR=" + ts.Getenv("TMPDIR"), "GORACE=" + withoutSleep}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	stdout, err := cmd.StdoutPipe()

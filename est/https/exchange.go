@@ -85,11 +85,14 @@ func (s *Session) redirection(req *est.Request, from est.URI, got *answer) (to e
 	if err != nil || location == "" {
 		return to, false, &answerError{errors.New("a redirection to nowhere")}
 	}
-	base := &url.URL{Scheme: from.Scheme, Host: from.Address(), Path: from.Root}
-	if to, err = est.ParseURI(base.ResolveReference(reference).String()); err != nil {
+	target := (&url.URL{Scheme: from.Scheme, Host: from.Address(), Path: from.Root}).ResolveReference(reference)
+	if target.Scheme != from.Scheme {
+		return to, false, &answerError{fmt.Errorf("a redirection to another protocol, %q: it is not followed", est.NewDetail([]byte(location)))}
+	}
+	if to, err = est.ParseURI(target.String()); err != nil {
 		return to, false, &answerError{fmt.Errorf("a redirection to %q: %w", est.NewDetail([]byte(location)), err)}
 	}
-	if to.Scheme != from.Scheme || !strings.EqualFold(to.Host, from.Host) || to.Port != from.Port {
+	if !strings.EqualFold(to.Host, from.Host) || to.Port != from.Port {
 		return to, false, &answerError{fmt.Errorf("a redirection to another server, %q: it is not followed", est.NewDetail([]byte(location)))}
 	}
 	return to, true, nil

@@ -237,7 +237,7 @@ func (t *transfer) download(ctx context.Context, first *part) (*Response, error)
 		}
 		var err error
 		if next, err = t.exchange(ctx, opts, nil); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("the block at offset %d: %w", offset, err)
 		}
 		switch {
 		case next.code>>5 != 2 && next.code != resp.Code:
