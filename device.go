@@ -168,6 +168,11 @@ type CredentialConfig struct {
 	// it into the HSM, with a warning: for an HSM that makes poor ones, or a CA that
 	// keeps a copy. Default: the HSM makes it, and nobody ever has it elsewhere.
 	ServerKeyGen bool
+	// DecryptKey is a key in the HSM that the server encrypts such a key for (RFC 7030
+	// §4.4.1), an RSA key for decryption or an AES key that unwraps: its identifier is in
+	// the CSR, and a key that is not encrypted for it is refused. With ServerKeyGen
+	// only. Default: the key comes in the clear, by the protected session alone.
+	DecryptKey engine.Address
 	// Key is one that the HSM holds, the IDevID's perhaps: it is used as it is
 	// instead of a generated one, and never destroyed. Default: none.
 	Key engine.Address
@@ -245,11 +250,12 @@ type Credential struct {
 	}
 	journal *record // its part of the device's journal
 	// forgotten says that the journal has it and the configuration does not.
-	forgotten bool
-	sent      bool            // the CSR of the operation may have reached a server
-	idevid    *pair           // once it is opened
-	opened    *pair           // the enrolled one that was opened last
-	told      map[string]bool // what was said of sessions
+	forgotten  bool
+	sent       bool                  // the CSR of the operation may have reached a server
+	idevid     *pair                 // once it is opened
+	decryption *engine.DecryptionKey // once it is opened
+	opened     *pair                 // the enrolled one that was opened last
+	told       map[string]bool       // what was said of sessions
 	// explicitTA is the Explicit TA, explicitName the file that it is in.
 	explicitTA   *est.TrustAnchors
 	explicitName string
@@ -316,6 +322,9 @@ func (c *Config) checkCredentials() error {
 		}
 		if one.Policy.RekeyEvery > 0 && one.Key != nil {
 			return fmt.Errorf("credential %q: a rekey every %d renewals of %s: %w: %w", one.Name, one.Policy.RekeyEvery, one.Key, ErrKeyNamed, ErrConfig)
+		}
+		if one.DecryptKey != nil && !one.ServerKeyGen {
+			return fmt.Errorf("credential %q: a key to decrypt with, %s, and none that the server makes: %w", one.Name, one.DecryptKey, ErrConfig)
 		}
 		if one.ServerKeyGen && one.Key != nil {
 			return fmt.Errorf("credential %q: a key that the server makes, in place of %s: %w: %w", one.Name, one.Key, ErrKeyNamed, ErrConfig)

@@ -54,6 +54,8 @@ var (
 	ErrNoPoP = errors.New("no proof of possession is possible")
 	// ErrNoImport says that the token takes in no private key that a server has made.
 	ErrNoImport = errors.New("the token takes in no key of a server")
+	// ErrDecryptKey says that the key which is to open what a server encrypts cannot.
+	ErrDecryptKey = errors.New("the key to decrypt with is of no use")
 	// ErrOtherKey says that the server has made another kind of key than was asked for,
 	// and RefuseOtherNames is set or nothing can be done with it.
 	ErrOtherKey = errors.New("the server has made another kind of key")

@@ -433,6 +433,9 @@ func (c *Credential) generate(ctx context.Context, resumed bool) error {
 			if err := c.checkImport(ctx, op.keyType()); err != nil {
 				return "", err
 			}
+			if _, err := c.decryptionKey(ctx); err != nil {
+				return "", err
+			}
 			return fmt.Sprintf("the token takes in a key of type %s: the server makes it", op.keyType()), c.advance(StepRequest)
 		}
 		if resumed {

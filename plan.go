@@ -179,6 +179,11 @@ func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 			return &StepError{Step: StepGenerate, Err: err}
 		}
 	}
+	if p.ServerMade || op != nil && op.asksForKey() {
+		if _, err := c.decryptionKey(ctx); err != nil {
+			return &StepError{Step: StepGenerate, Err: err}
+		}
+	}
 	err = c.timed(StepRequest, func() (string, error) {
 		at, err := c.rehearsedKey(ctx, p, op, auth)
 		if err == nil && at != nil {

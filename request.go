@@ -181,6 +181,11 @@ func (c *Credential) buildCSR(ctx context.Context, auth *pair, session est.Sessi
 	if err != nil {
 		return &est.ResponseError{Operation: est.CSRAttrs, Err: err}
 	}
+	if op.asksForKey() {
+		if template.Protection, err = c.protection(ctx); err != nil {
+			return err
+		}
+	}
 	links := c.links(wanted)
 	asked := false // of the server already, linked to this session or to another
 	if len(op.CSR) > 0 {
@@ -332,6 +337,12 @@ func (op *operation) asks() est.Operation {
 // it is not known what the server wants, then sen, sren or skg (RFC 9148 §3).
 func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err error) {
 	op := c.journal.Operation
+	var decryption *est.DecryptionKey
+	if op.asksForKey() {
+		if decryption, err = c.opener(ctx); err != nil {
+			return nil, err
+		}
+	}
 	session, err := c.open(ctx, auth)
 	if err != nil {
 		return nil, err
@@ -352,7 +363,7 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 	if err != nil {
 		return nil, err
 	}
-	client := est.Client{Session: carrier}
+	client := est.Client{Session: carrier, DecryptionKey: decryption}
 	issued, made, err := c.submit(ctx, &client, auth)
 	if errors.Is(err, est.ErrUnlinked) {
 		// Once, as after a 401 whose server closes the connection (RFC 7030 §3.2.3).
@@ -386,6 +397,9 @@ func (c *Credential) exchange(ctx context.Context, auth *pair) (got *answer, err
 		}
 	}
 	if err != nil {
+		return nil, err
+	}
+	if err := c.judgeSigner(anchors, made, now); err != nil {
 		return nil, err
 	}
 	if err := c.compare(request, chain[0]); err != nil {

@@ -7,12 +7,11 @@ import (
 )
 
 // toDER returns a value in BER (X.690 §8) as DER as far as CMS needs it: with definite
-// lengths that are as short as can be, and each OCTET STRING in one piece. Servers write
-// messages so (RFC 5652 §1); the certificates in them are DER, and stay what they are.
-// It is one value and nothing after it, nested no deeper than depth; where nothing is to
-// be changed it is the data itself.
+// lengths that are as short as can be. Servers write messages so (RFC 5652 §1); the
+// certificates in them are DER, and stay what they are. It is one value and nothing after
+// it, nested no deeper than depth; where nothing is to be changed it is the data itself.
 func toDER(data []byte, depth int) ([]byte, error) {
-	if checkDepth(data, depth) == nil && !inPieces(data) {
+	if checkDepth(data, depth) == nil {
 		return data, nil
 	}
 	value, rest, err := readBER(data, depth)
@@ -25,28 +24,20 @@ func toDER(data []byte, depth int) ([]byte, error) {
 	return value.append(make([]byte, 0, len(data))), nil // which is no shorter
 }
 
-// inPieces reports whether there is an OCTET STRING in pieces among values in DER.
-func inPieces(der []byte) bool {
-	for len(der) > 0 {
-		var value asn1.RawValue
-		rest, err := asn1.Unmarshal(der, &value)
-		if err != nil {
-			return false // which checkDepth has excluded
+// joined puts the pieces of an OCTET STRING together, which BER may have it in.
+func joined(pieces []byte) (whole []byte, err error) {
+	for len(pieces) > 0 {
+		var piece asn1.RawValue
+		if pieces, err = asn1.Unmarshal(pieces, &piece); err != nil || piece.Tag != asn1.TagOctetString || piece.IsCompound {
+			clear(whole)
+			return nil, errBER
 		}
-		if value.IsCompound && (isPieces(value.FullBytes[:1]) || inPieces(value.Bytes)) {
-			return true
-		}
-		der = rest
+		whole = append(whole, piece.Bytes...)
 	}
-	return false
+	return whole, nil
 }
 
 const constructed = 0x20 // bit of an identifier octet (X.690 §8.1.2.5)
-
-// isPieces reports the identifier of an OCTET STRING that is made of others.
-func isPieces(identifier []byte) bool {
-	return len(identifier) == 1 && identifier[0] == asn1.TagOctetString|constructed
-}
 
 // berValue is a value whose parts point into the data that it was read from.
 type berValue struct {
@@ -100,9 +91,6 @@ func readBER(data []byte, depth int) (value berValue, rest []byte, err error) {
 		if part, inner, err = readBER(inner, depth-1); err != nil {
 			return value, nil, err
 		}
-		if isPieces(value.identifier) && part.identifier[0]&^constructed != asn1.TagOctetString {
-			return value, nil, errBER
-		}
 		value.parts = append(value.parts, part)
 	}
 }
@@ -134,12 +122,12 @@ func readLength(data []byte) (length int, rest []byte, indefinite bool, err erro
 }
 
 func (v berValue) append(der []byte) []byte {
-	if isPieces(v.identifier) {
-		der = append(der, asn1.TagOctetString)
-	} else {
-		der = append(der, v.identifier...)
+	der = appendLength(append(der, v.identifier...), v.length())
+	der = append(der, v.content...)
+	for _, part := range v.parts {
+		der = part.append(der)
 	}
-	return v.appendContent(appendLength(der, v.length()), isPieces(v.identifier))
+	return der
 }
 
 func appendLength(der []byte, length int) []byte {
@@ -159,23 +147,7 @@ func (v berValue) length() int {
 	length := len(v.content)
 	for _, part := range v.parts {
 		inner := part.length()
-		if !isPieces(v.identifier) {
-			inner += len(part.identifier) + len(appendLength(nil, inner))
-		}
-		length += inner
+		length += len(part.identifier) + len(appendLength(nil, inner)) + inner
 	}
 	return length
-}
-
-// appendContent appends the content, of pieces what is in them.
-func (v berValue) appendContent(der []byte, joined bool) []byte {
-	der = append(der, v.content...)
-	for _, part := range v.parts {
-		if joined {
-			der = part.appendContent(der, true)
-		} else {
-			der = part.append(der)
-		}
-	}
-	return der
 }

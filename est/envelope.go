@@ -100,7 +100,7 @@ type opening struct {
 	decrypted bool
 	signer    []*x509.Certificate
 	key       []byte   // a part of one of the secrets
-	secrets   [][]byte // to be cleared
+	secrets   [][]byte // to be cleared, some of them parts of others
 }
 
 func (o *opening) clear() {
@@ -144,6 +144,9 @@ func (o *opening) content(kind asn1.ObjectIdentifier, der []byte) error {
 			return err
 		}
 		o.signer = signer
+		if o.decrypted {
+			o.secrets = append(o.secrets, content)
+		}
 		return o.plain(content)
 	case kind.Equal(oidEnvelopedData) && !o.decrypted:
 		plain, err := o.decrypt(der)
@@ -254,7 +257,7 @@ func (o *opening) decrypt(der []byte) (plain []byte, err error) {
 		}
 	}
 	iv, ciphertext := data.Content.Cipher.Parameters, data.Content.Content.Bytes
-	if data.Content.Content.IsCompound { // in pieces: toDER does not know that it is a string
+	if data.Content.Content.IsCompound {
 		if ciphertext, err = joined(ciphertext); err != nil {
 			return nil, err
 		}
@@ -284,18 +287,6 @@ func (o *opening) decrypt(der []byte) (plain []byte, err error) {
 		return nil, ErrKeyNotOpened
 	}
 	return plain, nil
-}
-
-// joined puts the pieces of an implicit OCTET STRING together.
-func joined(pieces []byte) (whole []byte, err error) {
-	for len(pieces) > 0 {
-		var piece []byte
-		if pieces, err = asn1.Unmarshal(pieces, &piece); err != nil {
-			return nil, errBER
-		}
-		whole = append(whole, piece...)
-	}
-	return whole, nil
 }
 
 func (o *opening) decryptWithKEK(recipients []asn1.RawValue, iv, ciphertext []byte) ([]byte, error) {

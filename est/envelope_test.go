@@ -273,10 +273,20 @@ func TestOpenKeyTellsNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	forged := bytes.Replace(data, e.pkcs8[36:68], make([]byte, 32), 1) // the scalar
+	other, err := os.ReadFile(filepath.Join(enveloped, "pkcs8.der"))
+	if err != nil || len(other) != len(e.pkcs8) {
+		t.Fatalf("%d bytes, %v", len(other), err)
+	}
+	forged := bytes.Replace(data, e.pkcs8, other, 1)
 	if bytes.Equal(forged, data) {
 		t.Fatal("the key is not where it was")
 	}
+	retyped := bytes.Replace(data, []byte{0x30, 0x81, 0x9f, 0x06, 0x0a, 0x60, 0x86, 0x48, 0x01, 0x65, 0x02}, []byte{0x30, 0x81, 0x9f, 0x06, 0x0a, 0x60, 0x86, 0x48, 0x01, 0x65, 0x03}, 1)
+	if bytes.Equal(retyped, data) {
+		t.Fatal("the type is not where it was")
+	}
+	e.write("retyped.der", retyped)
+	e.write("nokey.der", []byte{0x30, 5, 2, 1, 0, 0x30, 0})
 	e.write("forged.der", forged)
 	e.write("two.der", append([]byte{0x30, 0x82, byte(2 * len(e.pkcs8) >> 8), byte(2 * len(e.pkcs8))}, append(slices.Clone(e.pkcs8), e.pkcs8...)...))
 	flipped := func(message []byte, back int) []byte {
@@ -295,12 +305,14 @@ func TestOpenKeyTellsNothing(t *testing.T) {
 		"a wrong padding":       {flipped(byRSA, 17), e.withRSA()},
 		"a wrong padding, KEK":  {flipped(byKEK, 17), e.withKEK()},
 		// The ciphertext stands at the end, the key at the beginning of what is in it.
-		"a wrong content":       {flipped(byRSA, len(data)-100), e.withRSA()},
-		"a wrong encrypted key": {flipped(byRSA, len(byRSA)-250), e.withRSA()},
-		"a wrong signature":     {e.toRSA("forged.der", "-aes256"), e.withRSA()},
-		"garbage":               {e.toRSA("garbage.der", "-aes256"), e.withRSA()},
-		"garbage, a secret key": {e.toKEK("garbage.der", "-aes256"), e.withKEK()},
-		"two keys":              {e.toKEK("two.der", "-aes256"), e.withKEK()},
+		"a wrong content":           {flipped(byRSA, len(data)-100), e.withRSA()},
+		"a wrong encrypted key":     {flipped(byRSA, len(byRSA)-250), e.withRSA()},
+		"a wrong signature":         {e.toRSA("forged.der", "-aes256"), e.withRSA()},
+		"garbage":                   {e.toRSA("garbage.der", "-aes256"), e.withRSA()},
+		"what looks like a key":     {e.toRSA("nokey.der", "-aes256"), e.withRSA()},
+		"a type that is not signed": {e.toRSA("retyped.der", "-aes256"), e.withRSA()},
+		"garbage, a secret key":     {e.toKEK("garbage.der", "-aes256"), e.withKEK()},
+		"two keys":                  {e.toKEK("two.der", "-aes256"), e.withKEK()},
 		"an envelope in an envelope": {func() []byte {
 			e.toKEK("package.der", "-aes256")
 			if err := os.Rename(filepath.Join(e.dir, "enveloped.der"), filepath.Join(e.dir, "inner.der")); err != nil {
@@ -312,6 +324,84 @@ func TestOpenKeyTellsNothing(t *testing.T) {
 		got, err := est.OpenKey(c.message, c.with)
 		if !errors.Is(err, est.ErrKeyNotOpened) || err.Error() != want || got != nil {
 			t.Errorf("%s: got %v, %v", name, got, err)
+		}
+	}
+}
+
+// Each byte of the padding counts (RFC 5652 §6.3), whatever stands before it.
+func TestOpenKeyPadding(t *testing.T) {
+	t.Parallel()
+	content, err := os.ReadFile(filepath.Join(enveloped, "pkcs8.der"))
+	if err != nil || len(content)%aes.BlockSize != 10 {
+		t.Fatalf("%d bytes, %v", len(content), err)
+	}
+	for _, c := range []struct {
+		padding string
+		good    bool
+	}{
+		{"\x06\x06\x06\x06\x06\x06", true}, {"\x05\x06\x06\x06\x06\x06", false}, {"\x06\x06\x06\x05\x06\x06", false}, {"\x06\x06\x06\x06\x06\x00", false},
+		{strings.Repeat("\x16", 22), false}, {strings.Repeat("\x11", 22), false}, {strings.Repeat("\xff", 6), false},
+	} {
+		padded := append(bytes.Clone(content), c.padding...)
+		got, err := est.OpenKey(envelopeOf(t, padded), est.DecryptionKey{ID: kekID, KEK: paddedKEK(padded)})
+		if (err == nil) != c.good || !c.good && !errors.Is(err, est.ErrKeyNotOpened) {
+			t.Errorf("%x: got %v, %v", c.padding, got, err)
+		}
+	}
+}
+
+// paddedKEK is a secret key whose content is what it is told, with its padding.
+type paddedKEK []byte
+
+func (k paddedKEK) DecryptContent(_, _, _ []byte) ([]byte, error) { return bytes.Clone(k), nil }
+
+// An RSA key is asked for a key of the cipher's length, which it gives whatever the
+// padding of PKCS #1 v1.5 is (RFC 3218 §2.3.2).
+func TestOpenKeyAsksForASessionKey(t *testing.T) {
+	t.Parallel()
+	message, err := os.ReadFile(filepath.Join(enveloped, "rsa.der"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := 0
+	key := recordingDecrypter{&rsa.PublicKey{N: big.NewInt(15), E: 3}, &asked}
+	if _, err := est.OpenKey(message, est.DecryptionKey{ID: kekID, RSA: key}); !errors.Is(err, est.ErrKeyNotOpened) || asked != 32 {
+		t.Errorf("got %v, asked for %d bytes", err, asked)
+	}
+}
+
+type recordingDecrypter struct {
+	public *rsa.PublicKey
+	size   *int
+}
+
+func (d recordingDecrypter) Public() crypto.PublicKey { return d.public }
+func (d recordingDecrypter) Decrypt(_ io.Reader, _ []byte, opts crypto.DecrypterOpts) ([]byte, error) {
+	*d.size = opts.(*rsa.PKCS1v15DecryptOptions).SessionKeyLen
+	return make([]byte, *d.size), nil
+}
+
+// A signer is a trust anchor or leads to one, now.
+func TestVerifySigner(t *testing.T) {
+	t.Parallel()
+	ca, other := newCA(t, nil, "CA"), newCA(t, nil, "CA")
+	signer := []*x509.Certificate{issue(t, ca, "key generator", newKey(t), nil)}
+	for name, c := range map[string]struct {
+		anchor *authority
+		chain  []*x509.Certificate
+		now    time.Time
+		want   error
+	}{
+		"under an anchor":   {ca, signer, epoch, nil},
+		"the anchor itself": {ca, []*x509.Certificate{ca.cert}, epoch, nil},
+		"nobody":            {ca, nil, epoch, est.ErrNotTrusted},
+		"under another":     {other, signer, epoch, est.ErrNotTrusted},
+		"expired":           {ca, signer, epoch.Add(2 * time.Hour), est.ErrNotValidNow},
+		"an expired anchor": {ca, []*x509.Certificate{ca.cert}, epoch.Add(2 * time.Hour), est.ErrNotValidNow},
+		"one not yet begun": {ca, []*x509.Certificate{ca.cert}, epoch.Add(-2 * time.Hour), est.ErrNotValidNow},
+	} {
+		if err := anchors(t, c.anchor.cert).VerifySigner(c.chain, c.now); !errors.Is(err, c.want) {
+			t.Errorf("%s: got %v, want %v", name, err, c.want)
 		}
 	}
 }
@@ -336,6 +426,7 @@ func TestOpenKeyRefused(t *testing.T) {
 		"for a secret key":        {e.toKEK(signed, "-aes256"), e.withRSA(), "it is not encrypted for an RSA key"},
 		"for an RSA key":          {e.toRSA(signed, "-aes256"), e.withKEK(), "it is not encrypted for a secret key"},
 		"for two RSA keys":        {e.toRSA(signed, "-aes256", "-recip", "recipient.pem"), e.withRSA(), "of its 2 recipients 0 are named"},
+		"for 17 RSA keys":         {e.toRSA(signed, append([]string{"-aes256"}, slices.Repeat([]string{"-recip", "recipient.pem"}, 16)...)...), e.withRSA(), "17 recipients, more than 16"},
 		"another cipher":          {e.toRSA(signed, "-des3"), e.withRSA(), "content encryption 1.2.840.113549.3.7 is not supported"},
 		"a token that is gone":    {e.toRSA(signed, "-aes256"), broken, "the device is gone"},
 		"something after its end": {append(e.toKEK(signed, "-aes256"), 0), e.withKEK(), "1 bytes after the end"},

@@ -113,7 +113,7 @@ func checkCertsOnly(data []byte) error {
 
 // verifySignedData verifies a SignedData with its content and one signer, whose
 // certificate is in it, and returns the content and the certificates, the signer's
-// first. The content is a part of the data.
+// first. The content is a part of the data, or a copy of what is in pieces there.
 func verifySignedData(der []byte) (content []byte, chain []*x509.Certificate, err error) {
 	var message contentInfo
 	message.ContentType = pkcs7.OIDSignedData
@@ -126,6 +126,11 @@ func verifySignedData(der []byte) (content []byte, chain []*x509.Certificate, er
 		return nil, nil, errors.New("signed content: it is not there")
 	}
 	kind, content := encapsulated.ContentType, octets.Bytes
+	if octets.IsCompound {
+		if content, err = joined(content); err != nil {
+			return nil, nil, fmt.Errorf("signed content: %w", err)
+		}
+	}
 	// The library sees no secret, of which it would make copies.
 	encapsulated.Content = asn1.RawValue{}
 	detached, err := asn1.Marshal(message)

@@ -96,6 +96,17 @@ func TestParseServerKeyRefused(t *testing.T) {
 	}
 }
 
+// With a decryption key one in the clear is none.
+func TestParseServerKeyInTheClear(t *testing.T) {
+	parts := clone([]est.Part{{ContentFormat: est.ContentFormatPKCS8, Body: vector(t, "skg-key-284.der")}, {ContentFormat: est.ContentFormatPKCS7CertsOnly, Body: vector(t, "skg-cert-281.der")}})
+	if got, err := est.ParseServerKey(parts, new(est.DecryptionKey)); !errors.Is(err, est.ErrKeyNotEnveloped) || got != nil {
+		t.Errorf("got %v, %v", got, err)
+	}
+	if !bytes.Equal(parts[0].Body, make([]byte, len(parts[0].Body))) {
+		t.Error("the key is still there")
+	}
+}
+
 // Keys that can be certified have a public key; of others nothing is shown.
 func TestServerKeyPublic(t *testing.T) {
 	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)

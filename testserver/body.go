@@ -157,6 +157,13 @@ var serverKeyFaults = map[string]string{
 // "[284, key, 281, PKCS#7]", or the certificate as it is in the place of the latter.
 func (s *Server) serverKey(operation est.Operation, made issued) ([]est.Part, error) {
 	key := est.Part{ContentFormat: est.ContentFormatPKCS8, Body: made.pkcs8}
+	if fault := s.Faults().Envelope; made.sealing != nil && fault != "clear" {
+		body, err := s.envelop(made.pkcs8, made.sealing, fault)
+		if err != nil {
+			return nil, err
+		}
+		key = est.Part{ContentFormat: est.ContentFormatPKCS7ServerKey, Body: body}
+	}
 	certificate := est.Part{ContentFormat: est.ContentFormatPKIXCert, Body: made.cert.Raw}
 	if operation == est.ServerKeyGen {
 		body, err := est.MarshalCertsOnly(s.answered(made.cert))

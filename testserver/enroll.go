@@ -85,6 +85,8 @@ type issued struct {
 	cert  *x509.Certificate
 	pkcs8 []byte // the key that the server has made for it
 	at    time.Time
+	// sealing is that of the request that is answered; nil for a key in the clear.
+	sealing *sealing
 }
 
 // enroll does sen and sren: RFC 7030 §4.2.1 and §4.2.2. Its error is a
@@ -103,6 +105,10 @@ func (s *Server) issueOnce(ctx context.Context, asked enrollment) (made issued, 
 	}
 	if err == nil {
 		err = s.checkLink(request, asked.binding)
+	}
+	var sealing *sealing
+	if err == nil && generates(asked.operation) {
+		sealing, err = s.sealingOf(request)
 	}
 	if err != nil {
 		return made, &refusal{kind: refusedRequest, detail: err.Error()}
@@ -164,6 +170,7 @@ func (s *Server) issueOnce(ctx context.Context, asked enrollment) (made issued, 
 		}
 		s.issued[shaped] = earlier
 	}
+	earlier.sealing = sealing
 	return earlier, nil
 }
 

@@ -66,6 +66,9 @@ type Faults struct {
 	// ServerKey is a wrong answer of skg, skc and serverkeygen, with
 	// Config.ServerKeyGen. "server-key=two-keys"
 	ServerKey string
+	// Envelope is a wrong encryption of the key in such an answer, where a CSR names the
+	// key to do it with, or where none does. "envelope=unsigned"
+	Envelope string
 	// Message makes the messages that answer a CSR wrong, with Config.Raw.
 	// "message=block-endless"
 	Message string
@@ -116,6 +119,7 @@ var choices = []choice{
 	{"crts", "the answer of crts is", crtsFaults, func(f *Faults) *string { return &f.CRTS }},
 	{"csrattrs", "the answer of att and csrattrs is (--csr-attributes)", attributesFaults, func(f *Faults) *string { return &f.CSRAttrs }},
 	{"server-key", "the answer of skg, skc and serverkeygen is (--server-keygen)", serverKeyFaults, func(f *Faults) *string { return &f.ServerKey }},
+	{"envelope", "a key that is to be encrypted (--server-keygen) is", envelopeFaults, func(f *Faults) *string { return &f.Envelope }},
 	{"message", "over CoAP the messages that answer a CSR (--raw)", messageFaults, func(f *Faults) *string { return &f.Message }},
 	{"http", "the answer to a CSR over HTTPS is", httpFaults, func(f *Faults) *string { return &f.HTTP }},
 	{"at", "http and message are not of the answer to a CSR but", atFaults, func(f *Faults) *string { return &f.At }},

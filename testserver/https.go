@@ -234,8 +234,9 @@ func (ca httpsCA) ServerKeyGen(ctx context.Context, request *x509.CertificateReq
 		return nil, nil, &httpError{http.StatusNotFound, "there is no serverkeygen"}
 	}
 	made, err := ca.issueOnce(ctx, est.ServerKeyGen, peerOf(r), request, label, r)
-	// The handler has one certificate only.
-	if err == nil && (ca.server.Faults().ServerKey != "" || len(ca.server.answered(nil)) > 1) {
+	// The handler has one certificate only, and passes (globalsign/est v1.0.6) an
+	// EnvelopedData on for an RSA key only.
+	if err == nil && (made.sealing != nil || ca.server.Faults().ServerKey != "" || len(ca.server.answered(nil)) > 1) {
 		err = answerOf(r).keyed(ca.server.serverKey(est.ServerKeyGen, made))
 	}
 	return made.cert, made.pkcs8, err

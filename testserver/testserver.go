@@ -88,6 +88,9 @@ type Config struct {
 	// CSR's and a certificate for it (RFC 9148 §4.8, RFC 7030 §4.4). Default: there
 	// are none.
 	ServerKeyGen bool
+	// EnvelopeKeys are those that a CSR may name for the encryption of such a key
+	// (RFC 7030 §4.4.1). Default: none, and one that names any is refused.
+	EnvelopeKeys []EnvelopeKey
 	// RequirePoP refuses a CSR that is not linked to its session by a challengePassword
 	// (RFC 7030 §3.5). One that has a challengePassword is held to it anyway.
 	RequirePoP bool
@@ -304,6 +307,11 @@ func (c *Config) complete() error {
 	if c.Raw && c.RequirePoP {
 		return errors.New("raw and required proof of possession: a raw server does not know what links a CSR to its session")
 	}
+	for _, key := range c.EnvelopeKeys {
+		if err := key.check(); err != nil {
+			return err
+		}
+	}
 	if c.CSRAttributes != nil {
 		if _, err := csr.ParseAttributes(c.CSRAttributes); err != nil {
 			return err
@@ -387,6 +395,8 @@ func (s *Server) SetFaults(f Faults) error {
 		return errors.New("faults http and retry-after: the server has no HTTPS door")
 	case f.CSRAttrs != "" && s.cfg.CSRAttributes == nil:
 		return errors.New("fault csrattrs: the server has no CSR attributes")
+	case f.Envelope != "" && !s.cfg.ServerKeyGen:
+		return errors.New("fault envelope: the server makes no keys")
 	case f.ServerKey != "" && !s.cfg.ServerKeyGen:
 		return errors.New("fault server-key: the server makes no keys")
 	}

@@ -95,6 +95,11 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 			return cfg, err
 		}
 	}
+	if s.decryptKey != "" {
+		if cfg.DecryptKey, err = objectAddress("decrypt-key", s.decryptKey); err != nil {
+			return cfg, err
+		}
+	}
 	if cfg.IDevID, err = s.idevid(); err != nil {
 		return cfg, err
 	}

@@ -19,21 +19,23 @@ import (
 
 const interopDocument = "../../INTEROP.md"
 
-// writeBlock NAME FILE OLD=NEW… writes a block of INTEROP.md, with names of the
-// document replaced by those of the script. Each of them must be there.
+// writeBlock NAME FILE OLD=NEW… writes a block of INTEROP.md or README.md, with names of
+// the document replaced by those of the script. Each of them must be there.
 func writeBlock(ts *testscript.TestScript, args []string) error {
 	if len(args) < 2 {
 		return errors.New("usage: block NAME FILE [OLD=NEW...]")
 	}
-	blocks, err := guide.Blocks(filepath.Join(sourceDir, interopDocument))
-	if err != nil {
-		return err
+	var text string
+	for _, document := range []string{interopDocument, "../../README.md"} {
+		blocks, err := guide.Blocks(filepath.Join(sourceDir, document))
+		if err != nil {
+			return err
+		}
+		text += blocks[args[0]].Text
 	}
-	block, found := blocks[args[0]]
-	if !found {
-		return fmt.Errorf("no block %s in INTEROP.md", args[0])
+	if text == "" {
+		return fmt.Errorf("no block %s", args[0])
 	}
-	text := block.Text
 	for _, pair := range args[2:] {
 		before, after, _ := strings.Cut(pair, "=")
 		if !strings.Contains(text, before) {

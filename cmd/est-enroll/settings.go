@@ -54,6 +54,7 @@ type settings struct {
 	keyType, rsaPadding   oneOf
 	csrAttributes, pop    oneOf
 	serverKeygen          bool
+	decryptKey            string
 	key                   string
 	allowExtractable      bool
 	idevidKey, idevidCert string
@@ -141,6 +142,7 @@ func (s *settings) register(flags *pflag.FlagSet) {
 	s.keyType = oneOf{keyTypeNames[0], keyTypeNames}
 	flags.Var(&s.keyType, "key-type", "`type` of the key to generate, for the first certificate and at a rekey: ec-p256, ec-p384, ec-p521, rsa-2048, rsa-3072 or rsa-4096")
 	flags.BoolVar(&s.serverKeygen, "server-keygen", false, "have the server make each new key, of the same type, and import it into the HSM (RFC 7030 §4.4, RFC 9148 §4.8): it has been outside of it then")
+	flags.StringVar(&s.decryptKey, "decrypt-key", "", "engine `address` of a key in the HSM that the server encrypts such a key for, an RSA key for decryption or, with type=secret-key, an AES key that unwraps; the server knows it by its id (RFC 7030 §4.4.1)")
 	flags.StringVar(&s.key, "key", "", "engine `address` of a key in the HSM to use as it is instead, the IDevID's perhaps; it is never destroyed")
 	flags.BoolVar(&s.allowExtractable, "allow-extractable", false, "accept a --key that the HSM can give out")
 	s.csrAttributes = oneOf{word: "auto", allowed: []string{"auto", "off"}}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/hex"
@@ -21,7 +22,11 @@ import (
 	"estenroll/testserver"
 )
 
-const attributesLimit = 64 << 10 // bytes
+// Limits of files, in bytes.
+const (
+	attributesLimit = 64 << 10
+	keyLimit        = 16 << 10
+)
 
 func serveCommand() *cobra.Command {
 	var (
@@ -29,8 +34,10 @@ func serveCommand() *cobra.Command {
 		faults   []string
 		wanted   string
 		writeDir string
-		password string // file
-		psks     string // file
+		keks     []string // ID=FILE
+		rsaKeys  []string // ID=FILE
+		password string   // file
+		psks     string   // file
 		verbose  bool
 	)
 	cmd := &cobra.Command{
@@ -62,6 +69,8 @@ links lead there. With --label, also below /.well-known/est/LABEL and
 simplereenroll, csrattrs and serverkeygen below /.well-known/est, and below
 /.well-known/est/LABEL, for clients with a certificate or, with --http-user, a
 password. Key usage and extended key usage are issued as they are asked for.
+A key is encrypted (RFC 7030 §4.4.1) for the key that a CSR names, if that is one
+of --server-keygen-kek and --server-keygen-rsa, and the CSR is refused if it is not.
 Each line of --record is a JSON object: time, kind (issuance, replay, idevid),
 operation, path, client_sha256, client_subject, psk_identity, csr_sha256, public_key_sha256,
 serial, subject, certificate_sha256, faults.
@@ -82,6 +91,16 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 			if wanted != "" {
 				if cfg.CSRAttributes, err = readAttributes(wanted); err != nil {
 					return err
+				}
+			}
+			for _, named := range keks {
+				if cfg.EnvelopeKeys, err = appendEnvelopeKey(cfg.EnvelopeKeys, named, readSecret); err != nil {
+					return fmt.Errorf("--server-keygen-kek: %w", err)
+				}
+			}
+			for _, named := range rsaKeys {
+				if cfg.EnvelopeKeys, err = appendEnvelopeKey(cfg.EnvelopeKeys, named, readRSAKey); err != nil {
+					return fmt.Errorf("--server-keygen-rsa: %w", err)
 				}
 			}
 			if verbose {
@@ -146,6 +165,8 @@ Faults (--fault, repeatable; "est-testserver fault" changes them while the serve
 	flags.StringSliceVar(&cfg.Labels, "label", nil, "EST `LABEL` to serve beside the resources without one")
 	flags.StringVar(&wanted, "csr-attributes", "", "`FILE` with what att and csrattrs answer, DER or base64 (RFC 7030 §4.5, RFC 9908); without it there is neither")
 	flags.BoolVar(&cfg.ServerKeyGen, "server-keygen", false, "answer skg, skc and serverkeygen: make the key too, of the kind of the CSR's (RFC 9148 §4.8, RFC 7030 §4.4)")
+	flags.StringArrayVar(&keks, "server-keygen-kek", nil, "`ID=FILE`: encrypt the key for the AES key in FILE, 16, 24 or 32 bytes, where a CSR names it by ID, hexadecimal (DecryptKeyIdentifier)")
+	flags.StringArrayVar(&rsaKeys, "server-keygen-rsa", nil, "`ID=FILE`: encrypt it for the RSA key in FILE, PEM, a public key or a certificate (AsymmetricDecryptKeyIdentifier)")
 	flags.BoolVar(&cfg.RequirePoP, "require-pop", false, "refuse a CSR without a challengePassword that links it to its session (RFC 7030 §3.5), not with --raw")
 	flags.DurationVar(&cfg.ReplayWindow, "replay-window", 24*time.Hour, "`DURATION` in which a repeated CSR gets the same certificate")
 	flags.BoolVar(&cfg.NoReplay, "no-replay", false, "issue anew for every request")
@@ -167,6 +188,58 @@ func readPassword(path string) (string, error) {
 		return "", fmt.Errorf("read password: %w", err)
 	}
 	return strings.TrimRight(string(data), "\r\n"), nil
+}
+
+// appendEnvelopeKey adds the key that an argument names.
+func appendEnvelopeKey(keys []testserver.EnvelopeKey, named string, read func(*testserver.EnvelopeKey, []byte) error) ([]testserver.EnvelopeKey, error) {
+	digits, path, found := strings.Cut(named, "=")
+	id, err := hex.DecodeString(digits)
+	if !found || err != nil || len(id) == 0 {
+		return nil, errors.New("want ID=FILE, where ID is hexadecimal")
+	}
+	data, err := durable.ReadFile(path, keyLimit)
+	if err != nil {
+		return nil, err
+	}
+	key := testserver.EnvelopeKey{ID: id}
+	if err := read(&key, data); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return append(keys, key), nil
+}
+
+func readSecret(key *testserver.EnvelopeKey, data []byte) error {
+	key.Secret = data // whose length New judges
+	return nil
+}
+
+// readRSAKey reads a public key, or a certificate whose key "MUST either explicitly
+// support keyTransport or … its use MUST be unrestricted" (RFC 7030 §4.4.1.2).
+func readRSAKey(key *testserver.EnvelopeKey, data []byte) error {
+	block, _ := pem.Decode(data)
+	if block == nil {
+		return errors.New("no PEM")
+	}
+	var public any
+	var err error
+	if block.Type == "CERTIFICATE" {
+		var cert *x509.Certificate
+		if cert, err = x509.ParseCertificate(block.Bytes); err == nil {
+			if public = cert.PublicKey; cert.KeyUsage != 0 && cert.KeyUsage&x509.KeyUsageKeyEncipherment == 0 {
+				err = errors.New("the certificate's key usage is not for key transport")
+			}
+		}
+	} else {
+		public, err = x509.ParsePKIXPublicKey(block.Bytes)
+	}
+	if err != nil {
+		return err
+	}
+	var isRSA bool
+	if key.Public, isRSA = public.(*rsa.PublicKey); !isRSA {
+		return errors.New("not an RSA key")
+	}
+	return nil
 }
 
 // readPSKs reads lines of identity:key, the key in hexadecimal.
