@@ -172,8 +172,12 @@ func (s *settings) required() error {
 		if name == "trust-anchors" && s.noIDevID && s.bootstraps() {
 			continue // the server that knows the key says whom to trust, and nothing refers to an anchor before
 		}
-		if value == "" && (name != "trust-anchors" || len(s.anchorFingerprints) == 0) { // which vouch for a root too
+		switch {
+		case value != "":
+		case name != "trust-anchors":
 			missing = append(missing, name)
+		case len(s.anchorFingerprints) == 0: // which vouch for a root too
+			missing = append(missing, name+" (or anchor-fingerprint)")
 		}
 	}
 	if len(missing) > 0 {
