@@ -48,6 +48,7 @@ func (d *device) forgotten(least int) {
 // The whole life with keys of the server: the first one, a renewal of it, a rekey, which
 // are imported, with a warning each time, as what a token generates is.
 func TestServerKey(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.8 (1)")
 	d := newSite(t, testserver.Config{ServerKeyGen: true}).serverKeyDevice(t, "made")
 	outside := "the private key was made by " + d.site.uri.String() + ", outside of the HSM"
 	first := d.mustEnroll()

@@ -242,6 +242,7 @@ func TestDiscoveryOrigin(t *testing.T) {
 // judge, by the host of the link: one session with it, whatever is there, which
 // authenticates us and ends with the one that led to it.
 func TestDiscoveryElsewhere(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.1 (2)")
 	here, there := new(host), new(host)
 	w := newWorld(t, nil, here.handle)
 	var handshakes atomic.Int32
@@ -556,6 +557,7 @@ func TestDiscoveryOfAttributes(t *testing.T) {
 // A key is asked for with the certificate in a PKCS#7 (skg), or where there is that
 // alone with the certificate as it is (skc), for the multipart of either (RFC 9148 §4.8).
 func TestDiscoveryOfServerKeyGen(t *testing.T) {
+	t.Attr("shows", "RFC 9148 §4.1 (1)")
 	const usual = `</c>;rt=ace.est.crts,</s>;rt=ace.est.sen,</r>;rt=ace.est.sren`
 	for _, c := range []struct {
 		name   string
