@@ -106,7 +106,10 @@ func (c *Credential) withoutIDevID() bool { return c.cfg.IDevID.Certificate == n
 
 // bootstrap names what authenticates an enrolment.
 func (c *Credential) bootstrap() string {
-	if c.withoutIDevID() {
+	switch {
+	case c.cfg.PSK:
+		return "the pre-shared key"
+	case c.withoutIDevID():
 		return "the password"
 	}
 	return "the IDevID"

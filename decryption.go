@@ -22,7 +22,7 @@ func (c *Credential) decryptionKey(ctx context.Context) (*engine.DecryptionKey, 
 	}
 	decrypter, ok := c.engine.(engine.Decrypter)
 	if !ok {
-		return nil, fmt.Errorf("open decryption key %s: %w by this engine: %w", c.cfg.DecryptKey, engine.ErrUnsupported, ErrDecryptKey)
+		return nil, fmt.Errorf("%w: %w", &engine.Error{Op: "open decryption key", Address: c.cfg.DecryptKey, Err: fmt.Errorf("%w by this engine", engine.ErrUnsupported)}, ErrDecryptKey)
 	}
 	key, err := decrypter.DecryptionKey(ctx, c.cfg.DecryptKey)
 	if err != nil {

@@ -193,7 +193,7 @@ func (c *Credential) DryRun(ctx context.Context, p *Plan) error {
 			return "", err
 		}
 		_, err = retry(ctx, c, func() (struct{}, error) { return struct{}{}, c.rehearse(ctx, p, op, auth, at) })
-		return fmt.Sprintf("%s answers %s, and is the server that it should be", c.cfg.ServerURI, auth), err
+		return fmt.Sprintf("%s answers %s, and is the server that it should be", c.cfg.ServerURI, c.showing(auth)), err
 	})
 	if err != nil || op == nil || op.Step != StepRequest {
 		return err

@@ -91,7 +91,12 @@ func (c *Credential) newPairRefused(ctx context.Context, why error) error {
 
 // fallBack points the Security object at the IDevID when the server refuses
 // both enrolled pairs, or the one that the token still has, and accepts it. Both are kept: the next Enroll begins anew.
+// Without an IDevID there is nothing that the Security object could point at instead,
+// even if a pre-shared key is accepted.
 func (c *Credential) fallBack(ctx context.Context, cause, unproven error) error {
+	if c.withoutIDevID() {
+		return unproven
+	}
 	idevid, err := c.openIDevID(ctx)
 	if err != nil {
 		return errors.Join(unproven, err)

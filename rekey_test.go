@@ -196,6 +196,35 @@ func TestRekeyRefused(t *testing.T) {
 	}
 }
 
+// Without an IDevID there is nothing to fall back to, though the server accepts the
+// pre-shared key: the Security object stays at the current pair, and the key is the way
+// back when that has expired.
+func TestRefusedWithoutIDevID(t *testing.T) {
+	clock := new(clock)
+	site := newSite(t, testserver.Config{Now: clock.now, PSKs: map[string][]byte{"pre-shared": preShared}})
+	d := site.device(t, "pre-shared")
+	d.now = clock.now
+	d.cfg.IDevID, d.cfg.PSK, d.cfg.ImplicitTA = estenroll.IDevID{}, true, est.NoTrustAnchors()
+	old := d.mustEnroll()
+	d.refuseAfter(testserver.Faults{RefuseIssued: true})
+	_, err := d.rekey()
+	wantError(t, err, estenroll.ErrUnproven)
+	if status := d.status(); status.Current == nil || status.Current.Certificate != old.CertificateAddress.String() {
+		t.Errorf("status %+v", status)
+	}
+	d.hook = nil
+	site.faults(t, testserver.Faults{})
+	d.mustRekey()
+	d.tidy(2)
+	clock.advance(100 * day)
+	if _, err := d.dryRun((*estenroll.Credential).PlanRenewDue); err != nil || !d.said("answers the pre-shared key") {
+		t.Errorf("%v; events %v", err, d.events)
+	}
+	if d.mustEnroll(); !d.warned("enrolling again with the pre-shared key") {
+		t.Errorf("events %v", d.events)
+	}
+}
+
 // A CA that revokes the old certificate when it issues the new one, for the same key
 // or another.
 func TestRevokesTheOld(t *testing.T) {

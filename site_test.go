@@ -1,6 +1,7 @@
 package estenroll_test
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rsa"
@@ -116,6 +117,9 @@ func (s *site) faults(t *testing.T, f testserver.Faults) {
 		t.Fatal(err)
 	}
 }
+
+// preShared is the key of a device by its name, where the server has it.
+var preShared = bytes.Repeat([]byte{0x17}, 16)
 
 // device is a state directory, and everything between the lifecycle and its
 // engine and its server that a test wants to look at or to break.
@@ -345,10 +349,15 @@ func (d *device) dial(ctx context.Context, with estenroll.Connection) (est.Sessi
 				return nil, err
 			}
 		}
-		session, err := coaps.Dial(ctx, coaps.Config{
+		cfg := coaps.Config{
 			URI: uri, Certificate: with.Certificate, Key: with.Key, Trust: with.Trust, Now: with.Now, Provisional: with.Provisional,
 			AckTimeout: 500 * time.Millisecond, FlightInterval: 500 * time.Millisecond, HandshakeTimeout: timeout,
-		})
+		}
+		if with.PSK {
+			cfg.Certificate, cfg.Key, cfg.PSKIdentity = nil, nil, d.name
+			cfg.PSK = func() ([]byte, error) { return bytes.Clone(preShared), nil }
+		}
+		session, err := coaps.Dial(ctx, cfg)
 		if err != nil {
 			return nil, err
 		}

@@ -49,7 +49,7 @@ func (t Template) Describes(request *x509.CertificateRequest) (bool, error) {
 		return false, nil // it was made by another template
 	}
 	return bytes.Equal(t.subject(), request.RawSubject) && request.SignatureAlgorithm == algorithm.name && ChallengePassword(request) == t.ChallengePassword &&
-		own.describe(request) && t.protects(request) &&
+		own.describe(request) &&
 		slices.EqualFunc(extensions, request.Extensions, func(a, b pkix.Extension) bool {
 			return a.Id.Equal(b.Id) && a.Critical == b.Critical && bytes.Equal(a.Value, b.Value)
 		}), nil

@@ -1,7 +1,6 @@
 package csr
 
 import (
-	"bytes"
 	"crypto/x509"
 	"encoding/asn1"
 	"errors"
@@ -80,19 +79,6 @@ func RequestedProtection(request *x509.CertificateRequest) (*KeyProtection, erro
 		return nil, fmt.Errorf("protection of the key: %w", err)
 	}
 	return p, nil
-}
-
-// protects reports whether a request says what the template does.
-func (t Template) protects(request *x509.CertificateRequest) bool {
-	got, err := RequestedProtection(request)
-	switch {
-	case err != nil || (got == nil) != (t.Protection == nil):
-		return false
-	case got == nil:
-		return true
-	}
-	want := *t.Protection
-	return bytes.Equal(got.ID, want.ID) && got.KEK == want.KEK && got.OAEP == want.OAEP && got.PKCS1v15 == want.PKCS1v15
 }
 
 func requestedProtection(attributes Attributes) (*KeyProtection, error) {

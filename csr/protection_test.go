@@ -103,6 +103,28 @@ func TestProtection(t *testing.T) {
 	}
 }
 
+// A request for one decryption key is not one for another: it is made anew.
+func TestDescribesProtection(t *testing.T) {
+	t.Parallel()
+	asked := csr.KeyProtection{ID: []byte{1}, OAEP: true}
+	other, both := asked, asked
+	other.ID, both.PKCS1v15 = []byte{2}, true
+	request, err := x509.ParseCertificateRequest(build(t, csr.Template{Protection: &asked}, newKey(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		protection *csr.KeyProtection
+		want       bool
+	}{
+		"the same": {&asked, true}, "none": {nil, false}, "another key": {&other, false}, "another padding too": {&both, false}, "an AES key": {&csr.KeyProtection{ID: []byte{1}, KEK: 16}, false},
+	} {
+		if got, err := (csr.Template{Protection: c.protection}).Describes(request); err != nil || got != c.want {
+			t.Errorf("%s: got %t, %v", name, got, err)
+		}
+	}
+}
+
 // A request without the attributes asks for nothing, one with half of them is wrong: the
 // client "MUST also include an SMIMECapabilities attribute" (RFC 7030 §4.4.1).
 func TestRequestedProtection(t *testing.T) {

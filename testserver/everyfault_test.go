@@ -58,7 +58,7 @@ var plainFaults = []aFault{
 }
 
 // impatient are the faults that a client sees by the time that it takes.
-var impatient = regexp.MustCompile(`^(delay|message=(silent|acknowledged-only|wrong-token|truncated|trailing)|http=slow-body)`)
+var impatient = regexp.MustCompile(`^(delay|message=(block-slow|silent|acknowledged-only|wrong-token|truncated|trailing)|http=slow-body)`)
 
 // boundary is another each time.
 var boundary = regexp.MustCompile(`; boundary=\w+$`)

@@ -8,6 +8,8 @@ import (
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -240,6 +242,39 @@ func at(t *testing.T, text string) engine.Address {
 		t.Fatal(err)
 	}
 	return a
+}
+
+// A kill on the way to a key's file leaves the key under another name: it goes when the
+// next run looks for the key, or removes it.
+func TestKilledOnTheWay(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	opened, err := file.Driver.Open(t.Context(), at(t, "file:"+dir), engine.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer opened.Close()
+	e := opened.(*file.Engine)
+	made, err := e.NewKeyAddress("device")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As TestRemoveTemporaryOfRenameio has it.
+	left := filepath.Join(dir, fmt.Sprintf(".device~%s.key42", made.(file.Address).ID))
+	for name, look := range map[string]func() error{
+		"recover": func() error { _, err := e.RecoverKey(t.Context(), made); return err },
+		"remove":  func() error { return e.RemoveKey(t.Context(), made) },
+	} {
+		if err := os.WriteFile(left, []byte("a key"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := look(); !errors.Is(err, engine.ErrNotFound) {
+			t.Errorf("%s: %v, want ErrNotFound", name, err)
+		}
+		if _, err := os.Stat(left); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %s is there: %v", name, left, err)
+		}
+	}
 }
 
 // Another process that writes is waited for; what is read needs no lock.

@@ -287,11 +287,21 @@ func signs(key crypto.Signer) error {
 	return err
 }
 
+// removable parses the address of a key that may go, and removes what a kill has left of
+// the way to its file: that is a key too.
+func (e *Engine) removable(at engine.Address) (Address, error) {
+	a, err := objectOf(at, engine.ClassPrivateKey)
+	if err == nil {
+		err = durable.RemoveTemporary(e.dir.Dir, a.fileName())
+	}
+	return a, err
+}
+
 // RecoverKey implements engine.KeyRecoverer.
 func (e *Engine) RecoverKey(ctx context.Context, at engine.Address) (crypto.PublicKey, error) {
 	var public crypto.PublicKey
 	err := e.write(ctx, "recover key", at, func() error {
-		a, err := objectOf(at, engine.ClassPrivateKey)
+		a, err := e.removable(at)
 		if err != nil {
 			return err
 		}
@@ -311,7 +321,7 @@ func (e *Engine) RecoverKey(ctx context.Context, at engine.Address) (crypto.Publ
 // RemoveKey implements engine.Engine.
 func (e *Engine) RemoveKey(ctx context.Context, at engine.Address) error {
 	return e.write(ctx, "remove key", at, func() error {
-		a, err := objectOf(at, engine.ClassPrivateKey)
+		a, err := e.removable(at)
 		if err != nil {
 			return err
 		}
