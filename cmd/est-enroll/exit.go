@@ -216,7 +216,7 @@ var judgements = []struct {
 	{est.ErrKeyNotOpened, judgement{exitRefused, "nothing is stored: compare decrypt-key and its id with the key that the people of the server encrypt for"}},
 	{est.ErrKeyMismatch, judgement{exitRefused, "the server issued for another key, nothing is stored: ask the people of the server"}},
 	{est.ErrNotVouched, judgement{exitRefused, "check trust-anchors; where the CA has changed its root, compare the SHA-256 with what its people say, and name it with --anchor-fingerprint"}},
-	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate"}},
+	{est.ErrNotTrusted, judgement{exitRefused, "check trust-anchors and the name in server against the server's certificate; what it issues or signs must be under the CA certificates that it publishes"}},
 	{est.ErrNotValidNow, judgement{exitRefused, "compare the device's clock with the server's"}},
 	{est.ErrHandshake, judgement{exitRefused, "the server, or somebody before it, does not do DTLS 1.2 as RFC 9148 §3 wants it, or TLS 1.2 or 1.3: compare its suites, its key and its certificate with that"}},
 	{est.ErrCredentialNotYetValid, judgement{exitTryLater, "the server's clock is not the device's: wait, or set it"}},
