@@ -120,18 +120,20 @@ func (c *Credential) isIDevID(cert engine.Address) bool {
 }
 
 // recognizeIDevID finds out whether the Security object has the factory certificate
-// by an address that the configuration has changed since: it would be taken for an
-// enrolled one of a journal that was lost, never replaced, and retired in the end.
+// by an address that the configuration has changed since, or has no more: it would be
+// taken for an enrolled one of a journal that was lost, never replaced, and retired in
+// the end.
 func (c *Credential) recognizeIDevID(ctx context.Context) error {
 	instance, _ := c.instance()
 	at, ok := instance.ClientCertificate.Engine()
-	if !ok || c.forgotten || c.withoutIDevID() || c.isIDevID(at) || c.isOurs(at) {
+	if !ok || c.forgotten || c.isIDevID(at) || c.isOurs(at) {
 		return nil
 	}
+	key, _ := instance.PrivateKey.Engine()
 	referred, err := c.foreignCertificate(ctx, at)
 	if err == nil {
-		var factory *x509.Certificate
-		if factory, err = c.foreignCertificate(ctx, c.cfg.IDevID.Certificate); err == nil && factory.Equal(referred) {
+		var factory bool
+		if factory, err = c.isFactory(ctx, referred, at, key); factory {
 			c.formerIDevID = at
 		}
 	}
@@ -140,6 +142,20 @@ func (c *Credential) recognizeIDevID(ctx context.Context) error {
 		return nil // which its use says
 	}
 	return err
+}
+
+// isFactory compares a certificate with the factory's. Where the configuration has none,
+// it is one that is not where this program would have put it.
+func (c *Credential) isFactory(ctx context.Context, cert *x509.Certificate, at, key engine.Address) (bool, error) {
+	if !c.withoutIDevID() {
+		factory, err := c.foreignCertificate(ctx, c.cfg.IDevID.Certificate)
+		return err == nil && factory.Equal(cert), err
+	}
+	if key == nil { // which is not in the engine
+		return false, nil
+	}
+	places, err := c.store.CertificateAddresses(ctx, key, []*x509.Certificate{cert})
+	return err == nil && places[0] != at, err
 }
 
 // openCredential opens an enrolled credential, or gives the one again that was

@@ -113,7 +113,7 @@ func (c *Credential) askAnew(auth *pair) (err error) {
 	if !c.anotherServer(op) {
 		return nil
 	}
-	c.warn("the %s was begun with %s: %s is asked, with the same CSR", op.Kind, op.Server, c.cfg.ServerURI)
+	c.warn("the %s was begun with %s: %s is asked now", op.Kind, op.Server, c.cfg.ServerURI)
 	op.Server = c.cfg.ServerURI
 	op.forgetAnswer()
 	op.Deadline, err = c.deadline(op.Kind, auth.leaf())

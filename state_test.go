@@ -437,3 +437,23 @@ func TestIDevIDRenamed(t *testing.T) {
 		})
 	}
 }
+
+// A configuration that has no IDevID any more: what the Security object has is still the
+// factory's, and the first boot is by the pre-shared key. Without a journal an enrolled
+// pair is told from it by its place.
+func TestIDevIDConfiguredNoMore(t *testing.T) {
+	site := newSite(t, testserver.Config{PSKs: map[string][]byte{"no-more": preShared}})
+	d := site.device(t, "no-more")
+	site.faults(t, testserver.Faults{RefuseAll: true})
+	_, err := d.enroll()
+	wantError(t, err, est.ErrCredentialRefused)
+	site.faults(t, testserver.Faults{})
+	d.cfg.IDevID, d.cfg.PSK = estenroll.IDevID{}, true
+	d.mustEnroll()
+	d.tidy(1)
+	d.remove("journal.json")
+	if again := must(t, d.enroll); again.Changed || d.issued() != 1 {
+		t.Errorf("enrolled again: %+v, %d issued", again, d.issued())
+	}
+	d.mustRenew()
+}

@@ -425,7 +425,7 @@ func (s *hostileSite) before(t *testing.T, c hostileJob) *snapshot {
 	case c.situation == underWay && c.https:
 		return s.began(t, s.relay.uri(), []string{"answer=5.00"}, nil, exitTryLater)
 	case c.situation == underWay:
-		return s.began(t, s.uri, nil, silence(ofFlight(2)), exitTryLater)
+		return s.began(t, s.uri, []string{"answer=5.00"}, nil, exitTryLater)
 	}
 	return s.templates[c.situation]
 }
