@@ -13,8 +13,8 @@ type Cancellation struct {
 	Kind Kind
 	Step Step
 	// Key and Certificate of it that were in the token, or about to be, and are
-	// destroyed: the key is nil where it is not the operation's own, the certificate
-	// where there was none yet.
+	// destroyed: the key is nil where it is not the operation's own or the server has not
+	// made it yet, the certificate where there was none yet.
 	Key         engine.Address
 	Certificate engine.Address
 	// Completed says that the operation was committed: it is not cancelled but completed,
@@ -43,7 +43,10 @@ func (c *Credential) Cancel(ctx context.Context) (*Cancellation, error) {
 		return ended, err
 	}
 	certs, key := c.created(op)
-	if ended.Key = key; len(certs) > 0 {
+	if !op.keyToCome() {
+		ended.Key = key
+	}
+	if len(certs) > 0 {
 		ended.Certificate = certs[0].Address
 	}
 	op.Reason = "it was cancelled"

@@ -42,7 +42,7 @@ func (c *Credential) PlanReset(ctx context.Context) (*ResetPlan, error) {
 	var keys []engine.Address
 	if op := c.journal.Operation; op != nil {
 		pairs = append([]credential{op.credential()}, pairs...)
-		if op.NewKey {
+		if op.NewKey && !op.keyToCome() {
 			add(&keys, op.Key.Address)
 		}
 	}

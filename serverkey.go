@@ -27,6 +27,12 @@ var errKeyLost = errors.New("the key that the server made was lost on its way in
 // asksForKey reports an operation whose key the server makes.
 func (op *operation) asksForKey() bool { return op.NewKey && op.ServerMade }
 
+// keyToCome reports an operation whose key the server has not made yet: its address is
+// chosen, and there is nothing at it.
+func (op *operation) keyToCome() bool {
+	return op.asksForKey() && (op.Step == StepGenerate || op.Step == StepRequest)
+}
+
 // importer is the engine, if it takes in the key of another; an error of an engine, else.
 func (c *Credential) importer() (engine.KeyImporter, error) {
 	importer, ok := c.engine.(engine.KeyImporter)

@@ -384,6 +384,25 @@ func TestServerKeyHalfImported(t *testing.T) {
 	d.tidy(1)
 }
 
+// What a person ends before the server has answered is no key that would be destroyed.
+func TestServerKeyCancelledBefore(t *testing.T) {
+	site := newSite(t, testserver.Config{ServerKeyGen: true, Faults: testserver.Faults{Defer: 1}})
+	d := site.serverKeyDevice(t, "cancelled-before")
+	_, err := d.enroll()
+	d.wantPending(err)
+	var plan *estenroll.ResetPlan
+	if err := d.run(func(c *estenroll.Credential) (err error) { plan, err = c.PlanReset(d.ctx); return err }); err != nil || !plan.IsEmpty() {
+		t.Errorf("a reset would destroy %+v, %v", plan, err)
+	}
+	var ended *estenroll.Cancellation
+	if err := d.run(func(c *estenroll.Credential) (err error) { ended, err = c.Cancel(d.ctx); return err }); err != nil || ended.Step != estenroll.StepRequest || ended.Key != nil {
+		t.Errorf("cancelled %+v, %v", ended, err)
+	}
+	if len(d.objects()) != 0 || d.journal().Operation != nil {
+		t.Errorf("left %q and %+v", d.objects(), d.journal().Operation)
+	}
+}
+
 // What a person ends between the answer and the certificate's place in the token leaves
 // nothing, whether the key was there already or not.
 func TestServerKeyCancelled(t *testing.T) {
