@@ -324,10 +324,10 @@ func (c *Config) checkCredentials() error {
 			return fmt.Errorf("credential %q: a rekey every %d renewals of %s: %w: %w", one.Name, one.Policy.RekeyEvery, one.Key, ErrKeyNamed, ErrConfig)
 		}
 		if one.DecryptKey != nil && !one.ServerKeyGen {
-			return fmt.Errorf("credential %q: a key to decrypt with, %s, and none that the server makes: %w", one.Name, one.DecryptKey, ErrConfig)
+			return fmt.Errorf("credential %q: a key to decrypt with, %s, and none that the server makes: %w: %w", one.Name, one.DecryptKey, ErrKeyOrigin, ErrConfig)
 		}
 		if one.ServerKeyGen && one.Key != nil {
-			return fmt.Errorf("credential %q: a key that the server makes, in place of %s: %w: %w", one.Name, one.Key, ErrKeyNamed, ErrConfig)
+			return fmt.Errorf("credential %q: a key that the server makes, in place of %s: %w: %w", one.Name, one.Key, ErrKeyOrigin, ErrConfig)
 		}
 		for _, other := range c.Credentials[:i] {
 			switch {

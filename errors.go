@@ -59,6 +59,9 @@ var (
 	// ErrOtherKey says that the server has made another kind of key than was asked for,
 	// and RefuseOtherNames is set or nothing can be done with it.
 	ErrOtherKey = errors.New("the server has made another kind of key")
+	// ErrKeyOrigin says, beside ErrConfig, that what the configuration has of keys that
+	// the server makes is at odds with the other keys in it.
+	ErrKeyOrigin = errors.New("it is not clear where the key comes from")
 	// ErrKeyNamed says that there is no new key to generate for a rekey: the
 	// configuration names an existing one.
 	ErrKeyNamed = errors.New("the configuration says which key it is")

@@ -432,7 +432,7 @@ func TestServerKeyChanged(t *testing.T) {
 	d := site.serverKeyDevice(t, "named")
 	d.cfg.Key = d.cfg.IDevID.Key
 	_, err := d.enroll()
-	wantError(t, err, estenroll.ErrKeyNamed)
+	wantError(t, err, estenroll.ErrKeyOrigin)
 	wantError(t, err, estenroll.ErrConfig)
 }
 

@@ -52,7 +52,7 @@ func ParseURI(s string) (URI, error) {
 	case defaultPorts[u.Scheme] == 0:
 		return wrong("want coaps:// or https://host[:port][/path]")
 	case u.User != nil:
-		return wrong("it names a user")
+		return wrong("it names a user: credentials are no part of it")
 	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.Contains(s, "#"):
 		return wrong("it has a query or a fragment")
 	case u.Opaque != "" || u.Hostname() == "":
@@ -62,6 +62,10 @@ func ParseURI(s string) (URI, error) {
 	if address, err := netip.ParseAddr(result.Host); err == nil && address.Zone() != "" {
 		// Which link it is means something to one machine alone, and to no certificate.
 		return wrong("its address has a zone, as link-local addresses need: give the server a name, or an address without")
+	}
+	if strings.Contains(result.Host, ":") && !strings.HasPrefix(u.Host, "[") {
+		// net/url takes what follows the last colon for a port, but over https.
+		return wrong("want an IPv6 address in brackets (RFC 3986 §3.2.2)")
 	}
 	if !validHost(result.Host) {
 		return wrong("its host is neither a DNS name nor an IP address")

@@ -34,6 +34,7 @@ func TestParseURI(t *testing.T) {
 		"", "est.example", "http://est.example", "coap://est.example", "https:est.example", "https://user@est.example", "coaps:est.example", "coaps://", "coaps:///est", "coaps://user@est.example",
 		"coaps://est.example?x", "coaps://est.example?", "coaps://est.example#x", "coaps://est.example#", "coaps://est.example:0", "coaps://est.example:",
 		"coaps://est.example:65536", "coaps://est.example:x", "coaps://est example", "coaps://est..example", "coaps://-est.example", "coaps://[fe80::1%25eth0]",
+		"coaps://::1:5684", "coaps://2001:db8::1:5684", "https://2001:db8::1",
 		"coaps://est.example/a//b", "coaps://est.example/a/../b", "coaps://est.example/a%2Fb", "coaps://est.example/a%25", "coaps://est.example/ü",
 		"coaps://est.example/" + strings.Repeat("a", 256), "coaps://est.example/" + strings.Repeat("a/", 600), "coaps://est.example/%zz", "//", "coaps://est.example//",
 	} {

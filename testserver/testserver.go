@@ -307,6 +307,9 @@ func (c *Config) complete() error {
 	if c.Raw && c.RequirePoP {
 		return errors.New("raw and required proof of possession: a raw server does not know what links a CSR to its session")
 	}
+	if len(c.EnvelopeKeys) > 0 && !c.ServerKeyGen {
+		return errors.New("keys to encrypt for: the server makes no keys")
+	}
 	for _, key := range c.EnvelopeKeys {
 		if err := key.check(); err != nil {
 			return err

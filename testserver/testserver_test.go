@@ -49,6 +49,7 @@ func TestNewRefuses(t *testing.T) {
 		{"a second door of a raw server", testserver.Config{Raw: true, ListenLinked: "127.0.0.1:0"}, "a raw server has one"},
 		{"a second door for everybody", testserver.Config{ListenLinked: "0.0.0.0:0"}, "not a loopback address"},
 		{"a port in use", testserver.Config{ListenLinked: taken(t)}, "address already in use"},
+		{"a key to encrypt nothing for", testserver.Config{EnvelopeKeys: []testserver.EnvelopeKey{{ID: []byte{1}, Secret: make([]byte, 16)}}}, "the server makes no keys"},
 		{"faults that contradict", testserver.Config{Faults: testserver.Faults{Expired: true, NotYetValid: true}}, "cannot be both"},
 		{"too many other CAs", testserver.Config{OtherCAs: 33}, "not from 0 to 32"},
 		{"a label that is an operation", testserver.Config{Labels: []string{"sen"}}, "that is no operation"},

@@ -48,7 +48,7 @@ func TestWithoutCgo(t *testing.T) {
 		args []string
 	}{
 		{"enrolled: ", []string{"enroll"}}, {"nothing to do: ", []string{"enroll"}}, {"renewed: ", []string{"renew", "--force"}},
-		{"rekeyed: ", []string{"renew", "--force", "--rekey", "--key-type", "ec-p384"}}, {"rekeyed: ", []string{"renew", "--force", "--rekey", "--server-keygen"}}, {"renewed: ", []string{"renew", "--force"}}, {"state: +enrolled", []string{"status"}},
+		{"rekeyed: ", []string{"renew", "--force", "--rekey", "--key-type", "ec-p384"}}, {"rekeyed: ", []string{"renew", "--force", "--rekey", "--server-keygen"}}, {"renewed: ", []string{"renew", "--force"}}, {"state: +enrolled", []string{"status"}}, {"ok +token +file:[^,]*$", []string{"doctor"}},
 	} {
 		cmd := exec.CommandContext(t.Context(), program, append(step.args, "--state-dir", filepath.Join(dir, "state"), "--server", server.HTTPSURI(), "--trust-anchors", anchors,
 			"--engine", "file:"+keys, "--idevid-key", "file:object=idevid;type=private", "--idevid-certificate", "file:object=idevid;type=cert")...)

@@ -145,8 +145,15 @@ func (s *settings) credentialConfig() (cfg estenroll.CredentialConfig, err error
 func (s *settings) idevid() (at estenroll.IDevID, err error) {
 	if s.noIDevID {
 		byPassword := strings.HasPrefix(s.server, est.SchemeHTTPS+":") && s.httpUser != ""
-		if !byPassword && !s.bootstraps() || s.subject == "" {
-			return at, errors.New("no-idevid: it wants subject, and a server of https:// with http-user or of coaps:// with psk-identity")
+		var wants []string
+		if s.subject == "" {
+			wants = append(wants, "subject")
+		}
+		if !byPassword && !s.bootstraps() {
+			wants = append(wants, "a server of https:// with http-user or of coaps:// with psk-identity")
+		}
+		if len(wants) > 0 {
+			return at, errors.New("no-idevid: it wants " + strings.Join(wants, ", and "))
 		}
 		return at, nil
 	}
@@ -172,8 +179,12 @@ func (s *settings) required() error {
 		if name == "trust-anchors" && s.noIDevID && s.bootstraps() {
 			continue // the server that knows the key says whom to trust, and nothing refers to an anchor before
 		}
-		if value == "" && (name != "trust-anchors" || len(s.anchorFingerprints) == 0) { // which vouch for a root too
+		switch {
+		case value != "":
+		case name != "trust-anchors":
 			missing = append(missing, name)
+		case len(s.anchorFingerprints) == 0: // which vouch for a root too
+			missing = append(missing, name+" (or anchor-fingerprint)")
 		}
 	}
 	if len(missing) > 0 {

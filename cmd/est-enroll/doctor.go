@@ -60,6 +60,9 @@ check, credential, result, text and findings; a finding has result, text and adv
 				if err == nil {
 					_, err = s.checkHooks(func(text string) { tell(estenroll.Event{Warning: true, Message: text}) })
 				}
+				if err == nil {
+					err = s.checkPassword(os.LookupEnv)
+				}
 				if err != nil && !isUsage(err) {
 					err = &usageError{err}
 				}

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"os"
 
 	"estenroll"
 )
@@ -10,7 +12,7 @@ import (
 // rehearse is do without the request, and with nothing changed: no hook is called.
 func (w *work) rehearse(ctx context.Context) error {
 	w.begin()
-	err := w.checkHooks()
+	err := cmp.Or(w.checkHooks(), w.checkPassword(os.LookupEnv))
 	if err == nil {
 		err = withCredentials(ctx, w.settings, w.out, w.rehearseTurn)
 	}

@@ -9,8 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"unicode/utf8"
 
+	"estenroll/est"
 	"estenroll/internal/durable"
 )
 
@@ -38,7 +40,7 @@ func (s *settings) httpPassword(lookupEnv func(string) (string, bool)) (user str
 	case s.httpUser == "" && s.httpPasswordFile == "":
 		return "", nil, nil
 	case s.httpUser == "":
-		return "", nil, errors.New("http-password-file: whose it is, http-user says")
+		return "", nil, errors.New("http-password-file: whose password it is, http-user has to say")
 	case path == "":
 		return "", nil, errors.New("http-user: its password is missing: name a file with http-password-file, or give systemd's credential " + passwordCredential)
 	case bytes.ContainsAny([]byte(s.httpUser), ":\x00\r\n"):
@@ -49,6 +51,26 @@ func (s *settings) httpPassword(lookupEnv func(string) (string, bool)) (user str
 	}, nil
 }
 
+// checkPassword reads the password of HTTP Basic as a run would: a server asks for it when
+// it has the CSR, which is too late to find out that it cannot be read.
+func (s *settings) checkPassword(lookupEnv func(string) (string, bool)) error {
+	for _, one := range s.treated() {
+		if !strings.HasPrefix(one.server, est.SchemeHTTPS+":") {
+			continue
+		}
+		_, read, err := one.httpPassword(lookupEnv)
+		if err == nil && read != nil {
+			var password []byte
+			password, err = read()
+			clear(password)
+		}
+		if err != nil {
+			return &usageError{s.of(one, err)}
+		}
+	}
+	return nil
+}
+
 // secretLine reads what a secret's file has in its one line.
 func secretLine(setting, path string) ([]byte, error) {
 	data, err := durable.ReadFile(path, passwordLimit)
@@ -57,7 +79,7 @@ func secretLine(setting, path string) ([]byte, error) {
 	}
 	secret := bytes.TrimRight(data, "\r\n")
 	if len(secret) == 0 {
-		return nil, &usageError{fmt.Errorf("%s: there is nothing in it", setting)}
+		return nil, &usageError{fmt.Errorf("%s: %s: there is nothing in it", setting, path)}
 	}
 	return secret, nil
 }
@@ -73,7 +95,7 @@ func (s *settings) psk(lookupEnv func(string) (string, bool)) (key func() ([]byt
 	case s.pskIdentity == "" && s.pskKeyFile == "":
 		return nil, nil
 	case s.pskIdentity == "":
-		return nil, errors.New("psk-key-file: whose it is, psk-identity says")
+		return nil, errors.New("psk-key-file: whose key it is, psk-identity has to say")
 	case len(s.pskIdentity) > maxPSKIdentity || !utf8.ValidString(s.pskIdentity):
 		return nil, fmt.Errorf("psk-identity: want at most %d bytes of UTF-8", maxPSKIdentity)
 	case path == "":
@@ -88,7 +110,7 @@ func (s *settings) psk(lookupEnv func(string) (string, bool)) (key func() ([]byt
 		key := make([]byte, hex.DecodedLen(len(line)))
 		// The decoder's error has the digit that is none.
 		if _, err := hex.Decode(key, line); err != nil || len(key) < minPSK || len(key) > maxPSK {
-			return nil, &usageError{fmt.Errorf("psk-key-file: want a key of %d to %d bytes in hexadecimal, in one line", minPSK, maxPSK)}
+			return nil, &usageError{fmt.Errorf("psk-key-file: %s: want a key of %d to %d bytes in hexadecimal, in one line", path, minPSK, maxPSK)}
 		}
 		return key, nil
 	}, nil

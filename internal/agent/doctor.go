@@ -230,7 +230,10 @@ func (d *doctor) token(ctx context.Context) (blocked CheckName) {
 	check.Text = "it is there"
 	status, known := d.device.Token()
 	if known {
-		check.Text = fmt.Sprintf("%s, of %s", status.Address, status.Module)
+		check.Text = status.Address.String()
+		if status.Module != "" { // keys in files have none
+			check.Text += ", of " + status.Module
+		}
 	}
 	if status.ReadOnly {
 		check.fail("", fmt.Errorf("%s: %w", status.Address, engine.ErrTokenReadOnly))
