@@ -39,6 +39,8 @@ var stories = []story{
 	// The server makes the key. Most points are those of the others, and TestCrash has
 	// them all.
 	{"skg", nil, (*device).enrollWithServerKey, 1, 1, 3, testserver.Config{ServerKeyGen: true}},
+	// The same without an IDevID.
+	{"psk", nil, func(d *device) (*estenroll.Result, error) { return d.withPSK().enrollWithServerKey() }, 1, 1, 5, testserver.Config{ServerKeyGen: true, PSKs: preShared}},
 	// A renewal through a rollover that the device has slept through, with the trust
 	// anchors in the token. It is the last: the others' devices trust the first root.
 	{"rollover", []func(*device) (*estenroll.Result, error){(*device).newRoot, (*device).enroll, (*device).sleepThroughRollover}, (*device).renew, 2, 2, 2, testserver.Config{}},

@@ -201,10 +201,9 @@ func TestRekeyRefused(t *testing.T) {
 // back when that has expired.
 func TestRefusedWithoutIDevID(t *testing.T) {
 	clock := new(clock)
-	site := newSite(t, testserver.Config{Now: clock.now, PSKs: map[string][]byte{"pre-shared": preShared}})
-	d := site.device(t, "pre-shared")
-	d.now = clock.now
-	d.cfg.IDevID, d.cfg.PSK, d.cfg.ImplicitTA = estenroll.IDevID{}, true, est.NoTrustAnchors()
+	site := newSite(t, testserver.Config{Now: clock.now, PSKs: preShared})
+	d := site.device(t, "pre-shared").withPSK()
+	d.now, d.cfg.ImplicitTA = clock.now, est.NoTrustAnchors()
 	old := d.mustEnroll()
 	d.refuseAfter(testserver.Faults{RefuseIssued: true})
 	_, err := d.rekey()

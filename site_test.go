@@ -118,8 +118,14 @@ func (s *site) faults(t *testing.T, f testserver.Faults) {
 	}
 }
 
-// preShared is the key of a device by its name, where the server has it.
-var preShared = bytes.Repeat([]byte{0x17}, 16)
+// preShared is the key of the devices without an IDevID, where the server has it.
+var preShared = map[string][]byte{"pre-shared": bytes.Repeat([]byte{0x17}, 16)}
+
+// withPSK has a pre-shared key be the device's first credential.
+func (d *device) withPSK() *device {
+	d.cfg.IDevID, d.cfg.PSK = estenroll.IDevID{}, true
+	return d
+}
 
 // device is a state directory, and everything between the lifecycle and its
 // engine and its server that a test wants to look at or to break.
@@ -354,8 +360,8 @@ func (d *device) dial(ctx context.Context, with estenroll.Connection) (est.Sessi
 			AckTimeout: 500 * time.Millisecond, FlightInterval: 500 * time.Millisecond, HandshakeTimeout: timeout,
 		}
 		if with.PSK {
-			cfg.Certificate, cfg.Key, cfg.PSKIdentity = nil, nil, d.name
-			cfg.PSK = func() ([]byte, error) { return bytes.Clone(preShared), nil }
+			cfg.Certificate, cfg.Key, cfg.PSKIdentity = nil, nil, "pre-shared"
+			cfg.PSK = func() ([]byte, error) { return bytes.Clone(preShared["pre-shared"]), nil }
 		}
 		session, err := coaps.Dial(ctx, cfg)
 		if err != nil {

@@ -442,14 +442,13 @@ func TestIDevIDRenamed(t *testing.T) {
 // factory's, and the first boot is by the pre-shared key. Without a journal an enrolled
 // pair is told from it by its place.
 func TestIDevIDConfiguredNoMore(t *testing.T) {
-	site := newSite(t, testserver.Config{PSKs: map[string][]byte{"no-more": preShared}})
+	site := newSite(t, testserver.Config{PSKs: preShared})
 	d := site.device(t, "no-more")
 	site.faults(t, testserver.Faults{RefuseAll: true})
 	_, err := d.enroll()
 	wantError(t, err, est.ErrCredentialRefused)
 	site.faults(t, testserver.Faults{})
-	d.cfg.IDevID, d.cfg.PSK = estenroll.IDevID{}, true
-	d.mustEnroll()
+	d.withPSK().mustEnroll()
 	d.tidy(1)
 	d.remove("journal.json")
 	if again := must(t, d.enroll); again.Changed || d.issued() != 1 {

@@ -21,6 +21,10 @@ func ParseMultipartMixed(body []byte, boundary string) ([]Part, error) {
 	return parts, nil
 }
 
+// errPart takes the place of the library's errors, which show the line that they are
+// about: without the empty line before it, that is one of a key.
+var errPart = errors.New("a part's boundary or header is malformed")
+
 func parseMultipartMixed(body []byte, boundary string) (parts []Part, err error) {
 	const maxMixed = 2 * maxAnswer // base64 and headers
 	defer func() {
@@ -44,7 +48,7 @@ func parseMultipartMixed(body []byte, boundary string) (parts []Part, err error)
 		case errors.Is(err, io.EOF):
 			return parts, nil
 		case err != nil:
-			return parts, err
+			return parts, errPart
 		}
 		if count == maxParts {
 			return parts, fmt.Errorf("more than %d parts", maxParts)

@@ -253,11 +253,13 @@ func TestParseMultipartMixed(t *testing.T) {
 		"no base64":           {mixed("b", "Content-Type: application/pkcs8\r\n\r\nM*A="), "b"},
 		"too many parts":      {mixed("b", slices.Repeat([]string{"\r\n"}, 17)...), "b"},
 		"too large":           {make([]byte, 128<<10+1), "b"},
+		"a key as a header":   {mixed("b", "Content-Type: application/pkcs8\r\n"+text(key)), "b"},
+		"a key as a boundary": {[]byte("--b\r\n\r\n\r\n--b " + text(key) + "\r\n--b--"), "b"},
 		"headers without end": {[]byte("--b\r\n" + strings.Repeat("A: b\r\n", 20000)), "b"},
 	} {
 		if got, err := est.ParseMultipartMixed(c.body, c.boundary); err == nil {
 			t.Errorf("%s: got %v", name, got)
-		} else if !strings.HasPrefix(err.Error(), "multipart/mixed: ") {
+		} else if !strings.HasPrefix(err.Error(), "multipart/mixed: ") || strings.Contains(err.Error(), text(key)[:8]) {
 			t.Errorf("%s: got %v", name, err)
 		}
 	}

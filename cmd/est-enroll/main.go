@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -64,6 +65,9 @@ or the one that --credential names:
 
 // run is main without the process around it.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	// Measured: net/http of Go 1.26 logs what a server sends beyond its Content-Length,
+	// which may be of a key. Nothing here is said in this way.
+	log.SetOutput(io.Discard)
 	out := newOutput(stdout, stderr)
 	began := false
 	root := command(new(settings), out, func() { began = true })

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"errors"
+	"io"
+	"log"
 	"strings"
 	"testing"
 	"unicode"
@@ -22,5 +24,19 @@ func TestOutputIsPrintable(t *testing.T) {
 		if strings.ContainsFunc(got, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) || r == unicode.ReplacementChar }) || !strings.Contains(got, "a.[2J..b.") {
 			t.Errorf("%s: %q", name, got)
 		}
+	}
+}
+
+// What libraries log goes nowhere: it may be of a key.
+func TestNoStandardLog(t *testing.T) {
+	var logged bytes.Buffer
+	defer log.SetOutput(log.Writer())
+	log.SetOutput(&logged)
+	if code := run(t.Context(), []string{"--version"}, io.Discard, io.Discard); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	log.Print("a key")
+	if logged.Len() > 0 {
+		t.Errorf("logged %q", &logged)
 	}
 }
