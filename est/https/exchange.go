@@ -150,7 +150,7 @@ func (s *Session) send(ctx context.Context, req *est.Request, at est.URI) (*answ
 			return nil, classified
 		}
 		if began.Load() {
-			return nil, &answerError{err}
+			return nil, malformed(req.Operation, err)
 		}
 		return nil, est.Unreachable(err)
 	}
@@ -166,14 +166,24 @@ func (s *Session) send(ctx context.Context, req *est.Request, at est.URI) (*answ
 	}
 	switch {
 	case err != nil:
+		clear(body) // half of a key, perhaps
 		if classified := s.classify(ctx, l, err); classified != nil {
 			return nil, classified
 		}
-		return nil, &answerError{err}
+		return nil, malformed(req.Operation, err)
 	case len(body) > maxBody && response.StatusCode/100 == 2:
 		return nil, &answerError{fmt.Errorf("a body of more than %d bytes", maxBody)}
 	}
 	return &answer{status: response.StatusCode, header: response.Header, body: body, server: at.String()}, nil
+}
+
+// malformed is an answer that net/http cannot read. Its error shows the line where it
+// gave up, which may be one of a key.
+func malformed(operation est.Operation, err error) error {
+	if operation == est.ServerKeyGen {
+		err = errors.New("malformed HTTP")
+	}
+	return &answerError{err}
 }
 
 // readBody reads a body, or one byte more than the largest. It may be a key: none of
@@ -230,7 +240,9 @@ func (s *Session) interpret(operation est.Operation, got *answer) (*est.Response
 		return response, nil // it has decided, whatever it calls that
 	case status == http.StatusAccepted, status == http.StatusTooManyRequests, status == http.StatusServiceUnavailable && says:
 		pending := est.NewPendingError(operation, got.server, retryAfter(got.header, s.cfg.Now()))
-		pending.Detail = est.NewDetail(got.body)
+		if operation != est.ServerKeyGen || status/100 != 2 { // a key that was not understood is no detail
+			pending.Detail = est.NewDetail(got.body)
+		}
 		return nil, pending
 	case status/100 != 2:
 		return nil, s.statusError(operation, got)

@@ -477,6 +477,31 @@ func TestHostileServer(t *testing.T) {
 	}
 }
 
+// What cannot be read of an answer with a key is not shown, whatever its status.
+func TestMalformedKey(t *testing.T) {
+	t.Parallel()
+	const key = "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg"
+	for name, text := range map[string]string{
+		"in the header":   "200 OK\r\nContent-Type: application/pkcs8\r\n" + key + "\r\n\r\n",
+		"after its chunk": "200 OK\r\nContent-Type: application/pkcs8\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + key + "\r\n\r\n",
+		"accepted":        "202 Accepted\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--c\r\nContent-Type: application/pkcs8\r\n\r\n" + key + "\r\n--c--\r\n",
+	} {
+		w := newWorld(t, nil, func(rw http.ResponseWriter, _ *http.Request) {
+			conn, _, err := http.NewResponseController(rw).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			_, _ = io.WriteString(conn, "HTTP/1.1 "+text)
+		})
+		_, err := w.dial(t, nil).RoundTrip(t.Context(), &est.Request{Operation: est.ServerKeyGen, Body: []byte("a CSR")})
+		if err == nil || errors.Is(err, est.ErrUnreachable) || strings.Contains(err.Error(), key[:8]) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // slowHeader writes a header without an end, line by line.
 func slowHeader(rw http.ResponseWriter, _ *http.Request) {
 	conn, _, err := http.NewResponseController(rw).Hijack()
