@@ -179,7 +179,7 @@ func TestInterrupted(t *testing.T) {
 func TestInterruptedAgainAndAgain(t *testing.T) {
 	const seed = 20261124
 	random := rand.New(rand.NewPCG(seed, seed))
-	site := newSite(t, testserver.Config{ServerKeyGen: true})
+	site := newSite(t, testserver.Config{ServerKeyGen: true, PSKs: preShared})
 	for _, s := range stories {
 		for round := range 6 {
 			d := s.prepare(t, site, fmt.Sprintf("again-%d", round))

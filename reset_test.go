@@ -79,7 +79,7 @@ func TestReset(t *testing.T) {
 func TestResetUnfinished(t *testing.T) {
 	for _, s := range stories {
 		t.Run(s.name, func(t *testing.T) {
-			site := newSite(t, testserver.Config{ServerKeyGen: true})
+			site := newSite(t, testserver.Config{ServerKeyGen: true, PSKs: preShared})
 			points := s.points(t, site)
 			for n := 0; n < len(points); n += 5 {
 				d := s.prepare(t, site, "reset")
