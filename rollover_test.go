@@ -79,6 +79,7 @@ func (d *device) followsServer() {
 // the old one vouches for it, and the old one until nothing needs it.
 func TestRollover(t *testing.T) {
 	t.Attr("shows", "RFC 7030 §4.1.3 (2)")
+	t.Attr("shows", "RFC 7030 §3.1 (3)")
 	t.Attr("shows", "RFC 7030 §4.1.3 (4)")
 	t.Attr("shows", "RFC 9148 §9.1 (1)")
 	site := newSite(t, testserver.Config{})

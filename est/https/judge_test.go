@@ -38,7 +38,6 @@ import (
 func TestEstserver(t *testing.T) {
 	t.Attr("shows", "RFC 7030 §3.1 (1)")
 	t.Attr("shows", "RFC 7030 §3.1 (2)")
-	t.Attr("shows", "RFC 7030 §3.1 (3)")
 	t.Attr("shows", "RFC 7030 §4.1.2 (1)")
 	t.Attr("shows", "RFC 7030 §4.1.3 (1)")
 	t.Attr("shows", "RFC 7030 §4.2.2 (1)")
