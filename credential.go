@@ -101,7 +101,7 @@ func (c *Credential) openIDevID(ctx context.Context) (*pair, error) {
 	return c.idevid, nil
 }
 
-// withoutIDevID reports a device whose password is its first credential.
+// withoutIDevID reports a device whose first credential is a password or a pre-shared key.
 func (c *Credential) withoutIDevID() bool { return c.cfg.IDevID.Certificate == nil }
 
 // bootstrap names what authenticates an enrolment.

@@ -50,9 +50,10 @@ const (
 )
 
 // IDevID is the factory credential (IEEE 802.1AR), by its engine addresses. The zero
-// value is none: what Dial brings with it, a password or a pre-shared key, is the device's first credential
-// then, and its last resort. It authenticates an enrolment and is nothing that the
-// Security object could point at: before the first boot has ended that has no instance.
+// value is none: what Dial brings with it, a password or a pre-shared key, is the
+// device's first credential then, and its last resort. It authenticates an enrolment and
+// is nothing that the Security object could point at: before the first boot has ended
+// that has no instance.
 type IDevID struct {
 	Key         engine.Address
 	Certificate engine.Address

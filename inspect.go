@@ -242,6 +242,10 @@ func (ci *CredentialInspection) IDevID(ctx context.Context) (*x509.Certificate, 
 	return idevid.leaf(), nil
 }
 
+// Bootstrap names what authenticates an enrolment: the first one, and that which takes the
+// place of a certificate that has expired or is lost.
+func (ci *CredentialInspection) Bootstrap() string { return ci.c.bootstrap() }
+
 // signs has the key of a pair make a signature.
 func signs(p *pair) error {
 	if err := signsHandshakes(p.signer); err != nil {

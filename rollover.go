@@ -156,9 +156,9 @@ func (c *Credential) catchUp(ctx context.Context, as *pair, held *est.TrustAncho
 }
 
 // publishedAnchors asks for cacerts and judges the answer by the Explicit TA, and the
-// live session's server by what comes of it (RFC 9148 §3), as each other server is
-// when something is asked of it. At first contact,
-// where the Implicit TA has judged the server, the whole answer is the Explicit TA.
+// live session's server by what comes of it (RFC 9148 §3), as each other server is when
+// something is asked of it. At first contact, where the Implicit TA has judged the
+// server, the whole answer is the Explicit TA.
 func (c *Credential) publishedAnchors(ctx context.Context, session est.Session, auth *pair, now time.Time) (*est.TrustAnchors, error) {
 	trust, err := c.judges(auth)
 	if err != nil {

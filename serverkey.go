@@ -3,10 +3,6 @@ package estenroll
 import (
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -61,20 +57,11 @@ func (c *Credential) checkImport(ctx context.Context, kind engine.Algorithm) err
 // it: it is made for this and forgotten, whatever types the keys in the HSM have, and
 // none of those is asked for a signature that vouches for nothing.
 func (c *Credential) signForServerKey(kind engine.Algorithm, template csr.Template) ([]byte, error) {
-	key, err := throwaway(kind)
+	key, err := engine.NewSoftwareKey(kind)
 	if err != nil {
 		return nil, err
 	}
 	return csr.Build(c.cfg.Rand, template, key)
-}
-
-func throwaway(kind engine.Algorithm) (crypto.Signer, error) {
-	curves := map[engine.Algorithm]elliptic.Curve{engine.ECP256: elliptic.P256(), engine.ECP384: elliptic.P384(), engine.ECP521: elliptic.P521()}
-	if curve, ok := curves[kind]; ok {
-		return ecdsa.GenerateKey(curve, rand.Reader)
-	}
-	bits := map[engine.Algorithm]int{engine.RSA2048: 2048, engine.RSA3072: 3072, engine.RSA4096: 4096}
-	return rsa.GenerateKey(rand.Reader, bits[kind])
 }
 
 // requestKey is the public key that a certificate is asked for. Of one that the server

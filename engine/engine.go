@@ -11,6 +11,8 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"fmt"
@@ -60,6 +62,26 @@ func AlgorithmOf(public crypto.PublicKey) Algorithm {
 		return Algorithm(fmt.Sprintf("RSA %d", key.N.BitLen()))
 	}
 	return ""
+}
+
+// NewSoftwareKey makes a key in memory: for a driver whose keys are in files, and where
+// the key guards nothing. An empty algorithm is ECP256. ErrUnsupported.
+func NewSoftwareKey(algorithm Algorithm) (crypto.Signer, error) {
+	switch algorithm {
+	case "", ECP256:
+		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	case ECP384:
+		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	case ECP521:
+		return ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
+	case RSA2048:
+		return rsa.GenerateKey(rand.Reader, 2048)
+	case RSA3072:
+		return rsa.GenerateKey(rand.Reader, 3072)
+	case RSA4096:
+		return rsa.GenerateKey(rand.Reader, 4096)
+	}
+	return nil, fmt.Errorf("%s: %w", algorithm, ErrUnsupported)
 }
 
 // KeySpec says what key pair to generate.

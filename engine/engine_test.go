@@ -235,3 +235,22 @@ func TestAlgorithmOf(t *testing.T) {
 		}
 	}
 }
+
+func TestNewSoftwareKey(t *testing.T) {
+	t.Parallel()
+	kinds := map[engine.Algorithm]engine.Algorithm{"": engine.ECP256}
+	for _, algorithm := range engine.Algorithms() {
+		kinds[algorithm] = algorithm
+	}
+	for algorithm, want := range kinds {
+		key, err := engine.NewSoftwareKey(algorithm)
+		if err != nil {
+			t.Errorf("%q: %v", algorithm, err)
+		} else if got := engine.AlgorithmOf(key.Public()); got != want {
+			t.Errorf("%q: got %s, want %s", algorithm, got, want)
+		}
+	}
+	if _, err := engine.NewSoftwareKey("Ed25519"); !errors.Is(err, engine.ErrUnsupported) {
+		t.Errorf("Ed25519: got %v, want ErrUnsupported", err)
+	}
+}

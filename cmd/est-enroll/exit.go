@@ -173,7 +173,7 @@ var judgements = []struct {
 	{estenroll.ErrRekeyGivenUp, judgement{exitTryLater, "renew without --rekey keeps the current key; with it, the rekey begins anew"}},
 	{estenroll.ErrRefused, judgement{exitRefused, "the device goes on with the certificate it had; ask the people of the server why"}},
 	{estenroll.ErrBusy, judgement{exitTryLater, "wait for the other run, or give it longer with --lock-timeout"}},
-	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again with the IDevID"}},
+	{estenroll.ErrExpired, judgement{exitUsage, "run est-enroll enroll: it enrols again, as at the first boot"}},
 	{estenroll.ErrOwner, judgement{exitUsage, "run as that user, or name another directory with --state-dir"}},
 	{estenroll.ErrKeyNamed, judgement{exitUsage, "leave key out, and rekey generates one and leaves this one alone; without --rekey and rekey-every its certificate is renewed"}},
 	{estenroll.ErrKeyOrigin, judgement{exitUsage, "leave key out, or server-keygen: a key is in the HSM already, or the server makes it; decrypt-key goes with server-keygen alone"}},

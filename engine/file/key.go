@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -40,28 +39,11 @@ func (e *Engine) NewKeyAddress(label string) (engine.Address, error) {
 	return at, nil
 }
 
-var curves = map[engine.Algorithm]elliptic.Curve{engine.ECP256: elliptic.P256(), engine.ECP384: elliptic.P384(), engine.ECP521: elliptic.P521()}
-
-var moduli = map[engine.Algorithm]int{engine.RSA2048: 2048, engine.RSA3072: 3072, engine.RSA4096: 4096}
-
-func generate(algorithm engine.Algorithm) (crypto.Signer, error) {
-	if algorithm == "" {
-		algorithm = engine.ECP256
-	}
-	if curve, ok := curves[algorithm]; ok {
-		return ecdsa.GenerateKey(curve, rand.Reader)
-	}
-	if bits, ok := moduli[algorithm]; ok {
-		return rsa.GenerateKey(rand.Reader, bits)
-	}
-	return nil, fmt.Errorf("%s: %w", algorithm, engine.ErrUnsupported)
-}
-
 // GenerateKey implements engine.Engine. Nothing here is private, sensitive or not
 // extractable but for the mode of a file.
 func (e *Engine) GenerateKey(ctx context.Context, at engine.Address, spec engine.KeySpec) (crypto.PublicKey, error) {
 	return e.createKey(ctx, "generate key", at, func() ([]byte, error) {
-		key, err := generate(spec.Algorithm)
+		key, err := engine.NewSoftwareKey(spec.Algorithm)
 		if err != nil {
 			return nil, err
 		}

@@ -246,15 +246,7 @@ func (k *kek) DecryptContent(wrappedKey, iv, ciphertext []byte) (padded []byte, 
 // the memory of this program, and no module has to let it out.
 func (s *session) decryptContent(k *kek, wrappedKey, iv, ciphertext []byte) (padded []byte, err error) {
 	ctx := s.module.ctx
-	content, err := ctx.UnwrapKey(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_WRAP, nil)}, k.handle, wrappedKey, []*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
-		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_DECRYPT, true),
-	})
+	content, err := ctx.UnwrapKey(s.handle, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_AES_KEY_WRAP, nil)}, k.handle, wrappedKey, sessionAES(pkcs11.CKA_DECRYPT))
 	if err != nil {
 		err = fmt.Errorf("CKM_AES_KEY_WRAP: %w", explain(err))
 		if s.lost(err) || errors.Is(err, engine.ErrUnsupported) {
@@ -274,4 +266,17 @@ func (s *session) decryptContent(k *kek, wrappedKey, iv, ciphertext []byte) (pad
 		return nil, fmt.Errorf("CKM_AES_CBC: %w", explain(err))
 	}
 	return padded, nil
+}
+
+// sessionAES describes an AES key that is for one use, and is gone with the session.
+func sessionAES(use uint, more ...*pkcs11.Attribute) []*pkcs11.Attribute {
+	return append([]*pkcs11.Attribute{
+		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
+		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
+		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
+		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
+		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
+		pkcs11.NewAttribute(use, true),
+	}, more...)
 }

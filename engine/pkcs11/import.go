@@ -29,22 +29,11 @@ var _ engine.KeyImporter = (*Engine)(nil)
 // session alone, and destroys it.
 func (e *Engine) CanImportKey(ctx context.Context, spec engine.KeySpec) error {
 	const op = "import a key to see whether it can be"
-	curve, size := elliptic.P256(), 0
-	switch spec.Algorithm {
-	case engine.ECP384:
-		curve = elliptic.P384()
-	case engine.ECP521:
-		curve = elliptic.P521()
-	case engine.RSA2048, engine.RSA3072, engine.RSA4096:
-		size = 2048 // a larger one takes long to make, and says no more
+	kind := spec.Algorithm
+	if slices.Contains([]engine.Algorithm{engine.RSA3072, engine.RSA4096}, kind) {
+		kind = engine.RSA2048 // a larger one takes long to make, and says no more
 	}
-	var key any
-	var err error
-	if size > 0 {
-		key, err = rsa.GenerateKey(rand.Reader, size)
-	} else {
-		key, err = ecdsa.GenerateKey(curve, rand.Reader)
-	}
+	key, err := engine.NewSoftwareKey(kind)
 	if err != nil {
 		return fail(op, e.uri, e.uri.ModulePath, err)
 	}
@@ -146,16 +135,7 @@ func (s *session) unwrap(pkcs8 []byte, template []*pkcs11.Attribute) (handle pkc
 	if err != nil {
 		return 0, err
 	}
-	wrapping, err := s.create([]*pkcs11.Attribute{
-		pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY),
-		pkcs11.NewAttribute(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_AES),
-		pkcs11.NewAttribute(pkcs11.CKA_TOKEN, false),
-		pkcs11.NewAttribute(pkcs11.CKA_PRIVATE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, true),
-		pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, false),
-		pkcs11.NewAttribute(pkcs11.CKA_UNWRAP, true),
-		pkcs11.NewAttribute(pkcs11.CKA_VALUE, secret),
-	})
+	wrapping, err := s.create(sessionAES(pkcs11.CKA_UNWRAP, pkcs11.NewAttribute(pkcs11.CKA_VALUE, secret)))
 	if err != nil {
 		return 0, err
 	}

@@ -114,8 +114,8 @@ var (
 // est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
 // est.ErrNotValidNow; est.ErrHandshake; est.ErrCredentialRefused,
 // est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable; est.ErrPSKRefused,
-// est.ErrPSKUnanswered; est.ErrKeyMismatch for a Key
-// that is not the Certificate's; and what the Key says when it cannot sign.
+// est.ErrPSKUnanswered; est.ErrKeyMismatch for a Key that is not the Certificate's; and
+// what the Key says when it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
@@ -389,8 +389,7 @@ func (s *Session) PeerChain() []*x509.Certificate { return s.conn.PeerCertificat
 func (s *Session) ChannelBinding() ([]byte, error) { return s.conn.ChannelBinding() }
 
 // ClientAuthenticated implements est.ClientAuthenticator. A pre-shared key authenticates
-// too. A server that nobody has
-// judged authenticates nobody.
+// too. A server that nobody has judged authenticates nobody.
 func (s *Session) ClientAuthenticated() bool {
 	return !s.cfg.Provisional && s.conn.ClientAuthenticated()
 }

@@ -43,11 +43,10 @@ var (
 // discover asks the server where its EST resources are (RFC 9148 §4.1, RFC 6690
 // §4.1): over this same, authenticated session, never in the clear on CoAP's own port,
 // where the answer could be anybody's. A link may name another host and port, whose
-// server is then one that For judges; a session that is provisional, or by a
-// pre-shared key, which is for one server, is led nowhere. What
-// the server does not answer stays below the URI's root, which "every server supports",
-// with a warning. The error is one of the connection or of the context, with which the
-// session is of no use.
+// server is then one that For judges; a session that is provisional, or by a pre-shared
+// key, which is for one server, is led nowhere. What the server does not answer stays
+// below the URI's root, which "every server supports", with a warning. The error is one
+// of the connection or of the context, with which the session is of no use.
 func (s *Session) discover(ctx context.Context) error {
 	at, warn := s.uri, s.cfg.Warn
 	at.Root = wellKnownCore

@@ -90,8 +90,9 @@ var errClosed = errors.New("the session is closed")
 // answer whether it accepts our certificate: RoundTrip reports that then.
 // est.ErrUnreachable; est.ErrServerCertificate beside est.ErrNotTrusted or
 // est.ErrNotValidNow; est.ErrHandshake; est.ErrCredentialRefused,
-// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable, est.ErrCertificateWanted; est.ErrKeyMismatch for a Key
-// that is not the Certificate's; and what the Key says when it cannot sign.
+// est.ErrCredentialNotYetValid, est.ErrKeyUnsuitable, est.ErrCertificateWanted;
+// est.ErrKeyMismatch for a Key that is not the Certificate's; and what the Key says when
+// it cannot sign.
 func Dial(ctx context.Context, cfg Config) (*Session, error) {
 	s := &Session{cfg: cfg, root: cfg.URI.WithLabel(cfg.Label)}
 	err := s.complete()

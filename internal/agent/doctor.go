@@ -278,10 +278,7 @@ func (d *doctor) pair(ctx context.Context, check *Check, c *estenroll.Credential
 	if noWayBack == nil && idevid != nil {
 		noWayBack = d.valid(idevid, estenroll.ErrIDevID)
 	}
-	fallback, bootstrap := d.fallback(c.Name()), "the IDevID"
-	if noWayBack == nil && idevid == nil {
-		bootstrap = "the password"
-	}
+	fallback, bootstrap := d.fallback(c.Name()), c.Bootstrap()
 	enrolled, err := c.Enrolled(ctx)
 	never := !status.Enrolled && len(status.Previous) == 0
 	d.never[c.Name()] = never
@@ -291,7 +288,7 @@ func (d *doctor) pair(ctx context.Context, check *Check, c *estenroll.Credential
 	case never && status.Pending != nil:
 		check.Text = "the first boot has begun"
 	case never:
-		check.Text = "what the server knows of it is for the first boot, there is no IDevID"
+		check.Text = bootstrap + " is for the first boot, there is no IDevID"
 		if idevid != nil {
 			check.Text = fmt.Sprintf("the IDevID, valid until %s, is there for the first boot", stamp(idevid.NotAfter))
 		}

@@ -170,8 +170,7 @@ func (t *Token) temporary(content []byte) (string, error) {
 }
 
 // Run runs a program that is to find the token, with the PIN in the variables PIN and
-// GNUTLS_PIN
-// and the officer's in SO_PIN, and returns what it writes to standard output.
+// GNUTLS_PIN and the officer's in SO_PIN, and returns what it writes to standard output.
 func (t *Token) Run(name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
 	cmd.Env = append(os.Environ(), t.Env()...)
